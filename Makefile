@@ -1,0 +1,64 @@
+# autoprune: `make help` lists the targets. Each is one line; `.venv` is made on first use.
+
+.DEFAULT_GOAL := help
+.PHONY: help search inspect validate front export schema dashboard mlflow-ui test test-all check format clean
+.DELETE_ON_ERROR:
+
+SPACE ?=
+TRIALS ?=
+WORKERS ?=
+HOURS ?=
+NAME ?=
+TRIAL ?=
+FORMAT ?= safetensors
+PORT ?= 8080
+PYTHON ?= python3
+export AUTOPRUNE_DATA ?= $(or $(wildcard ../shared/data),data)
+
+RUN := .venv/bin/autoprune
+READY := .venv/.installed
+
+help: ## list the targets and their variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+search: $(READY) ## search for a front: SPACE= TRIALS= WORKERS= HOURS= NAME= (run again, it resumes)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) search $(SPACE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(HOURS),--timeout $(HOURS)h) $(if $(NAME),--name $(NAME))
+
+inspect: $(READY) ## show the pruning groups and costs of a space's model: SPACE=
+	@$(RUN) inspect $(SPACE)
+
+validate: $(READY) ## check a space file: SPACE=
+	@$(RUN) validate $(SPACE)
+
+front: $(READY) ## show the front that a search has found: NAME=
+	@$(RUN) front $(or $(NAME),digits-resnet20)
+
+export: $(READY) ## write a pruned model to exports/: NAME= TRIAL= FORMAT=safetensors|pt2|onnx
+	$(RUN) export $(or $(NAME),digits-resnet20) --trial $(or $(TRIAL),$(error name a trial of the front: make export TRIAL=17)) --format $(FORMAT)
+
+schema: $(READY) ## print the JSON Schema of space files, for editors
+	@$(RUN) schema
+
+dashboard: $(READY) ## Optuna dashboard on 127.0.0.1: PORT=8080
+	$(RUN) dashboard --port $(PORT)
+
+mlflow-ui: $(READY) ## MLflow UI on 127.0.0.1:5000, as mlflow/server.env says
+	set -a; . ./mlflow/server.env; exec .venv/bin/mlflow server
+
+test: $(READY) ## run the default tests
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -m "not slow"
+
+test-all: $(READY) ## run all tests, the slow ones included
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q
+
+check: $(READY) ## lint, format, types and import rules
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
+
+format: $(READY) ## format the code and sort its imports
+	.venv/bin/ruff check --fix . ; .venv/bin/ruff format .
+
+clean: ## remove caches and builds; searches (.autoprune) and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis && find autoprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,dev]' && touch $@

@@ -1,0 +1,130 @@
+"""Budgets: upper limits on costs, absolute or as a fraction of the dense network.
+
+Decides how a budget is read, what it means for a given network, and by how much a policy violates it. A violation of
+zero or less is feasible, which is Optuna's sign.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from autoprune.cost import COSTS, MACS, MEMORY, PARAMS, SIZE, CostModel
+from autoprune.errors import BudgetError, nearest
+from autoprune.policy import Group
+
+KEYS = {"macs": MACS, "params": PARAMS, "size": SIZE, "memory": MEMORY}
+"""Keys of a space file's budget → names of costs."""
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+_SUFFIX |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+_PATTERN = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*(%?)\s*$")
+
+
+def parse_limit(value: float | int | str) -> tuple[float, bool]:
+    """Reads one limit: `(number, is_fraction)`.
+
+    A number in (0, 1] and a percentage are fractions of dense; a number above 1 and a text such as `"30M"`, `"1.2 MB"`
+    or `"512 KiB"` are absolute. `K`, `M` and `G` are powers of 1000.
+
+    Raises:
+        BudgetError: `value` is not such a number or text, or is not positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise BudgetError(f"a budget is a number or a text such as '30M', got {value!r}")
+    if isinstance(value, str):
+        match = _PATTERN.match(value)
+        if not match or match[2].lower() not in _SUFFIX or (match[2] and match[3]):
+            raise BudgetError(f"cannot read the budget {value!r}; write 0.5, '50%', '30M' or '1.2 MB'")
+        number = float(match[1])
+        if match[3]:
+            number, fraction = number / 100.0, True
+        else:
+            number, fraction = number * _SUFFIX[match[2].lower()], not match[2] and number <= 1.0
+    else:
+        number, fraction = float(value), value <= 1
+    if not number > 0 or number == float("inf"):
+        raise BudgetError(f"a budget is positive and finite, got {value!r}")
+    if fraction and number > 1.0:
+        raise BudgetError(f"a fraction of the dense network is at most 1, got {value!r}")
+    return number, fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper limits on costs, in absolute numbers, and the span of the front.
+
+    `limits` maps names of costs to inclusive upper limits. `primary` is the cost on the front's axis; the front is
+    searched between `span[0]` and `span[1]`, fractions of the dense network's `primary` cost. The upper end never
+    exceeds the limit.
+    """
+
+    limits: Mapping[str, int]
+    primary: str
+    span: tuple[float, float]
+
+    def violation(self, costs: Mapping[str, float]) -> float:
+        """Returns the largest relative excess over a limit: at most 0 for a policy within the budget."""
+        return max((costs[name] / limit - 1.0 for name, limit in self.limits.items()), default=-1.0)
+
+    def within(self, costs: Mapping[str, float]) -> bool:
+        """Whether no limit is exceeded."""
+        return all(costs[name] <= limit for name, limit in self.limits.items())
+
+
+def resolve_budget(
+    wanted: Mapping[str, float | int | str],
+    cost_model: CostModel,
+    groups: Sequence[Group],
+    *,
+    front: tuple[float, float] | None = None,
+) -> Budget:
+    """Turns a space file's budget into absolute limits for one network and checks that some policy can meet it.
+
+    Args:
+        wanted: Limits by key of `KEYS`, each as `parse_limit` reads it. The first one is the primary cost; `macs` where
+            there is none.
+        cost_model: Prices the widths.
+        groups: The groups that may be pruned.
+        front: Fractions of the dense primary cost between which the front is searched; by default from the least
+            possible (at least 0.1 of dense) to the limit.
+
+    Raises:
+        BudgetError: A key is unknown, a limit cannot be read, or not even the narrowest network meets it.
+    """
+    dense = cost_model.dense()
+    least = cost_model.costs({group.name: group.widths[0] for group in groups})
+    limits: dict[str, int] = {}
+    for key, value in wanted.items():
+        if key not in KEYS:
+            raise BudgetError(f"unknown budget {key!r}{nearest(key, KEYS)}")
+        name = KEYS[key]
+        number, fraction = parse_limit(value)
+        limits[name] = int(number * dense[name] + 1e-6) if fraction else int(number)
+        if least[name] > limits[name]:
+            raise BudgetError(
+                f"no policy meets the budget {key}: {value}: the least possible is {least[name]:,}"
+                f" ({least[name] / dense[name]:.3f} of the dense {dense[name]:,})"
+            )
+    primary = KEYS[next(iter(wanted))] if wanted else MACS
+    floor = least[primary] / dense[primary]
+    ceiling = min(1.0, limits.get(primary, dense[primary]) / dense[primary])
+    low, high = front if front is not None else (max(floor, 0.1 if ceiling > 0.1 else floor), ceiling)
+    if not 0.0 < low <= high <= 1.0:
+        raise BudgetError(f"front: {[low, high]} must rise within (0, 1]")
+    high = min(high, ceiling)
+    low = max(low, floor)
+    if low > high:
+        raise BudgetError(
+            f"no policy lies on the front {[low, high]}: the least possible {key_of(primary)} is {floor:.3f} of dense"
+        )
+    return Budget(limits, primary, (low, high))
+
+
+def key_of(cost: str) -> str:
+    """Returns the space file's key for the name of a cost."""
+    return next(key for key, name in KEYS.items() if name == cost)
+
+
+assert set(KEYS.values()) == set(COSTS)

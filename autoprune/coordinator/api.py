@@ -1,0 +1,81 @@
+"""The search as a Python function: the same machinery for a model and data that are at hand.
+
+Decides how live objects take the place of a space file's sections.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoprune import report
+from autoprune.coordinator.session import SearchOutcome, Session, _only_one
+from autoprune.network import pipeline
+from autoprune.network.data import as_splits
+from autoprune.space import Space
+
+
+def search(
+    model: Any,
+    *,
+    data: Any,
+    budget: Mapping[str, float | str],
+    trials: int = 48,
+    name: str | None = None,
+    home: str | Path = ".autoprune",
+    workers: int = 1,
+    timeout: float | None = None,
+    criteria: Sequence[str] = ("l2", "taylor", "obs"),
+    loss: Callable[[Any, Any], Any] | None = None,
+    metric: Callable[[Any, Any], Any] | None = None,
+    **settings: Any,
+) -> SearchOutcome:
+    """Searches for a Pareto front of accuracy against complexity of a trained model.
+
+    Run again with the same name and settings, it resumes.
+
+    Args:
+        model: A trained `torch.nn.Module`; it is not changed.
+        data: A mapping with `train` and any of `calibration`, `val`, `test`, each `(inputs, targets)` or a torch
+        `Dataset`;
+            what is missing is carved out of `train`.
+        budget: Limits such as `{"macs": 0.5, "params": "1M"}` and the span `front: [0.2, 0.5]`, as in a space file.
+        trials: Candidates on the first rung.
+        name: Names the studies and the MLflow experiment; by default the model's class.
+        home: Folder of the studies, models and caches.
+        workers: Evaluations in parallel; more than one are processes, so the script needs `if __name__ == "__main__"`.
+        timeout: Seconds after which nothing more is started.
+        criteria: What may rank channels.
+        loss: Own loss `loss(output, target)`, the mean over a batch; by default cross-entropy.
+        metric: Own metric `metric(output, target)`, higher is better; by default top-1 accuracy.
+        **settings: Any other section of a space file: `recipe`, `search`, `groups`, `device`, `seed`.
+
+    Raises:
+        InputError: Model, data or settings cannot be used, or the study belongs to others.
+        TrialError: Too many trials fail.
+    """
+    name = name or re.sub(r"[^a-z0-9._-]+", "-", type(model).__name__.lower()).strip("-") or "model"
+    space = Space.from_mapping(
+        {
+            "schema": 1,
+            "name": name,
+            "model": {"factory": "autoprune.coordinator.api:search"},
+            "data": {"factory": "autoprune.coordinator.api:search"},
+            "budget": dict(budget),
+            "criteria": {"choices": list(criteria), **settings.pop("criteria_settings", {})},
+            **settings,
+        }
+    )
+    folder = Path(home)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    splits = as_splits(data, settings=None, seed=space.seed)
+    key = pipeline.splits_digest(splits)
+    origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    ingredients = pipeline.Ingredients(model, splits, origin, key, loss, metric)
+    sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
+    with report.Progress() as progress, _only_one(folder, name):
+        session = Session(space, ingredients, sections=sections, home=folder, progress=progress)
+        return session.run(workers=workers, deadline=deadline, trials=trials, summary=False)

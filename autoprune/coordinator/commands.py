@@ -1,0 +1,95 @@
+"""What the commands but `search` do: show a front, inspect a model, export a trial, start the dashboard.
+
+Decides what is read and handed to the report. Changes nothing but the exported files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from autoprune import report
+from autoprune.coordinator.views import StoredSearch, read_search, storage_path, view_of
+from autoprune.errors import StudyError
+from autoprune.space import Space
+
+
+def terminal() -> tuple[int, bool]:
+    """Returns the columns of the terminal and whether it shows colours; wide and plain where output is piped."""
+    if not sys.stdout.isatty():
+        return 140, False
+    return max(60, shutil.get_terminal_size((120, 40)).columns), True
+
+
+def show_front(name: str, *, home: Path, layers: int | None = None) -> tuple[str, dict[str, Any]]:
+    """Returns the front of a search as text and as JSON values; with `layers`, that trial's layers too.
+
+    Raises:
+        StudyError: There is no such search or trial.
+    """
+    stored = read_search(name, home=home)
+    view = view_of(stored)
+    width, color = terminal()
+    text = report.render_front(view, console_width=width, color=color)
+    data = report.front_json(view)
+    if layers is not None:
+        rows = layer_rows(stored, layers)
+        text += "\n" + report.render_layers(view, layers, rows, console_width=width, color=color)
+        data["layers"] = report.layer_table(rows).to_dict(orient="records")
+    return text.rstrip("\n"), data
+
+
+def layer_rows(stored: StoredSearch, trial: int) -> list[report.LayerRow]:
+    """Returns a trial's layers before and after, as its saved model tells.
+
+    Raises:
+        StudyError: There is no such trial, or its model was not kept.
+    """
+    from autoprune.network.artifacts import read_document
+
+    document = read_document(stored.model_path(trial))
+    return [report.LayerRow(**row) for row in document["layers"]]
+
+
+def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the pruning groups of a space's model, what is frozen and why, and costs, as text and as JSON values.
+
+    Raises:
+        InputError: The model or the data cannot be used.
+    """
+    from autoprune.network import inspection, pipeline
+
+    ingredients = pipeline.ingredients_of(space, cache=home / "cache", note=lambda text: None, train=False)
+    network = pipeline.trace_ingredients(ingredients)
+    data = inspection.describe(network, pipeline.searchable_groups(network, space))
+    width, color = terminal()
+    return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
+
+
+def export_trial(name: str, *, home: Path, trial: int, format: str, output: Path | None = None) -> list[Path]:
+    """Writes a trial's model in the given format and returns the files.
+
+    Raises:
+        StudyError: There is no such search or trial, or its weights were not kept.
+        InputError: The format is unknown, or the model cannot be exported.
+    """
+    from autoprune.network.export import export
+
+    folder = read_search(name, home=home).model_path(trial)
+    return export(folder, output or Path("exports") / f"{name}-{trial}", format=format)
+
+
+def dashboard_command(home: Path, port: int) -> list[str]:
+    """Returns the command that shows a home folder's studies in the Optuna dashboard, on this machine alone.
+
+    Raises:
+        StudyError: There is no study yet.
+    """
+    path = storage_path(home)
+    if not path.is_file():
+        raise StudyError(f"there is no study in {home} yet; `autoprune search` makes one")
+    beside = Path(sys.executable).with_name("optuna-dashboard")
+    program = str(beside) if beside.is_file() else "optuna-dashboard"
+    return [program, f"sqlite:///{path.resolve()}", "--host", "127.0.0.1", "--port", str(port)]

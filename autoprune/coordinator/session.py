@@ -1,0 +1,351 @@
+"""A search from its settings to its front.
+
+Decides the order: prepare the network, open the studies, run the ladder and the controls, record, show. The same call
+resumes a search that was stopped at any moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import autoprune.search as studies
+from autoprune import report
+from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.recording import Records
+from autoprune.coordinator.views import CONTROLS, StoredSearch, facts_of, read_search, storage_path, view_of
+from autoprune.errors import StudyError
+from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
+from autoprune.network import pipeline
+from autoprune.network.checkpoints import file_digest
+from autoprune.network.trace import Network
+from autoprune.network.workbench import Workbench
+from autoprune.pareto import front_indices
+from autoprune.policy import digest
+from autoprune.report import SearchView
+from autoprune.results import Fidelity, Problem, WarmStart
+from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
+from autoprune.search.warmstart import control_policies, warm_starts
+from autoprune.space import Space
+
+_PATIENCE = 120.0
+"""Seconds that the end of a search waits for MLflow."""
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """A search that ended. `complete` is False where its deadline ended it; `text` is what a person reads."""
+
+    name: str
+    text: str
+    view: SearchView
+    stored: StoredSearch
+    complete: bool
+
+    @property
+    def front(self) -> tuple[report.FrontPoint, ...]:
+        """The trials that no other trial dominates, in order of rising cost."""
+        return self.view.front
+
+    def model_path(self, trial: int) -> Path:
+        """Returns the folder of a trial's model, for `autoprune.load`.
+
+        Raises:
+            StudyError: There is no such trial, or its weights were not kept.
+        """
+        return self.stored.model_path(trial)
+
+
+def run_search(
+    space: Space, *, home: Path, workers: int, timeout: float | None, trials: int | None, summary: bool
+) -> SearchOutcome:
+    """Searches as a space file says; shows its progress on stderr.
+
+    Args:
+        space: The settings.
+        home: Folder of the studies, models and caches.
+        workers: Evaluations in parallel; more than one are processes.
+        timeout: Seconds after which nothing more is started.
+        trials: Candidates on the first rung, instead of the space's.
+        summary: Whether the outcome's text shows the knee's layers before and after.
+
+    Raises:
+        InputError: Something that the settings name cannot be used, or the study belongs to other settings.
+        TrialError: Too many trials fail.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with report.Progress() as progress, _only_one(home, space.name):
+        progress.note(f"search {space.name}: preparing")
+        ingredients = pipeline.ingredients_of(space, cache=home / "cache", note=progress.note)
+        sections = space.fingerprint_sections()
+        if space.checkpoint is not None:
+            sections["checkpoint"] = file_digest(space.checkpoint)
+        return Session(space, ingredients, sections=sections, home=home, progress=progress).run(
+            workers=workers, deadline=deadline, trials=trials, summary=summary
+        )
+
+
+@contextmanager
+def _only_one(home: Path, name: str) -> Iterator[None]:
+    """Keeps a second process from running the same search: the lock goes with the process that holds it.
+
+    Raises:
+        StudyError: Another process runs it, or the folder cannot be written.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        stream = (home / f"{name}.lock").open("a")
+    except OSError as error:
+        raise StudyError(f"cannot write to {home}: {error}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StudyError(f"another process is running the search {name!r} in {home}") from error
+        yield
+
+
+class Session:
+    """One call of a search."""
+
+    def __init__(
+        self,
+        space: Space,
+        ingredients: pipeline.Ingredients,
+        *,
+        sections: Mapping[str, str],
+        home: Path,
+        progress: report.Progress,
+    ) -> None:
+        self.space = space
+        self.home = home
+        self.progress = progress
+        self.sections = dict(sections)
+        self.network: Network = pipeline.trace_ingredients(ingredients)
+        groups = pipeline.searchable_groups(self.network, space)
+        self.problem: Problem = pipeline.problem_of(self.network, groups, space)
+        self.models = home / "models" / space.name
+        self.storage = studies.open_storage(storage_path(home))
+        self._check()
+        self.bench: Workbench = pipeline.workbench_of(
+            space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
+        )
+
+    def run(self, *, workers: int, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
+        """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
+        plan = self._plan(workers, trials or self.space.search.trials)
+        records = Records(
+            self.space.name,
+            self.problem,
+            home=self.home,
+            params=self._params(),
+            tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
+            say=self.progress.note,
+        )
+        begun = time.monotonic()
+        try:
+            with self._executor(workers) as executor:
+                complete = self._climb(plan, executor, records, deadline)
+        except BaseException as error:
+            records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            records.close(10.0)
+            raise
+        stored = read_search(self.space.name, home=self.home)
+        self._forget_models(stored)
+        view = view_of(stored)
+        if view.front:
+            records.publish(stored, view)
+        else:
+            records.stop("FINISHED")
+        left = records.close(_PATIENCE)
+        self._link(stored, records)
+        text = self._text(stored, view, records, left=left, summary=summary)
+        self.progress.note(f"done in {time.monotonic() - begun:.0f} s")
+        return SearchOutcome(self.space.name, text, view, stored, complete)
+
+    # --- before ---
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for everything that decides a result."""
+        return digest(self.sections)
+
+    def _check(self) -> None:
+        """Refuses a study of other settings before anything slow is done or written."""
+        first = self.space.search.ladder[0].rung
+        name = studies.study_name(self.space.name, first)
+        if name in {study.study_name for study in self.storage.get_all_studies()}:
+            studies.open_study(
+                self.storage, name, self.problem, fingerprint=self.fingerprint, settings=self.sections, create=False
+            )
+
+    def _plan(self, workers: int, trials: int) -> LadderPlan:
+        ladder = self.space.search.ladder
+        rungs = tuple(
+            RungPlan(Fidelity(r.rung, r.epochs, r.images, r.seeds, r.test), r.trials if r.trials else trials)
+            for r in ladder
+        )
+        starts: tuple[WarmStart, ...] = ()
+        if self.space.search.warm_starts:
+            knowledge = self.bench.knowledge
+            scores = {c: {g: s.tolist() for g, s in by.items()} for c, by in knowledge.scores.items()}
+            starts = warm_starts(self.problem, scores, knowledge.tables, count=max(1, min(24, trials // 2)))
+        return LadderPlan(
+            name=self.space.name,
+            problem=self.problem,
+            rungs=rungs,
+            fingerprint=self.fingerprint,
+            settings=self.sections,
+            warm_starts=starts,
+            sampler=self.space.search.sampler,
+            seed=self.space.seed,
+            workers=workers,
+        )
+
+    def _params(self) -> dict[str, Any]:
+        plain = self.space.model_dump(mode="json", by_alias=True)
+        return {f"{k}.{kk}": vv for k, v in plain.items() if isinstance(v, dict) for kk, vv in v.items()} | {
+            k: v for k, v in plain.items() if not isinstance(v, dict)
+        }
+
+    def _executor(self, workers: int) -> Executor:
+        if workers == 1:
+            return InlineExecutor(self.bench.evaluate)
+        threads = pipeline.threads_per_worker(workers)
+        return ProcessExecutor(pipeline.WorkerFactory(self.bench, threads), workers)
+
+    # --- during ---
+
+    def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
+        known: dict[str, bool] = {}
+
+        def told(event: studies.Event) -> None:
+            if isinstance(event, RungStarted):
+                self.progress.rung_started(event.rung, total=event.total, done=event.done)
+                if not known:
+                    self._write_facts(plan)
+                known[event.rung] = True
+                for trial in self._trials(event.rung):
+                    records.trial(event.rung, trial)
+                    if trial.result is not None and trial.reused is None:
+                        self.progress.trial_finished(
+                            val_accuracy=trial.result.metrics["val_accuracy"],
+                            cost=self._cost(trial.result.costs),
+                            known=True,
+                        )
+            elif isinstance(event, TrialFinished):
+                accuracy = event.result.metrics["val_accuracy"] if event.result else None
+                cost = self._cost(event.result.costs) if event.result else None
+                self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
+                if event.reason:
+                    self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
+                records.trial(event.rung, self._trial(event))
+            else:
+                self.progress.rung_finished()
+
+        def submit(policy: Any, fidelity: Fidelity) -> Any:
+            return executor.submit(policy, fidelity)
+
+        outcome = studies.run_ladder(
+            self.storage, plan, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
+        )
+        if not outcome.complete:
+            return False
+        controls = self._controls(plan)
+        if controls is None:
+            return True
+        result = studies.run_ladder(
+            self.storage, controls, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
+        )
+        return result.complete
+
+    def _controls(self, plan: LadderPlan) -> LadderPlan | None:
+        """Returns the one-rung ladder of the controls: the policies that people would try, by the last rung's
+        recipe.
+        """
+        count = self.space.search.controls
+        if count < 1:
+            return None
+        scores = {c: {g: s.tolist() for g, s in by.items()} for c, by in self.bench.knowledge.scores.items()}
+        starts = control_policies(self.problem, scores, count=count)
+        identities = {self.bench.identity(start.policy) for start in starts}
+        last = plan.rungs[-1].fidelity
+        rung = RungPlan(replace(last, rung=CONTROLS), len(identities))
+        return replace(plan, rungs=(rung,), warm_starts=starts, sampler="random")
+
+    def _cost(self, costs: Mapping[str, int]) -> float:
+        return float(costs[self.problem.budget.primary])
+
+    def _trials(self, rung: str) -> Sequence[studies.StoredTrial]:
+        study = studies.load_rung(self.storage, self.space.name, rung)
+        return [t for t in studies.read_trials(study, self.problem) if not t.abandoned]
+
+    def _trial(self, event: TrialFinished) -> studies.StoredTrial:
+        study = studies.load_rung(self.storage, self.space.name, event.rung)
+        return studies.read_trial(study, event.number, self.problem)
+
+    def _write_facts(self, plan: LadderPlan) -> None:
+        study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
+        if studies.read_facts(study) is not None:
+            return
+        last = plan.rungs[-1].fidelity
+        stages = {group.name: group.stage for group in self.network.groups}
+        facts = facts_of(self.problem, self.bench.dense_result(last), [rung.fidelity for rung in plan.rungs], stages)
+        studies.write_facts(study, facts)
+
+    # --- after ---
+
+    def _forget_models(self, stored: StoredSearch) -> None:
+        """Deletes the weights of trials that no front needs; a point that is dominated never comes back."""
+        if not self.models.is_dir():
+            return
+        keep = {Path(s.result.model_path).name for s in stored.shown(stored.order[-1]) if s.result.model_path}
+        picked = stored.shown(stored.picked_rung)
+        points = [(s.result.val_error, self._cost(s.result.costs)) for s in picked]
+        front = [picked[i] for i in front_indices(points)]
+        keep |= {Path(s.result.model_path).name for s in front if s.result.model_path}
+        for folder in self.models.iterdir():
+            if folder.name not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _link(self, stored: StoredSearch, records: Records) -> None:
+        """Writes each trial's note in the Optuna dashboard: what it is and where its MLflow run is."""
+        for rung in stored.rungs:
+            links = records.links(rung)
+            study = studies.load_rung(self.storage, self.space.name, rung)
+            studies.write_notes(study, {n: f"[MLflow run]({link})" for n, link in links.items()})
+
+    def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
+        width, color = terminal()
+        lines = [report.render_front(view, console_width=width, color=color).rstrip("\n")]
+        knee = view.knee or (view.front[-1] if view.front else None)
+        number = knee.trial if knee is not None else None
+        if summary and number is not None:
+            rows = layer_rows(stored, number)
+            lines.append(report.render_layers(view, number, rows, console_width=width, color=color).rstrip("\n"))
+        if left:
+            lines.append(f"MLflow is away: {left} records wait; the same command writes them once it is back.")
+        name = self.space.name
+        make = Path("mlflow/server.env").is_file()
+        front = f"make front NAME={name}" if make else f"autoprune front {name}"
+        export = (
+            f"make export NAME={name} TRIAL={number} FORMAT=onnx"
+            if make
+            else (f"autoprune export {name} --trial {number} --format onnx")
+        )
+        ui = "make mlflow-ui" if make else f"mlflow server --backend-store-uri {records.uri}"
+        board = "make dashboard" if make else "autoprune dashboard"
+        commands = [(front, "this table again")]
+        if number is not None:
+            commands.append((export, "a model of the front as a file"))
+        charts = f"{records.address}{records.charts}" if records.charts else records.address
+        commands += [(ui, charts), (board, "Optuna dashboard: http://127.0.0.1:8080")]
+        length = max(len(command) for command, _ in commands)
+        lines.append("\n".join(["Next:", *(f"  {command:<{length}}  # {what}" for command, what in commands)]))
+        return "\n\n".join(lines)

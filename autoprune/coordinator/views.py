@@ -1,0 +1,182 @@
+"""A search as the report sees it, put together from its studies.
+
+Decides which rung is shown and by which number a trial is called: a person picks trials of the rung before the one that
+touches the test set, so a `final` result is shown under the number of the trial that it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import autoprune.search as studies
+from autoprune import report
+from autoprune.errors import StudyError
+from autoprune.report import FrontPoint, SearchView
+from autoprune.results import Fidelity, Problem, TrialResult
+from autoprune.search import StoredTrial
+
+CONTROLS = "controls"
+"""The rung of the controls: uniform and global policies under the last rung's recipe."""
+STATE = "optuna.db"
+
+
+def facts_of(
+    problem: Problem, dense_metrics: Mapping[str, float], rungs: Sequence[Fidelity], stages: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns what a reader of the studies needs to know beside the trials."""
+    return {
+        "schema": 1,
+        "primary": problem.budget.primary,
+        "sizes": {group.name: group.size for group in problem.groups},
+        "stages": dict(stages),
+        "dense_costs": problem.cost_model.dense(),
+        "dense_metrics": dict(dense_metrics),
+        "limits": dict(problem.budget.limits),
+        "reference": list(studies.reference_point(problem)),
+        "rungs": [{"rung": f.rung, "test": f.test, "epochs": f.epochs} for f in rungs],
+    }
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One trial of the shown rung: the number that people use, its study's own, and the result."""
+
+    number: int
+    rung: str
+    own: int
+    result: TrialResult
+    source: str
+
+
+@dataclass(frozen=True)
+class StoredSearch:
+    """A search as its storage holds it."""
+
+    name: str
+    facts: Mapping[str, Any]
+    rungs: Mapping[str, tuple[StoredTrial, ...]]
+
+    @property
+    def order(self) -> list[str]:
+        """The rungs of the ladder, first to last."""
+        return [rung["rung"] for rung in self.facts["rungs"]]
+
+    @property
+    def picked_rung(self) -> str:
+        """The rung whose trial numbers people use: the last one that does not touch the test set."""
+        plain = [rung["rung"] for rung in self.facts["rungs"] if not rung["test"]]
+        return str(plain[-1] if plain else self.order[-1])
+
+    @property
+    def shown_rung(self) -> str:
+        """The last rung that has a finished trial."""
+        begun = [rung for rung in self.order if any(t.state == "complete" for t in self.rungs.get(rung, ()))]
+        return begun[-1] if begun else self.order[0]
+
+    def shown(self, rung: str | None = None) -> list[Shown]:
+        """Returns the distinct finished trials of a rung (by default the one that is shown)."""
+        rung = rung or self.shown_rung
+        renamed = self.order.index(rung) > self.order.index(self.picked_rung) if rung in self.order else False
+        return [
+            Shown(int(t.origin) if renamed else t.number, rung, t.number, t.result, t.source)
+            for t in studies.distinct(self.rungs.get(rung, ()))
+            if t.result is not None
+        ]
+
+    def model_path(self, number: int) -> Path:
+        """Returns the folder with the model of the trial that people call `number`.
+
+        Raises:
+            StudyError: There is no such trial, or its weights were not kept.
+        """
+        rungs = list(dict.fromkeys([self.shown_rung, self.picked_rung]))
+        found = [s for rung in rungs for s in self.shown(rung) if s.number == number]
+        kept = sorted({s.number for rung in rungs for s in self.shown(rung) if _kept(s)})
+        text = ", ".join(map(str, kept)) or "none"
+        if not found:
+            raise StudyError(f"{self.name} has no finished trial {number}; weights are kept of: {text}")
+        for shown in found:
+            if _kept(shown):
+                assert shown.result.model_path is not None
+                return Path(shown.result.model_path)
+        raise StudyError(f"the weights of trial {number} of {self.name} were not kept (it is not on the front): {text}")
+
+
+def _kept(shown: Shown) -> bool:
+    return shown.result.model_path is not None and Path(shown.result.model_path).is_dir()
+
+
+def storage_path(home: Path) -> Path:
+    """Returns the SQLite file of a home folder's studies."""
+    return home / STATE
+
+
+def read_search(name: str, *, home: Path) -> StoredSearch:
+    """Reads a search from the storage of a home folder.
+
+    Raises:
+        StudyError: There is no storage, no such search, or it was not begun.
+    """
+    path = storage_path(home)
+    if not path.is_file():
+        raise StudyError(f"there is no search in {home} yet; `autoprune search` makes one")
+    storage = studies.open_storage(path)
+    names = studies.rung_names(storage, name)
+    opened = {rung: studies.load_rung(storage, name, rung) for rung in names}
+    facts = next((f for study in opened.values() if (f := studies.read_facts(study)) is not None), None)
+    if facts is None:
+        raise StudyError(f"the search {name!r} has not begun yet")
+    trials = {rung: tuple(studies.read_results(study)) for rung, study in opened.items()}
+    return StoredSearch(name, facts, trials)
+
+
+def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
+    """Returns the view of a search's shown rung, controls included where they ran the same recipe."""
+    facts = stored.facts
+    metrics = dict(facts["dense_metrics"])
+    shown = stored.shown()
+    dense = FrontPoint(
+        trial=None,
+        val_accuracy=metrics.get("val_accuracy", float("nan")),
+        costs=facts["dense_costs"],
+        widths=facts["sizes"],
+        test_accuracy=metrics.get("test_accuracy") if any("test_accuracy" in s.result.metrics for s in shown) else None,
+        origin="dense",
+        metrics=metrics,
+    )
+    last = stored.shown_rung == stored.order[-1]
+    controls = [t for t in studies.distinct(stored.rungs.get(CONTROLS, ())) if t.result is not None] if last else []
+    return SearchView(
+        name=stored.name,
+        rung=stored.shown_rung,
+        dense=dense,
+        trials=tuple(report.point_of(s.result, trial=s.number, origin=s.source) for s in shown),
+        sizes=facts["sizes"],
+        controls=tuple(
+            report.point_of(t.result, trial=None, origin=t.source) for t in controls if t.result is not None
+        ),
+        primary=facts["primary"],
+        reference=(float(facts["reference"][0]), float(facts["reference"][1])),
+        limits=facts["limits"],
+        notes=(*audit_notes(stored), *notes),
+    )
+
+
+def audit_notes(stored: StoredSearch) -> list[str]:
+    """Returns a sentence for every two rungs in a row: how well the first one ranks what the second one measured."""
+    notes = []
+    for first, second in zip(stored.order, stored.order[1:], strict=False):
+        results = [[t.result for t in stored.rungs.get(rung, ()) if t.result is not None] for rung in (first, second)]
+        audit = studies.audit(*results)
+        if audit.tau is None or audit.regret is None:
+            continue
+        notes.append(
+            f"Proxy audit {first} → {second}: Kendall τ {audit.tau:.2f} over {audit.pairs} policies,"
+            f" regret {100 * audit.regret:.2f} points."
+        )
+        if audit.warning:
+            notes.append(f"Warning: {audit.warning}")
+    return notes

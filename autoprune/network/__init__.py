@@ -1,0 +1,11 @@
+"""Everything that touches torch: tracing, surgery, criteria, compensation, training, evaluation, export.
+
+Decides what a policy does to a network. Sole owner of torch and torchvision; must not know of Optuna, MLflow or
+reports.
+"""
+
+from autoprune.network.artifacts import load
+from autoprune.network.pruning import prune
+from autoprune.network.trace import Network, trace
+
+__all__ = ["Network", "load", "prune", "trace"]

@@ -1,0 +1,151 @@
+"""Pruned models on disk: `model.safetensors` and `policy.json`, never a pickle, and how they come back.
+
+Decides what is written beside the weights so that a pruned model can be rebuilt from its original class without
+tracing: the kept channels, the depthwise layers whose `groups` follow, and how the dense model was built. A folder is
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoprune.errors import CheckpointError
+from autoprune.network.checkpoints import read_state, save_state
+from autoprune.network.inspection import layer_table
+from autoprune.network.models import build_model
+from autoprune.network.surgery import Selection, refresh_attributes
+from autoprune.network.trace import Network
+from autoprune.policy import Policy
+
+SCHEMA = 1
+WEIGHTS = "model.safetensors"
+DOCUMENT = "policy.json"
+
+
+def model_document(
+    network: Network,
+    policy: Policy | None,
+    selection: Selection,
+    result: Mapping[str, Any],
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns what `policy.json` says about a pruned model."""
+    dense = network.cost_model.dense()
+    return {
+        "schema": SCHEMA,
+        "policy": policy.to_json() if policy is not None else None,
+        "kept": {name: [int(i) for i in kept] for name, kept in selection.items()},
+        "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
+        "origin": dict(origin),
+        "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
+        "dense_costs": dense,
+        "costs": network.cost_model.costs({name: len(kept) for name, kept in selection.items()}),
+        "layers": layer_table(network, selection),
+        "result": {key: result[key] for key in ("metrics", "widths", "fidelity", "identity", "seed") if key in result},
+    }
+
+
+def save_model(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> Path:
+    """Writes a pruned model's weights and document into `folder`, which is replaced as a whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_state(model, work / WEIGHTS, {"format": "pt", "autoprune_schema": str(SCHEMA)})
+        (work / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        os.chmod(work, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """Returns the document of a saved model.
+
+    Raises:
+        CheckpointError: The folder holds none, or its schema is unknown.
+    """
+    path = folder / DOCUMENT
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no pruned model at {folder}: {DOCUMENT} is missing") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else None
+        raise CheckpointError(f"{path} has the unknown schema {found!r}; this version reads schema {SCHEMA}")
+    return document
+
+
+def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Returns a pruned model that was saved, as an instance of its original class, in eval mode.
+
+    Args:
+        path: The folder with `model.safetensors` and `policy.json`.
+        factory: Builds the dense model. Not needed for models that were named in a space file (zoo, torchvision).
+
+    Raises:
+        CheckpointError: Files are missing or damaged, or do not belong to the model that `factory` builds.
+    """
+    folder = Path(path)
+    document = read_document(folder)
+    origin = document.get("origin") or {}
+    if factory is not None:
+        model = factory()
+    elif origin.get("name") or origin.get("factory"):
+        model = build_model(
+            name=origin.get("name"),
+            factory=origin.get("factory"),
+            arguments=origin.get("arguments"),
+            num_classes=origin.get("num_classes"),
+        )
+    else:
+        raise CheckpointError(f"{folder} does not say how its dense model is built: pass load(path, factory)")
+    return shrink_to(model, folder, document).eval()
+
+
+def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn.Module:
+    """Gives a dense `model` the saved, smaller parameters, in place.
+
+    Raises:
+        CheckpointError: Names do not match, or a tensor is larger than the dense model's.
+    """
+    state = read_state(folder / WEIGHTS)
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    larger = [n for n in state.keys() & own.keys() if _larger(tuple(state[n].shape), tuple(own[n].shape))]
+    if missing or unexpected or larger:
+        lists = {"missing": missing, "unexpected": unexpected, "larger than dense": sorted(larger)}
+        detail = "\n".join(f"  {len(names)} {kind}: {', '.join(names[:8])}" for kind, names in lists.items() if names)
+        raise CheckpointError(f"{folder} does not belong to {type(model).__name__}:\n{detail}")
+    depthwise = set(document.get("depthwise", ()))
+    replaced: dict[int, nn.Parameter] = {}
+    for module_path, module in model.named_modules():
+        prefix = f"{module_path}." if module_path else ""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                tensor = state[prefix + name].to(parameter.dtype)
+                replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            module._parameters[name] = replaced[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and prefix + name in state:
+                module._buffers[name] = state[prefix + name].to(buffer.dtype)
+        refresh_attributes(module, depthwise=module_path in depthwise)
+    return model
+
+
+def _larger(saved: tuple[int, ...], dense: tuple[int, ...]) -> bool:
+    return len(saved) != len(dense) or any(a > b for a, b in zip(saved, dense, strict=True))

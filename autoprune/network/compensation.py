@@ -1,0 +1,102 @@
+"""Compensation: refits the weights that consume kept channels so that they reproduce the dense layer's output.
+
+Decides the closed form and its ridge. With the covariance `C` of a layer's input on calibration images, kept entries
+`S` and dense weight `W`, the least-squares refit is `W' = W C[:,S] (C[S,S] + λI)⁻¹`, and the bias takes up the mean
+of what went. A layer without bias that no batch norm follows uses second moments instead of covariances. No
+gradients, no images: only the cached statistics.
+
+Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017; GRAIL, arXiv:2602.23795.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.network.calibration import Moments, Statistics
+from autoprune.network.groups import Links
+from autoprune.network.labels import Labels
+from autoprune.network.surgery import Selection, kept_indices, unit_mask
+from autoprune.network.trace import Network
+
+
+def compensated_tensors(
+    network: Network, selection: Selection, statistics: Statistics, *, ridge: float = 1e-3, recalibrated: bool = True
+) -> dict[str, Tensor]:
+    """Returns the refitted weights and biases by name, already cut to the channels that stay.
+
+    Args:
+        network: The traced dense network.
+        selection: The channels that stay.
+        statistics: Moments of the dense layers' inputs.
+        ridge: λ relative to the mean of the diagonal of `C[S,S]`.
+        recalibrated: Whether batch norm statistics are re-estimated afterwards; they then absorb constant shifts.
+    """
+    kept = unit_mask(network, selection)
+    state = {**dict(network.model.named_parameters(remove_duplicate=False))}
+    uses: dict[str, list[Links]] = {}
+    for links in network.links:
+        uses.setdefault(links.layer.weight, []).append(links)
+    tensors: dict[str, Tensor] = {}
+    for path, moments in statistics.items():
+        links = next(links for links in network.links if links.module == path and links.inputs is not None)
+        if len(uses[links.layer.weight]) > 1:
+            continue  # one weight, several inputs: no single refit serves all
+        assert links.inputs is not None
+        stay = kept_indices(links.inputs, kept)
+        if len(stay) == len(links.inputs):
+            continue
+        weight = state[links.layer.weight].detach()
+        bias = state[links.layer.bias].detach() if links.layer.bias else None
+        refitted, shift = refit(weight, moments, stay, ridge=ridge, centred=_centred(links, recalibrated))
+        rows = torch.from_numpy(kept_indices(links.outputs, kept)).to(weight.device)
+        tensors[links.layer.weight] = refitted.index_select(0, rows)
+        if bias is not None and links.layer.bias is not None:
+            tensors[links.layer.bias] = (bias + shift).index_select(0, rows)
+    return tensors
+
+
+def _centred(links: Links, recalibrated: bool) -> bool:
+    return links.layer.bias is not None or (links.layer.normalised and recalibrated)
+
+
+def layer_moments(moments: Moments, links: Links, *, recalibrated: bool = True) -> Tensor:
+    """Returns the `(G, d, d)` matrix in which a layer's refit is least squares: covariance or second moments."""
+    return moments.covariance() if _centred(links, recalibrated) else moments.gram
+
+
+def refit(
+    weight: Tensor, moments: Moments, stay: Labels, *, ridge: float = 1e-3, centred: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Refits `weight` `(N, C/G, k...)` to the input channels `stay` (positions in one group).
+
+    Returns:
+        The weight `(N, len(stay), k...)` and the shift `(N,)` to add to the bias (zero where `centred` is false).
+    """
+    groups = moments.gram.shape[0]
+    entries = entries_of(stay, moments.kernel).to(weight.device)
+    matrix = moments.covariance() if centred else moments.gram
+    flat = weight.reshape(groups, weight.shape[0] // groups, -1).double()  # (G, N/G, d)
+    matrix = matrix.to(weight.device).double()
+    inner = matrix[:, entries][:, :, entries]  # (G, s, s)
+    outer = matrix[:, :, entries]  # (G, d, s)
+    scale = inner.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+    inner.diagonal(dim1=1, dim2=2).add_((ridge * scale).unsqueeze(1))
+    # A channel that is constant zero on the calibration images must not be amplified: λ pulls its weight towards the
+    # dense one.
+    dense = flat[:, :, entries]
+    right = (flat @ outer + ridge * scale.view(-1, 1, 1) * dense).transpose(1, 2)  # (G, s, N/G)
+    factor = torch.linalg.cholesky(inner)
+    solved = torch.cholesky_solve(right, factor).transpose(1, 2)  # (G, N/G, s)
+    shift = torch.zeros(groups, flat.shape[1], dtype=torch.float64, device=weight.device)
+    if centred:
+        mean = moments.mean.to(weight.device).double().unsqueeze(2)
+        shift = (flat @ mean - solved @ mean[:, entries]).squeeze(2)
+    shape = (weight.shape[0], len(stay), *weight.shape[2:])
+    return solved.reshape(shape).to(weight.dtype), shift.reshape(-1).to(weight.dtype)
+
+
+def entries_of(channels: Labels, kernel: int) -> Tensor:
+    """Returns the positions in a patch, channel-major, of the given channels."""
+    return torch.from_numpy((np.asarray(channels)[:, None] * kernel + np.arange(kernel)[None, :]).reshape(-1))

@@ -1,0 +1,285 @@
+"""How good and how fast a network is.
+
+Decides how a network is scored on a split, how BatchNorm statistics are recalibrated, how latency is measured, and
+which number format is the fastest here. Must not know of policies or of training.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoprune.network.samples import Device, Split
+
+Loss = Callable[[Any, Tensor], Tensor]
+"""A function of (what the network returns, classes) that gives the mean over the batch, a scalar tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a network did on `count` samples.
+
+    `accuracy` is a fraction (or the mean of the user's own metric), `loss` the mean loss (NaN stays NaN), `per_class`
+    the accuracy of each class (NaN where the samples hold none of it).
+    """
+
+    accuracy: float
+    loss: float
+    count: int
+    per_class: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Time of one forward pass of a batch: median and interquartile range in milliseconds, and how it was measured."""
+
+    median_ms: float
+    spread_ms: float
+    batch: int
+    threads: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The number format in which a network runs: an autocast type (None: float32) and the memory format of images."""
+
+    autocast_dtype: torch.dtype | None = None
+    channels_last: bool = True
+
+    def arrange(self, value: Tensor) -> Tensor:
+        """Returns a 4-D tensor in this memory format; any other tensor as it is."""
+        if value.dim() != 4:
+            return value
+        return value.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def arrange_model(self, model: nn.Module) -> None:
+        """Brings the weights of `model` into this memory format, in place; their values stay."""
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data = self.arrange(parameter.data)
+
+
+def autocast(device: Device, dtype: torch.dtype | None) -> torch.autocast:
+    """Returns the context in which a forward pass runs in `dtype`; None: in float32."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Returns the logits `(N, classes)` of what a network returned: a tensor, an object with `logits`, or a tuple.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else None)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the network returned {type(output).__name__}, in which there are no logits")
+    return found
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Puts `model` into training or evaluation mode, and each of its modules back into its own at the end."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int = 500,
+    limit: int | None = None,
+    device: Device = "cpu",
+    autocast_dtype: torch.dtype | None = None,
+    loss: Loss | None = None,
+    metric: Callable[[Any, Tensor], Tensor | float] | None = None,
+) -> Score:
+    """Scores `model` on `split` in evaluation mode, without gradients. The model is moved to `device`.
+
+    Args:
+        model: The network.
+        split: The samples.
+        batch_size: Samples a forward pass.
+        limit: Only the first `limit` samples of the stored order.
+        device: Where it runs.
+        autocast_dtype: Type of the forward pass; None: float32.
+        loss: Own loss, the mean over a batch; None: cross-entropy.
+        metric: Own metric, the mean over a batch, higher is better, in place of the accuracy; None: top-1 accuracy.
+
+    Raises:
+        ValueError: There is no sample to score.
+    """
+    model.to(device)
+    classes = split.num_classes
+    hits = torch.zeros(classes, dtype=torch.int64, device=device)
+    seen = torch.zeros_like(hits)
+    total_loss = torch.zeros((), device=device)
+    total_metric = torch.zeros((), device=device)
+    count = 0
+    with torch.inference_mode(), mode(model, training=False), autocast(device, autocast_dtype):
+        for x, y in split.batches(batch_size, device=device, limit=limit):
+            output = model(x)
+            logits = logits_of(output).float()  # (n, classes)
+            value = F.cross_entropy(logits, y) if loss is None else loss(output, y)
+            right = logits.argmax(1) == y
+            seen.scatter_add_(0, y, torch.ones_like(y))
+            hits.scatter_add_(0, y, right.long())
+            total_loss += value.float() * len(y)
+            if metric is not None:
+                total_metric += metric(output, y) * len(y)
+            count += len(y)
+    if count == 0:
+        raise ValueError(f"there is no sample to score (limit {limit})")
+    per_class = hits.double() / seen  # 0 / 0 is NaN
+    accuracy = float(total_metric) / count if metric is not None else int(hits.sum()) / count
+    return Score(accuracy, float(total_loss) / count, count, tuple(per_class.tolist()))
+
+
+def recalibrate(
+    model: nn.Module, split: Split, *, batches: int = 10, batch_size: int = 128, device: Device = "cpu", seed: int = 0
+) -> None:
+    """Re-estimates the BatchNorm statistics of `model`, in place: the plain average over `batches` batches of `split`.
+
+    Gradients, weights and every other module stay as they are; a network without BatchNorm is left alone. At most one
+    pass over `split` is made, and a last batch that is smaller than the others is left out, as it would weigh too much.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms or batches < 1:
+        return
+    model.to(device)
+    batch_size = min(batch_size, len(split))
+    momenta = [norm.momentum for norm in norms]
+    order = Generator().manual_seed(seed)
+    with torch.no_grad(), mode(model, training=False):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.training = True
+        try:
+            for number, (x, _) in enumerate(split.batches(batch_size, shuffle=order, device=device)):
+                if number >= batches or len(x) < batch_size:
+                    break
+                model(x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def measure_latency(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    device: Device = "cpu",
+    repeats: int = 30,
+    warmup: int = 5,
+    autocast_dtype: torch.dtype | None = None,
+) -> Latency:
+    """Times forward passes of the batch `example` in evaluation mode. The model is moved to `device`.
+
+    Raises:
+        ValueError: `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    model.to(device)
+    example = example.to(device)
+    times = []
+    with torch.inference_mode(), mode(model, training=False), autocast(device, autocast_dtype):
+        for number in range(warmup + repeats):
+            _wait(device)
+            start = time.perf_counter()
+            model(example)
+            _wait(device)
+            if number >= warmup:
+                times.append(1000 * (time.perf_counter() - start))
+    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return Latency(
+        median_ms=statistics.median(times),
+        spread_ms=quartiles[2] - quartiles[0],
+        batch=len(example),
+        threads=torch.get_num_threads(),
+        device=device_name(device),
+        dtype=str(autocast_dtype or example.dtype).removeprefix("torch."),
+    )
+
+
+def device_name(device: Device) -> str:
+    """Returns the name of a device: that of the GPU, else the kind of device."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def probe_precision(
+    model: nn.Module, example: Tensor, *, device: Device = "cpu", training: bool = False, seconds: float = 1.0
+) -> Precision:
+    """Times float32 against bfloat16 autocast, and contiguous against channels-last images, and returns the fastest.
+
+    The model is not changed: a copy is timed, with `training` forward and backward. A variant in which the network
+    cannot run (an operator without bfloat16) is left out. About `seconds` are spent.
+    """
+    variants = [Precision(None, channels_last=True)]
+    if example.dim() == 4:
+        variants.append(Precision(None, channels_last=False))
+    if torch.device(device).type != "cuda" or torch.cuda.is_bf16_supported():
+        variants += [Precision(torch.bfloat16, channels_last=v.channels_last) for v in variants]
+    twin = copy.deepcopy(model).to(device)
+    example = example.to(device)
+    best, fastest = variants[0], float("inf")
+    for precision in variants:
+        try:
+            took = _time(twin, example, precision=precision, training=training, seconds=seconds / len(variants))
+        except RuntimeError:
+            if precision.autocast_dtype is None:
+                raise
+            continue
+        if took < fastest:
+            best, fastest = precision, took
+    return best
+
+
+def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: bool, seconds: float) -> float:
+    """Returns the least time in seconds of a pass of `example`, out of what fits into `seconds`."""
+    precision.arrange_model(model)
+    x = precision.arrange(example)
+    best, end = float("inf"), time.perf_counter() + seconds
+    with mode(model, training=training), torch.set_grad_enabled(training):
+        for number in range(1000):
+            _wait(x.device)
+            start = time.perf_counter()
+            with autocast(x.device, precision.autocast_dtype):
+                output = logits_of(model(x))
+            if training:
+                model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
+                torch.autograd.backward(output.float().square().mean())
+            _wait(x.device)
+            now = time.perf_counter()
+            if number > 0:  # the first pass prepares kernels
+                best = min(best, now - start)
+            if number > 0 and now > end:
+                break
+    return best
+
+
+def _wait(device: Device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,122 @@
+"""What a traced network looks like to a person: groups, shares of the cost, frozen layers, layers before and after.
+
+Decides what is told about a network, as plain values. Knows nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from autoprune.cost import MACS, PARAMS
+from autoprune.network.labels import Labels
+from autoprune.network.surgery import Selection, unit_mask
+from autoprune.network.trace import Network
+from autoprune.policy import Group
+
+
+def describe(network: Network, groups: Sequence[Group]) -> dict[str, Any]:
+    """Returns groups, frozen layers, notes and dense costs as plain JSON values.
+
+    A group's `macs_share` and `params_share` are the parts of the dense cost in which it takes part; several groups
+    share a layer, so they add up to more than one.
+    """
+    dense = network.cost_model.dense()
+    searched = {group.name: group for group in groups}
+    rows = []
+    for group in network.groups:
+        shares = {
+            f"{name}_share": network.cost_model.share(name, group.name).cost(name, {}) / dense[name]
+            for name in (MACS, PARAMS)
+        }
+        own = searched.get(group.name)
+        rows.append(
+            {
+                "name": group.name,
+                "size": group.size,
+                "stage": group.stage,
+                "scope": own.scope if own else None,
+                "widths": [own.widths[0], own.widths[-1]] if own else None,
+                **shares,
+                "producers": list(group.producers),
+                "consumers": list(group.consumers),
+                "approximate": group.approximate,
+            }
+        )
+    return {
+        "schema": 1,
+        "dense": dense,
+        "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
+        "groups": rows,
+        "frozen": [{"name": f.name, "size": f.size, "reason": f.reason} for f in network.frozen],
+        "notes": list(network.notes),
+    }
+
+
+def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
+    """Returns for every layer with weights its width, MACs and parameters before and after, in the order of the
+    graph.
+    """
+    kept = unit_mask(network, selection)
+    unit_of = _unit_of(network)
+    parameters = {parameter.name: parameter for parameter in network.record.parameters}
+    rows: dict[str, dict[str, Any]] = {}
+    for links in network.links:
+        layer = links.layer
+        if layer.kind == "norm":
+            continue
+        macs = [0, 0]
+        if layer.product is not None:
+            product = network.record.products[layer.product]
+            for place, mask in enumerate((np.ones_like(kept), kept)):
+                macs[place] = _product(product.factor, [_size(dim, unit_of, mask) for dim in product.dims])
+        params = [0, 0]
+        for name in filter(None, (layer.weight, layer.bias)):
+            parameter = parameters[name]
+            dims = [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)]
+            for place, mask in enumerate((np.ones_like(kept), kept)):
+                params[place] += _product(1, [_size(dim, unit_of, mask) for dim in dims])
+        row = {
+            "module": links.module,
+            "kind": layer.kind,
+            "width_before": len(links.outputs),
+            "width_after": int(((links.outputs < 0) | kept[np.maximum(links.outputs, 0)]).sum())
+            if len(kept)
+            else len(links.outputs),
+            "macs_before": macs[0] // network.record.batch,
+            "macs_after": macs[1] // network.record.batch,
+            "params_before": params[0],
+            "params_after": params[1],
+        }
+        if links.module in rows:  # a module that is called twice: its products add up, its parameters do not
+            rows[links.module]["macs_before"] += row["macs_before"]
+            rows[links.module]["macs_after"] += row["macs_after"]
+        else:
+            rows[links.module] = row
+    return list(rows.values())
+
+
+def _unit_of(network: Network) -> Labels:
+    """Returns the unit of every label, -1 where it stays."""
+    component = network.record.solution.component
+    unit = np.full(network.record.solution.number, -1, dtype=np.int64)
+    for links in network.links:
+        for labels, units in ((links.layer.inputs, links.inputs), (links.layer.outputs, links.outputs)):
+            if labels is not None and units is not None:
+                unit[component[labels]] = units
+    return unit[component]
+
+
+def _size(dim: Labels | int, unit_of: Labels, kept: np.ndarray) -> int:
+    if isinstance(dim, int):
+        return dim
+    units = unit_of[dim]
+    return int((units < 0).sum() + kept[units[units >= 0]].sum())
+
+
+def _product(factor: int, sizes: Sequence[int]) -> int:
+    for size in sizes:
+        factor *= size
+    return factor

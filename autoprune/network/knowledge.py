@@ -1,0 +1,75 @@
+"""The cache of what was learnt about a dense network: one safetensors file, written whole.
+
+Decides names and layout in that file. A file that cannot be read is learnt anew; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.errors import CheckpointError
+from autoprune.network.calibration import Moments
+from autoprune.network.checkpoints import read_metadata, read_state, save_state
+from autoprune.network.sequential import Targets
+from autoprune.network.workbench import Knowledge
+
+SCHEMA = 1
+
+
+def write_knowledge(path: Path, knowledge: Knowledge) -> None:
+    """Writes `knowledge` to `path`."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, list[int]] = {}
+    for name, moments in knowledge.statistics.items():
+        tensors[f"gram|{name}"], tensors[f"mean|{name}"] = moments.gram, moments.mean
+        about[name] = [moments.rows, moments.kernel]
+    for criterion, by_group in knowledge.scores.items():
+        for group, scores in by_group.items():
+            tensors[f"score|{criterion}|{group}"] = torch.from_numpy(scores)
+    for group, by_criterion in knowledge.tables.items():
+        for criterion, curve in by_criterion.items():
+            tensors[f"table|{group}|{criterion}"] = torch.tensor(curve, dtype=torch.float64)
+    if knowledge.targets is not None:
+        tensors["images"] = knowledge.targets.images
+        for name, rows in knowledge.targets.outputs.items():
+            tensors[f"target|{name}"] = rows
+        about["|rows"] = [knowledge.targets.rows]
+    save_state(tensors, path, {"schema": str(SCHEMA), "about": json.dumps(about)})
+
+
+def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
+    """Returns what `write_knowledge` wrote, or None where there is no file, or one of another version."""
+    if not path.is_file():
+        return None
+    try:
+        metadata, tensors = read_metadata(path), read_state(path)
+    except CheckpointError:
+        return None  # damaged (a full disk, say): everything in it can be learnt again
+    if metadata.get("schema") != str(SCHEMA):
+        return None
+    about = json.loads(metadata["about"])
+    scores: dict[str, dict[str, np.ndarray]] = {}
+    tables: dict[str, dict[str, tuple[float, ...]]] = {}
+    outputs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("|")
+        if kind == "score":
+            criterion, _, group = rest.partition("|")
+            scores.setdefault(criterion, {})[group] = tensor.numpy()
+        elif kind == "table":
+            group, _, criterion = rest.rpartition("|")
+            tables.setdefault(group, {})[criterion] = tuple(tensor.tolist())
+        elif kind == "target":
+            outputs[rest] = tensor.to(device)
+    statistics = {
+        name: Moments(tensors[f"gram|{name}"].to(device), tensors[f"mean|{name}"].to(device), *values)
+        for name, values in about.items()
+        if name != "|rows"
+    }
+    targets = Targets(tensors["images"].to(device), outputs, about["|rows"][0]) if "images" in tensors else None
+    return Knowledge(statistics, targets, scores, tables)

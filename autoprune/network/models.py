@@ -1,0 +1,322 @@
+"""Which networks can be named, and how one is built.
+
+Decides the small zoo (CIFAR ResNets, VGG-16-BN for 32x32, an MLP, an LSTM classifier), how a torchvision builder or a
+factory of the user's own is called, and how initial weights are seeded. Must not know of data, pruning or training.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import urllib.error
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoprune.errors import InputError, nearest
+from autoprune.network.vision import import_torchvision
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut.
+
+    Option A of the paper subsamples by the stride and zero-pads the new channels on both sides, without parameters;
+    option B is a 1x1 convolution with batch normalisation, named `shortcut`.
+    """
+
+    def __init__(self, in_planes: int, planes: int, *, stride: int, shortcut: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.stride = stride
+        self.padding = planes - in_planes
+        self.shortcut: nn.Module | None = None
+        if shortcut == "B" and (stride != 1 or in_planes != planes):
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, in_planes, H, W)` to `(N, planes, ceil(H / stride), ceil(W / stride))`."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.stride != 1 or self.padding:
+            before = self.padding // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.padding - before))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for small images with three stages of 16, 32 and 64 channels.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2015, section 4.2.
+    """
+
+    def __init__(self, blocks: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: str = "A") -> None:
+        super().__init__()
+        if shortcut not in ("A", "B"):
+            raise InputError(f"shortcut must be 'A' or 'B', not {shortcut!r}")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, blocks=blocks, stride=1, shortcut=shortcut)
+        self.layer2 = _stage(16, 32, blocks=blocks, stride=2, shortcut=shortcut)
+        self.layer3 = _stage(32, 64, blocks=blocks, stride=2, shortcut=shortcut)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, in_channels, H, W)` to logits `(N, num_classes)`."""
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, 16, H, W)
+        x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, H/4, W/4)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, 64)
+        return cast(Tensor, self.linear(x))
+
+
+def _stage(in_planes: int, planes: int, *, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
+    first = BasicBlock(in_planes, planes, stride=stride, shortcut=shortcut)
+    return nn.Sequential(first, *(BasicBlock(planes, planes, stride=1, shortcut=shortcut) for _ in range(blocks - 1)))
+
+
+class Vgg(nn.Module):
+    """VGG-16 with batch normalisation for 32x32 images: thirteen convolutions and one linear layer."""
+
+    _LAYOUT = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = in_channels
+        for stage in self._LAYOUT:
+            for planes in stage:
+                layers += [
+                    nn.Conv2d(width, planes, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(planes),
+                    nn.ReLU(inplace=True),
+                ]
+                width = planes
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, in_channels, H, W)`, H and W at least 32, to logits `(N, num_classes)`."""
+        x = self.features(x)  # (N, 512, H/32, W/32)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, 512)
+        return cast(Tensor, self.classifier(x))
+
+
+class Mlp(nn.Module):
+    """Linear layers with ReLU between them, on flattened samples."""
+
+    def __init__(self, *, in_features: int, hidden: Sequence[int] = (64, 64), num_classes: int = 10) -> None:
+        super().__init__()
+        widths = [in_features, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, ...)` with `in_features` elements a sample to logits `(N, num_classes)`."""
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        return cast(Tensor, self.head(x))
+
+
+class LstmClassifier(nn.Module):
+    """An LSTM that reads a sequence, or an image row by row, and classifies from its last step."""
+
+    def __init__(self, *, in_features: int, hidden: int = 64, layers: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(in_features, hidden, num_layers=layers, batch_first=True)
+        self.head = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `(N, T, in_features)`, or images `(N, C, T, W)` with `C * W = in_features`, to `(N, num_classes)`."""
+        if x.dim() == 4:
+            x = x.transpose(1, 2).flatten(2)  # (N, C, T, W) -> (N, T, C * W)
+        out, _ = self.lstm(x)  # (N, T, hidden)
+        return cast(Tensor, self.head(out[:, -1]))
+
+
+def _resnet(blocks: int) -> Callable[..., nn.Module]:
+    def build(*, num_classes: int = 10, in_channels: int = 3, shortcut: str = "A") -> nn.Module:
+        return CifarResNet(blocks, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+    return build
+
+
+ZOO: Mapping[str, Callable[..., nn.Module]] = {
+    "resnet20": _resnet(3),
+    "resnet32": _resnet(5),
+    "resnet44": _resnet(7),
+    "resnet56": _resnet(9),
+    "vgg16_bn_32": Vgg,
+    "mlp": Mlp,
+    "lstm": LstmClassifier,
+}
+
+# Auxiliary heads exist in training mode alone, where no trace of the evaluated network sees them: built without.
+_TORCHVISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def model_names() -> list[str]:
+    """Returns the names that `build_model` knows: our zoo, then torchvision's classification builders."""
+    models = import_torchvision().models
+    return [*ZOO, *models.list_models(module=models)]
+
+
+def build_model(
+    *,
+    name: str | None = None,
+    factory: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Builds a network on the CPU, in training mode as PyTorch leaves it; its initial weights follow from `seed` alone.
+
+    Args:
+        name: A name of `model_names()`; exactly one of `name` and `factory` is given.
+        factory: `package.module:function`, a function that returns an `nn.Module`.
+        arguments: Keyword arguments for the builder.
+        weights: Name of torchvision weights such as `DEFAULT` or `IMAGENET1K_V2`.
+        num_classes: Passed to the builder where it takes `num_classes` and `arguments` does not give one.
+        seed: Seed of the initial weights; the global generator is left as it was.
+
+    Raises:
+        InputError: Both or neither of `name` and `factory` are given; the name is unknown; the factory cannot be
+            imported; the builder refuses the arguments or returns something else than an `nn.Module`; the weights
+            are unknown, do not fit the number of classes, or can be neither found nor downloaded.
+    """
+    if (name is None) == (factory is None):
+        raise InputError("a model needs either a name or a factory, and not both")
+    if weights is not None and (name is None or name in ZOO):
+        raise InputError(
+            f"weights {weights!r} name weights of torchvision; {name or factory} has none: use a checkpoint"
+        )
+    keywords = dict(arguments or {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if factory is not None:
+            builder, label = import_factory(factory), factory
+        elif name is not None and name in ZOO:
+            builder, label = ZOO[name], name
+        else:
+            assert name is not None  # exactly one of the two is given
+            return _build_torchvision(name, arguments=keywords, weights=weights, num_classes=num_classes)
+        if num_classes is not None and _accepts(builder, "num_classes"):
+            keywords.setdefault("num_classes", num_classes)
+        model = _call(builder, label, keywords)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{label} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def import_factory(path: str) -> Callable[..., Any]:
+    """Returns the function that `package.module:function` names; modules of the working directory are found too.
+
+    Raises:
+        InputError: The text has another form, there is no such module, importing it fails, it has no such attribute, or
+            the attribute cannot be called.
+    """
+    module_name, colon, attribute = path.partition(":")
+    if not (module_name and colon and attribute):
+        raise InputError(f"factory {path!r} must have the form package.module:function")
+    if os.getcwd() not in sys.path:  # an installed command starts without it; last, so that it shadows nothing
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise InputError(
+                f"factory {path!r}: there is no module {error.name!r} (working directory: {os.getcwd()})"
+            ) from error
+        raise InputError(f"factory {path!r}: {module_name} needs the module {error.name!r}, not installed") from error
+    except (ImportError, SyntaxError) as error:
+        raise InputError(f"factory {path!r}: importing {module_name} fails: {error}") from error
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise InputError(f"factory {path!r}: {module_name} has no {attribute!r}{nearest(attribute, public)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise InputError(f"factory {path!r}: {attribute} is a {type(function).__name__} and cannot be called")
+    return cast(Callable[..., Any], function)
+
+
+def _build_torchvision(
+    name: str, *, arguments: dict[str, Any], weights: str | None, num_classes: int | None
+) -> nn.Module:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        raise InputError(f"unknown model {name!r}{nearest(name, [*ZOO, *known])}")
+    if num_classes is not None:
+        arguments.setdefault("num_classes", num_classes)
+    for key, value in _TORCHVISION_DEFAULTS.get(name, {}).items():
+        arguments.setdefault(key, value)
+    builder = models.get_model_builder(name)
+    if weights is None:
+        return cast(nn.Module, _call(builder, name, {**arguments, "weights": None}))
+    entries = models.get_model_weights(name)
+    if weights not in entries.__members__:
+        raise InputError(f"unknown weights {weights!r} for {name}{nearest(weights, entries.__members__)}")
+    entry = entries[weights]
+    classes = len(entry.meta["categories"])
+    if arguments.get("num_classes", classes) != classes:
+        raise InputError(
+            f"weights {weights} of {name} have {classes} classes but {arguments['num_classes']} were asked for: "
+            "leave the weights out, or give a factory that replaces the last layer"
+        )
+    try:
+        return cast(nn.Module, _call(builder, name, {**arguments, "weights": entry, "progress": False}))
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+        file = entry.url.rsplit("/", 1)[-1]
+        raise InputError(
+            f"weights {weights} of {name} could not be loaded ({error}): put the file {file} "
+            f"(from {entry.url}) into {folder}"
+        ) from error
+
+
+def _accepts(builder: Callable[..., Any], keyword: str) -> bool:
+    parameters = inspect.signature(builder).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _call(builder: Callable[..., Any], label: str, keywords: Mapping[str, Any]) -> Any:
+    """Calls the builder; arguments that its signature refuses are the user's fault, errors inside it are not hidden."""
+    try:
+        inspect.signature(builder).bind(**keywords)
+    except TypeError as error:
+        raise InputError(f"model {label} does not take these arguments: {error}{_hint(builder, keywords)}") from error
+    try:
+        return builder(**keywords)
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error):  # a builder that passes **kwargs on
+            raise InputError(f"model {label} does not take these arguments: {error}") from error
+        raise
+
+
+def _hint(builder: Callable[..., Any], keywords: Mapping[str, Any]) -> str:
+    parameters = list(inspect.signature(builder).parameters)
+    wrong = [key for key in keywords if key not in parameters]
+    return nearest(wrong[0], parameters) if wrong else ""

@@ -1,0 +1,350 @@
+"""From settings to a workbench: model, data, baseline, trace, calibration statistics, scores and error tables.
+
+Decides the order of preparation and what is cached on disk. Everything learnt about the dense network is cached by
+the digest of its weights, its data and the settings that matter, so that a resumed search and every worker see the
+same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.budget import resolve_budget
+from autoprune.errors import DataError, InputError, nearest
+from autoprune.network.calibration import gather
+from autoprune.network.checkpoints import load_checkpoint, save_state
+from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
+from autoprune.network.data import DataSettings, Splits, load_data
+from autoprune.network.evaluation import Loss, Precision, logits_of, probe_precision
+from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.models import build_model
+from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
+from autoprune.network.sequential import gather_targets
+from autoprune.network.tables import error_tables
+from autoprune.network.trace import Network, trace
+from autoprune.network.workbench import Knowledge, Workbench
+from autoprune.policy import Group, digest, feasible_widths
+from autoprune.results import Problem
+from autoprune.space import Space
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a search starts from: a trained dense model, its data, and how it is built (for `load`)."""
+
+    model: nn.Module
+    splits: Splits
+    origin: Mapping[str, Any]
+    data_key: str
+    loss: Loss | None = None
+    metric: Callable[[Any, Tensor], Tensor | float] | None = None
+
+
+def resolve_device(wanted: str) -> str:
+    """Returns the device to run on; `auto` takes a GPU where there is one.
+
+    Raises:
+        InputError: A GPU was asked for and there is none.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise InputError(f"device {wanted!r} was asked for, and {count} CUDA devices are usable here")
+    return wanted
+
+
+def recipe_of(space: Space) -> Recipe:
+    """Returns the space's recipe section as the network's own type."""
+    section = space.recipe.model_dump()
+    distillation, baseline = section.pop("distillation"), section.pop("baseline")
+    return Recipe(
+        **section,
+        distillation=Distillation(**distillation) if distillation else None,
+        baseline=Baseline(**baseline),
+    )
+
+
+def data_settings(space: Space) -> DataSettings:
+    """Returns the space's data section as the network's own type."""
+    data, preprocessing = space.data, space.data.preprocessing
+    return DataSettings(
+        name=data.name,
+        factory=data.factory,
+        path=data.path,
+        download=data.download,
+        validation_source=data.validation.source,
+        validation_fraction=data.validation.part,
+        validation_match=data.validation.match,
+        calibration=data.calibration,
+        size=preprocessing.size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        flip=preprocessing.flip,
+        crop_padding=preprocessing.crop_padding,
+    )
+
+
+def ingredients_of(space: Space, *, cache: Path, note: Note, train: bool = True) -> Ingredients:
+    """Reads the data and builds the dense model of a space; without a checkpoint a baseline is trained once and cached.
+
+    Args:
+        space: The settings.
+        cache: Folder for decoded images and baselines.
+        note: Told what takes time.
+        train: Whether a missing baseline is trained; where not, the model keeps its initial weights.
+
+    Raises:
+        InputError: The model, its weights, its checkpoint or the data cannot be used.
+    """
+    settings = data_settings(space)
+    splits = load_data(settings, seed=space.seed, cache_dir=cache / "data")
+    arguments = dict(space.model.arguments)
+    model = build_model(
+        name=space.model.name,
+        factory=space.model.factory,
+        arguments=arguments,
+        weights=space.model.weights,
+        num_classes=splits.num_classes,
+        seed=space.seed,
+    )
+    origin = {
+        "name": space.model.name,
+        "factory": space.model.factory,
+        "arguments": arguments,
+        "num_classes": splits.num_classes,
+        "classes": list(splits.classes),
+    }
+    key = digest([asdict(settings), space.seed])
+    if space.checkpoint is not None:
+        load_checkpoint(model, space.checkpoint)
+    elif space.model.weights is None and train:
+        _baseline(space, model, splits, cache=cache, key=key, note=note)
+    return Ingredients(model.eval(), splits, origin, key)
+
+
+def _baseline(space: Space, model: nn.Module, splits: Splits, *, cache: Path, key: str, note: Note) -> None:
+    recipe = replace(recipe_of(space), distillation=None)
+    settings = [key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
+    path = cache / f"baseline-{digest(settings)}.safetensors"
+    if path.is_file():
+        load_checkpoint(model, path)
+        return
+    epochs = recipe.baseline.epochs
+    note(f"no checkpoint: training a baseline for {epochs:g} epochs (once; it is cached)")
+    device = resolve_device(space.device)
+
+    def told(epoch: Epoch) -> None:
+        if epoch.number == epoch.epochs or epoch.number % 5 == 0:
+            note(f"  epoch {epoch.number}/{epoch.epochs}: training loss {epoch.train_loss:.3f}")
+
+    precision = _precision(model, splits, recipe, device=device, training=True)
+    fine_tune(
+        model,
+        splits.train,
+        recipe=recipe,
+        epochs=epochs,
+        lr=recipe.baseline.lr,
+        seed=space.seed,
+        device=device,
+        precision=precision,
+        on_epoch=told,
+    )
+    model.to("cpu")
+    save_state(model, path, {"format": "pt", "name": space.name})
+
+
+def _precision(model: nn.Module, splits: Splits, recipe: Recipe, *, device: str, training: bool) -> Precision:
+    if recipe.precision == "float32":
+        return Precision(autocast_dtype=None)
+    if recipe.precision == "bfloat16":
+        return Precision(autocast_dtype=torch.bfloat16)
+    example, _ = next(iter(splits.calibration.batches(min(64, len(splits.calibration)))))
+    return probe_precision(model, example.to(device), device=device, training=training)
+
+
+def example_of(splits: Splits) -> Tensor:
+    """Returns a batch of two zero samples, to trace with."""
+    return torch.zeros(2, *splits.sample_shape)
+
+
+def trace_ingredients(ingredients: Ingredients) -> Network:
+    """Traces the dense model on the CPU.
+
+    Raises:
+        TraceError: It cannot be exported, or nothing in it can be pruned.
+    """
+    return trace(ingredients.model, example_of(ingredients.splits))
+
+
+def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
+    """Returns the groups that the space lets the search prune, with their feasible widths and criterion scopes.
+
+    Raises:
+        InputError: A glob matches no group, or nothing is left to prune.
+    """
+    settings = space.groups
+    names = [group.name for group in network.groups]
+    for glob in (*settings.include, *settings.exclude):
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise InputError(f"groups: {glob!r} matches no pruning group{nearest(glob, names)}")
+    chosen = [
+        group
+        for group in network.groups
+        if any(fnmatchcase(group.name, glob) for glob in settings.include)
+        and not any(fnmatchcase(group.name, glob) for glob in settings.exclude)
+    ]
+    if not chosen:
+        raise InputError("groups: include and exclude leave nothing to prune")
+    scope = space.criteria.scope
+    return tuple(
+        Group(
+            group.name,
+            group.size,
+            feasible_widths(
+                group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
+            ),
+            {"model": "model", "stage": group.stage, "layer": group.name}[scope],
+        )
+        for group in chosen
+    )
+
+
+def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Problem:
+    """Returns what the search needs to know about a traced network.
+
+    Raises:
+        BudgetError: No policy meets the budget.
+    """
+    budget = resolve_budget(space.budget.limits, network.cost_model, groups, front=space.budget.front)
+    return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices))
+
+
+def workbench_of(
+    space: Space, ingredients: Ingredients, network: Network, *, cache: Path, models: Path | None, note: Note
+) -> Workbench:
+    """Prepares everything that evaluations need; what was learnt before is read from `cache`.
+
+    Raises:
+        InputError: See `searchable_groups` and the criteria.
+    """
+    device = resolve_device(space.device)
+    recipe = recipe_of(space)
+    groups = searchable_groups(network, space)
+    network.model.to(device)
+    key = digest(
+        [model_digest(network.model), ingredients.data_key, list(space.criteria.choices), space.seed, _KNOWLEDGE]
+    )
+    path = cache / f"knowledge-{key}.safetensors"
+    knowledge = read_knowledge(path, device=device)
+    if knowledge is None:
+        note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} images")
+        knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
+        write_knowledge(path, knowledge)
+    if not recipe.compensation:
+        knowledge = replace(knowledge, targets=None)
+    model, splits = network.model, ingredients.splits
+    evaluation = _precision(model, splits, recipe, device=device, training=False)
+    training = _precision(model, splits, recipe, device=device, training=True)
+    return Workbench(
+        network=network,
+        groups=groups,
+        splits=splits,
+        recipe=recipe,
+        knowledge=knowledge,
+        device=device,
+        precision=evaluation,
+        training_precision=training,
+        seed=space.seed,
+        origin=ingredients.origin,
+        models=models,
+        loss=ingredients.loss,
+        metric=ingredients.metric,
+    )
+
+
+_KNOWLEDGE = 1
+"""Version of what `learn` computes; a change makes cached files stale."""
+
+
+def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str], device: str, seed: int) -> Knowledge:
+    """Gathers moments, targets, gradients, scores and error tables on the calibration images.
+
+    Raises:
+        DataError: There are no calibration images.
+        PolicyError: A criterion gives scores that are not finite.
+    """
+    calibration = ingredients.splits.calibration
+    loss = ingredients.loss
+
+    def mean_loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(output).float(), target) if loss is None else loss(output, target)
+
+    batches = [x for x, _ in calibration.batches(64, device=device)]
+    if not batches:
+        raise DataError("there are no calibration images")
+    statistics = gather(network, batches, seed=seed, device=device)
+    gradients: dict[str, tuple[Tensor, ...]] = {}
+    if NEEDS_GRADIENTS & set(criteria):
+        gradients = gather_gradients(network, calibration.batches(64, device=device), mean_loss, device=device)
+    evidence = Evidence(network, statistics, gradients, seed)
+    scores = score(evidence, criteria)
+    targets = gather_targets(network, torch.cat(batches), seed=seed)
+    return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+
+
+def model_digest(model: nn.Module) -> str:
+    """Returns a text that is the same for models with the same state, names and shapes included."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        total.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if tensor.numel()
+            else b""
+        )
+    return total.hexdigest()[:16]
+
+
+def splits_digest(splits: Splits) -> str:
+    """Returns a text that stands for data at hand: sizes, and the first batch of every split."""
+    total = hashlib.sha256()
+    for name in ("train", "calibration", "val", "test"):
+        split = getattr(splits, name)
+        total.update(f"{name} {len(split)}".encode())
+        x, y = next(iter(split.batches(min(64, len(split)))))
+        total.update(x.contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def threads_per_worker(workers: int) -> int:
+    """Returns each worker's share of the cores, at least one: processes that each use all of them are far slower."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // workers)
+
+
+class WorkerFactory:
+    """Builds the evaluation function inside a worker process, with its share of the cores."""
+
+    def __init__(self, workbench: Workbench, threads: int) -> None:
+        self.workbench = workbench
+        self.threads = threads
+
+    def __call__(self) -> Callable[..., Any]:
+        """Returns `Workbench.evaluate`."""
+        torch.set_num_threads(self.threads)
+        return self.workbench.evaluate

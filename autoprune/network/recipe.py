@@ -1,0 +1,255 @@
+"""The recipe: how a network is trained, or a pruned one fine-tuned. Read `fine_tune` from top to bottom.
+
+Stochastic gradient descent with Nesterov momentum (or AdamW), linear warm-up and a cosine to zero, label smoothing, and
+knowledge distillation from the dense network; bfloat16 autocast and channels-last images where they are faster. Decides
+all of that. Must not know of policies, pruning, trials or where samples come from.
+
+ResNet-20 on scikit-learn's digits (966 training images of 8x8), batch 64, peak rate 0.1, 25 epochs: 98.4 % on 216
+validation and 98.8 % on 359 test images (mean of seeds 0 to 3; single validations 97.2 to 100 %), 8 to 10 s on one CPU
+core in bfloat16.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from autoprune.errors import InputError, TrialError, nearest
+from autoprune.network.evaluation import Loss, Precision, autocast, evaluate, logits_of, mode
+from autoprune.network.samples import Device, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Knowledge distillation: `weight` of the loss is the divergence from the teacher, the rest is the task's own.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015.
+    """
+
+    temperature: float = 4.0
+    weight: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"distillation.temperature must be positive, got {self.temperature}")
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"distillation.weight must lie in [0, 1], got {self.weight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """How the dense network is trained where there is no checkpoint."""
+
+    epochs: float = 25
+    lr: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The recipe section of a space file.
+
+    `warmup` is a fraction of the steps; `ridge` is relative to the mean of the Gram matrix's diagonal.
+    """
+
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    distillation: Distillation | None = field(default_factory=Distillation)
+    compensation: bool = True
+    ridge: float = 1e-3
+    recalibration_batches: int = 10
+    precision: str = "auto"
+    baseline: Baseline = field(default_factory=Baseline)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.optimizer not in _OPTIMIZERS:
+            raise InputError(f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, _OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}{nearest(self.precision, PRECISIONS)}")
+        if not self.lr > 0:
+            raise InputError(f"lr must be positive, got {self.lr}")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("weight_decay", "ridge", "recalibration_batches"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What `on_epoch` is told: the number of the epoch, counted from 1, of how many, and what it brought."""
+
+    number: int
+    epochs: int
+    train_loss: float
+    val_accuracy: float | None
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One entry an epoch (the last may be a part of one): mean loss, validation accuracy where measured, final rate."""
+
+    train_loss: tuple[float, ...] = ()
+    val_accuracy: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    seconds: float = 0.0
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Weights of two or more dimensions decay; biases and the scales and shifts of normalisations do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    groups = _parameter_groups(model, recipe.weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+
+def _adamw(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=lr, betas=(recipe.momentum, 0.999))
+
+
+_OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe, float], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def _rate(step: int, *, steps: int, warmup: float) -> float:
+    """Returns the fraction of the peak rate at `step` of `steps`: linear up to `warmup`, then a cosine towards 0."""
+    ramp = math.ceil(warmup * steps)
+    if step < ramp:
+        return (step + 1) / (ramp + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def _distil(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Returns KL(teacher || student) of logits `(n, classes)` at `temperature`, times its square, the mean over n."""
+    log_p = F.log_softmax(student / temperature, 1)
+    log_q = F.log_softmax(teacher / temperature, 1)
+    return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean") * temperature**2
+
+
+def fine_tune(
+    model: nn.Module,
+    train: Split,
+    *,
+    recipe: Recipe,
+    epochs: float,
+    lr: float | None = None,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    device: Device = "cpu",
+    precision: Precision | None = None,
+    val: Split | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    loss: Loss | None = None,
+) -> History:
+    """Trains `model` in place by the recipe, and returns what happened. The same seed gives the same weights on a CPU.
+
+    Args:
+        model: The network; it is moved to `device`, its weights are laid out as `precision` says.
+        train: Training samples. An epoch is `len(train) // batch_size` full batches, or one batch of all samples where
+            they are fewer than a batch.
+        recipe: The recipe.
+        epochs: How often the samples are seen; may be a fraction; 0: nothing happens.
+        lr: Peak learning rate; None: the recipe's.
+        teacher: The dense network, left as it is but for being moved to `device`; it teaches where the recipe distils.
+        seed: Decides order, augmentation and dropout.
+        device: Where it runs.
+        precision: Number format; None: float32, channels-last.
+        val: Scored after each epoch, where given.
+        on_epoch: Called after each epoch; what it raises ends the training.
+        loss: Own loss, the mean over a batch; None: cross-entropy with the recipe's label smoothing.
+
+    Raises:
+        TrialError: The loss of an epoch is not a finite number.
+        ValueError: `epochs` is negative, or there are fewer than two samples.
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs must not be negative, got {epochs}")
+    if len(train) < 2:
+        raise ValueError(f"training needs at least two samples, got {len(train)}")
+    if epochs == 0:
+        return History()
+    precision = precision or Precision()
+    peak = recipe.lr if lr is None else lr
+    batch_size = min(recipe.batch_size, len(train))
+    steps_an_epoch = len(train) // batch_size
+    steps = max(1, round(epochs * steps_an_epoch))
+    total_epochs = math.ceil(steps / steps_an_epoch)
+    order = Generator().manual_seed(seed)
+    model.to(device)
+    precision.arrange_model(model)
+    optimizer = _OPTIMIZERS[recipe.optimizer](model, recipe, peak)
+    distillation = recipe.distillation if teacher is not None else None
+    taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
+    losses: list[float] = []
+    accuracies: list[float] = []
+    rates: list[float] = []
+    start = time.perf_counter()
+    step = 0
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), taught_mode:
+        torch.manual_seed(seed)  # dropout
+        for epoch in range(total_epochs):
+            epoch_start = time.perf_counter()
+            first = step
+            total = torch.zeros((), device=device)  # summed on the device, read once an epoch
+            with mode(model, training=True):
+                for x, y in train.batches(batch_size, shuffle=order, augment=True, device=device):
+                    if step == steps or step - first == steps_an_epoch:  # the rest is smaller than a batch
+                        break
+                    x = precision.arrange(x)  # (n, C, H, W)
+                    for group in optimizer.param_groups:
+                        group["lr"] = peak * _rate(step, steps=steps, warmup=recipe.warmup)
+                    with autocast(device, precision.autocast_dtype):
+                        output = model(x)
+                    logits = logits_of(output).float()  # (n, classes)
+                    if loss is not None:
+                        value = loss(output, y)
+                    else:
+                        value = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+                    if distillation is not None and teacher is not None:
+                        with torch.no_grad(), autocast(device, precision.autocast_dtype):
+                            taught = logits_of(teacher(x)).float()
+                        soft = _distil(logits, taught, distillation.temperature)
+                        value = distillation.weight * soft + (1 - distillation.weight) * value
+                    optimizer.zero_grad(set_to_none=True)
+                    torch.autograd.backward(value)
+                    optimizer.step()
+                    total += value.detach()
+                    step += 1
+            mean = float(total) / (step - first)
+            if not math.isfinite(mean):
+                raise TrialError(f"the training loss became {mean} in epoch {epoch + 1} of {total_epochs}")
+            losses.append(mean)
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            if val is not None:
+                score = evaluate(model, val, device=device, autocast_dtype=precision.autocast_dtype)
+                accuracies.append(score.accuracy)
+            if on_epoch is not None:
+                took = time.perf_counter() - epoch_start
+                accuracy = accuracies[-1] if accuracies else None
+                on_epoch(Epoch(epoch + 1, total_epochs, mean, accuracy, rates[-1], took))
+    return History(tuple(losses), tuple(accuracies), tuple(rates), time.perf_counter() - start)

@@ -1,0 +1,297 @@
+"""Samples and the batches made of them.
+
+Decides how samples are held (one tensor that is copied to a device once, or a data set that is streamed through worker
+processes), and how a batch is augmented and normalised. Must not know where samples come from or how they are split.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from autoprune.errors import DataError
+
+Device = str | torch.device
+Batch = tuple[Tensor, Tensor]
+
+
+class Split(Protocol):
+    """Samples of one role (training, calibration, validation, test), given out in batches.
+
+    The stored order is a stratified shuffle: any prefix holds every class in its proportion, so `limit` is a fair
+    sample.
+    """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the whole data set."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: Generator | None = None,
+        augment: bool = False,
+        device: Device = "cpu",
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        """Yields normalised float32 samples `(n, ...)` (images NCHW, channels-last in memory) and int64 classes `(n,)`.
+
+        Args:
+            batch_size: Samples a batch; the last one may be smaller.
+            shuffle: A CPU generator: a new order is drawn from it at each call. None: the stored order.
+            augment: Flip and crop as the settings say, drawn from `shuffle`.
+            device: Where the batches are.
+            limit: Only the first `limit` samples of the stored order (shuffled among themselves).
+
+        Raises:
+            ValueError: `augment` without `shuffle`, or `batch_size` below 1.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """What is done to a batch: augmentation of 4-D samples, then `(x - mean) / std` along dimension 1.
+
+    `mean` and `std` are one number a channel (or a feature), for uint8 samples in units of 255; empty: nothing is
+    subtracted or divided.
+    """
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    flip: bool = False
+    crop_padding: int = 0
+    _constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __call__(self, x: Tensor, generator: Generator | None) -> Tensor:
+        """Returns the batch `x` as float32, augmented where there is a generator."""
+        if generator is not None and x.dim() == 4:
+            if self.crop_padding:
+                x = _random_crop(x, padding=self.crop_padding, generator=generator)
+            if self.flip:
+                mirrored = (torch.rand(len(x), generator=generator) < 0.5).to(x.device, non_blocking=True)
+                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        scale, shift = self._affine(x)
+        x = x.to(torch.float32)
+        x = torch.addcmul(shift, x, scale) if self.mean else x * scale
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns scale and shift, shaped to broadcast along dimension 1, held on the batch's device."""
+        unit = 1 / 255 if x.dtype == torch.uint8 else 1.0
+        key = (x.device, x.dim(), unit)
+        if key not in self._constants:
+            shape = (1, -1, *[1] * (x.dim() - 2)) if x.dim() > 1 else (-1,)
+            std = torch.tensor(self.std or (1.0,), dtype=torch.float64)
+            mean = torch.tensor(self.mean or (0.0,), dtype=torch.float64)
+            scale, shift = (unit / std).float().view(shape), (-mean / std).float().view(shape)
+            self._constants[key] = (scale.to(x.device), shift.to(x.device))
+        return self._constants[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_constants": {}}
+
+
+def _random_crop(x: Tensor, *, padding: int, generator: Generator) -> Tensor:
+    """Shifts each image of `x` `(N, C, H, W)` by up to `padding` pixels, zeros coming in from outside."""
+    n, channels, height, width = x.shape
+    shifts = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(x.device, non_blocking=True)
+    rows = shifts[0][:, None] + torch.arange(height, device=x.device)  # (N, H)
+    columns = shifts[1][:, None] + torch.arange(width, device=x.device)  # (N, W)
+    padded = F.pad(x, (padding,) * 4)
+    images = torch.arange(n, device=x.device)[:, None, None, None]
+    planes = torch.arange(channels, device=x.device)[None, :, None, None]
+    return padded[images, planes, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Samples `(N, ...)` and classes `(N,)` in memory; each device gets one copy, made when it is first asked for."""
+
+    samples: Tensor
+    targets: Tensor
+    _copies: dict[torch.device, Batch] = field(default_factory=dict, repr=False)
+
+    def on(self, device: Device) -> Batch:
+        """Returns the samples and classes on `device`."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self.samples, self.targets
+        if device not in self._copies:
+            self._copies[device] = (self.samples.to(device), self.targets.to(device))
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSplit:
+    """The samples `index` of a pool; several splits share one pool."""
+
+    pool: Pool
+    index: Tensor
+    transform: Transform
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: Generator | None = None,
+        augment: bool = False,
+        device: Device = "cpu",
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        """Yields batches as `Split.batches` says, cut out of the pool's tensor on `device`."""
+        order = _order(self.index, batch_size=batch_size, shuffle=shuffle, augment=augment, limit=limit)
+        return self._cut(order, batch_size, device=device, generator=shuffle if augment else None)
+
+    def _cut(self, order: Tensor, batch_size: int, *, device: Device, generator: Generator | None) -> Iterator[Batch]:
+        samples, targets = self.pool.on(device)
+        for chosen in torch.split(order.to(samples.device), batch_size):
+            yield self.transform(samples[chosen], generator), targets[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSplit:
+    """The samples `index` of a map-style data set that is read anew at each pass, by worker processes."""
+
+    dataset: Dataset[Any]
+    index: Tensor
+    transform: Transform
+    num_classes: int
+    workers: int | None = None
+    """Processes that read; None: one for each core but one, at most 8."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: Generator | None = None,
+        augment: bool = False,
+        device: Device = "cpu",
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        """Yields batches as `Split.batches` says, read and collated by worker processes."""
+        order = _order(self.index, batch_size=batch_size, shuffle=shuffle, augment=augment, limit=limit)
+        return self._read(order, batch_size, device=device, generator=shuffle if augment else None)
+
+    def _read(self, order: Tensor, batch_size: int, *, device: Device, generator: Generator | None) -> Iterator[Batch]:
+        workers = self.workers
+        if workers is None:
+            workers = min(8, (os.cpu_count() or 1) - 1)
+        loader: DataLoader[Any] = DataLoader(
+            Subset(self.dataset, order.tolist()),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+        for x, y in loader:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield self.transform(x, generator), y
+
+
+def _order(index: Tensor, *, batch_size: int, shuffle: Generator | None, augment: bool, limit: int | None) -> Tensor:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if augment and shuffle is None:
+        raise ValueError("augment needs the generator `shuffle`")
+    order = index if limit is None else index[:limit]
+    return order if shuffle is None else order[torch.randperm(len(order), generator=shuffle)]
+
+
+def _collate(items: list[tuple[Any, Any]]) -> Batch:
+    samples = torch.stack([as_tensor(x) for x, _ in items])
+    return samples, torch.tensor([int(y) for _, y in items], dtype=torch.int64)
+
+
+def as_tensor(sample: Any) -> Tensor:
+    """Returns one sample as a tensor: tensors and arrays as they are, Pillow images as uint8 `(C, H, W)`."""
+    if isinstance(sample, Tensor):
+        return sample
+    array = np.asarray(sample)
+    if not isinstance(sample, np.ndarray) and array.dtype == np.uint8 and array.ndim in (2, 3):  # a Pillow image
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.array(array))
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What a reader found, before anything is carved: all samples, their classes, and the parts that the data names.
+
+    `samples` is a tensor `(N, ...)` or a map-style data set that is too large to hold. `parts` maps `train`, and where
+    they exist `val`, `calibration`, `test`, to indices. `names` holds `<class>/<file>` of each sample where it came
+    from a file. `as_is` says that float samples are the user's own: not standardised unless mean and std are given.
+    """
+
+    samples: Tensor | Dataset[Any]
+    targets: Tensor
+    parts: Mapping[str, Tensor]
+    classes: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    as_is: bool = False
+
+
+def channel_statistics(samples: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of `samples` `(N, C, ...)` along dimension 1, uint8 in units of 255.
+
+    A constant channel gets the standard deviation 1.
+    """
+    unit = 1 / 255 if samples.dtype == torch.uint8 else 1.0
+    rest = [d for d in range(samples.dim()) if d != 1]
+    total = torch.zeros(samples.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in torch.split(samples, 1000):
+        x = chunk.double() * unit
+        total += x.sum(rest)
+        squares += x.square().sum(rest)
+    count = samples.numel() / samples.shape[1]
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    std = [math.sqrt(v) if v > 1e-12 else 1.0 for v in variance.tolist()]
+    return tuple(mean.tolist()), tuple(std)
+
+
+def resize(samples: Tensor, size: int) -> Tensor:
+    """Resizes the shorter side of images `(N, C, H, W)` to `size` and cuts out the centre.
+
+    Raises:
+        DataError: The samples are no images.
+    """
+    if samples.dim() != 4:
+        raise DataError(f"preprocessing.size needs images, but a sample has the shape {tuple(samples.shape[1:])}")
+    height, width = samples.shape[2:]
+    if (height, width) == (size, size):
+        return samples
+    ratio = size / min(height, width)
+    height, width = max(size, round(height * ratio)), max(size, round(width * ratio))
+    top, left = (height - size) // 2, (width - size) // 2
+    chunks = []
+    for chunk in torch.split(samples, 1000):
+        x = F.interpolate(chunk.float(), size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+        x = x[:, :, top : top + size, left : left + size]
+        chunks.append(x.round().clamp(0, 255).to(torch.uint8) if samples.dtype == torch.uint8 else x)
+    return torch.cat(chunks)

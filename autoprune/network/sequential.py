@@ -1,0 +1,185 @@
+"""Sequential compensation: one forward pass that refits every layer to what it really reads, and recalibrates.
+
+Decides how a pruned network is repaired as a whole. The cached refit (`compensation`) takes the dense network's inputs
+for granted; in truth every layer reads what the layers before it have become. Here the calibration images run once
+through the pruned network. Just before a layer runs, its weight is refitted so that from its actual input `X'` it
+reproduces the dense layer's output `Y` at the same positions, `W' = (Y X'ᵀ + λW)(X' X'ᵀ + λI)⁻¹`; batch norms then see
+the refitted output and take its statistics.
+
+We chose this over the cached refit because on ResNet-20 / CIFAR-10 (JPEG copy, test half, no fine-tuning, same widths)
+it gives 85.7 / 78.4 / 66.3 % instead of 85.2 / 76.1 / 58.2 % at 0.70 / 0.50 / 0.35 of the MACs, for about one second
+more a candidate on one core.
+
+Source: the asymmetric reconstruction of Zhang et al., Accelerating Very Deep Convolutional Networks, TPAMI 2016.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from autoprune.network.calibration import MAX_ENTRIES, sample_patches
+from autoprune.network.groups import Links
+from autoprune.network.surgery import Selection, kept_indices, unit_mask
+from autoprune.network.trace import Network, evaluating
+
+ROWS = 8192
+"""Patches a layer is refitted on: 32,768 gave at most 0.4 points more on ResNet-20, for three times the time."""
+TARGET_BYTES = 512 * 2**20
+"""Bound on the dense outputs that are kept for the refits; the number of patches shrinks to keep it."""
+IMAGE_BYTES = 2 * 2**30
+"""Bound on the activations of the one forward pass; the number of images shrinks to keep it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them."""
+
+    images: Tensor
+    outputs: dict[str, Tensor]
+    rows: int
+
+
+def refittable_layers(network: Network) -> dict[str, Links]:
+    """Returns every layer, by module path, that mixes channels and whose weight is used once by a module of its own."""
+    modules = dict(network.model.named_modules())
+    uses: dict[str, int] = {}
+    for links in network.links:
+        uses[links.layer.weight] = uses.get(links.layer.weight, 0) + 1
+    found: dict[str, Links] = {}
+    for links in network.links:
+        module = modules.get(links.module)
+        plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if plain and links.layer.kind in ("conv", "linear") and uses[links.layer.weight] == 1:
+            weight = network.model.get_parameter(links.layer.weight)
+            if weight[0].numel() <= MAX_ENTRIES:
+                found[links.module] = links
+    return found
+
+
+def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: int = 0) -> Targets:
+    """Runs `images` `(B, ...)` through the dense network and keeps what its layers give at drawn positions.
+
+    Fewer images or rows are used where activations or targets would exceed `IMAGE_BYTES` or `TARGET_BYTES`.
+    """
+    layers = refittable_layers(network)
+    memory = max(1, network.cost_model.dense()["activation_bytes"])
+    images = images[: max(8, min(len(images), IMAGE_BYTES // memory))]
+    outputs = sum(network.model.get_parameter(links.layer.weight).shape[0] for links in layers.values())
+    rows = max(512, min(rows, TARGET_BYTES // max(1, 4 * outputs)))
+    modules = dict(network.model.named_modules())
+    found: dict[str, Tensor] = {}
+
+    def hook(path: str) -> RemovableHandle:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            weight = module.get_parameter("weight").detach()
+            patches = sample_patches(module, args[0], rows, _generator(seed))  # (G, rows, d)
+            flat = weight.reshape(patches.shape[0], -1, patches.shape[2]).float()  # (G, N/G, d)
+            found[path] = patches @ flat.transpose(1, 2)
+
+        handle: RemovableHandle = modules[path].register_forward_pre_hook(record)
+        return handle
+
+    handles = [hook(path) for path in layers]
+    try:
+        with evaluating(network.model), torch.no_grad():
+            network.model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Targets(images, found, rows)
+
+
+def refit_sequentially(
+    network: Network, model: nn.Module, selection: Selection, targets: Targets, *, ridge: float = 1e-3, seed: int = 0
+) -> None:
+    """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
+
+    Args:
+        network: The traced dense network that `model` was cut from.
+        model: The pruned network; its weights are the starting point that the ridge pulls towards.
+        selection: The channels that stayed.
+        targets: What `gather_targets` found, with the same `seed`.
+        ridge: λ relative to the mean of the diagonal of `X' X'ᵀ`.
+        seed: Draws the positions.
+    """
+    kept = unit_mask(network, selection)
+    layers = refittable_layers(network)
+    modules = dict(model.named_modules())
+    dense_biases = {path: links.layer.bias for path, links in layers.items()}
+
+    def hook(path: str) -> RemovableHandle:
+        def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            links = layers[path]
+            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
+            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(patches.device)
+            wanted = targets.outputs[path]  # (G, rows, N/G)
+            per_group = wanted.shape[2]
+            if len(index) < per_group * wanted.shape[0]:
+                # Groups of a convolution shrink alike, so the first group's positions serve all.
+                wanted = wanted[:, :, index[: len(index) // wanted.shape[0]] % per_group]
+            name = dense_biases[path]
+            bias = None if name is None else network.model.get_parameter(name).detach().index_select(0, index)
+            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge)
+
+        handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)
+        return handle
+
+    handles = [hook(path) for path in targets.outputs]
+    try:
+        _run_collecting(model, lambda: model(targets.images))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _solve(
+    module: nn.Module, patches: Tensor, wanted: Tensor, *, bias: Tensor | None, normalised: bool, ridge: float
+) -> None:
+    """Sets weight and bias of one layer from its actual input `(G, rows, s)` and wanted output `(G, rows, n)`."""
+    groups, rows, s = patches.shape
+    centred = normalised or bias is not None
+    mean_in = patches.mean(1, keepdim=True) if centred else patches.new_zeros(groups, 1, s)
+    mean_out = wanted.mean(1, keepdim=True) if centred else wanted.new_zeros(groups, 1, wanted.shape[2])
+    x, y = patches - mean_in, wanted - mean_out
+    gram = (x.transpose(1, 2) @ x / rows).double()  # (G, s, s)
+    cross = (x.transpose(1, 2) @ y / rows).double()  # (G, s, n)
+    strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12).view(-1, 1, 1)
+    weight = module.get_parameter("weight")
+    start = weight.detach().reshape(groups, -1, s).transpose(1, 2).double()  # (G, s, n)
+    gram.diagonal(dim1=1, dim2=2).add_(strength.view(-1, 1))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed.any()) or not bool(torch.isfinite(cross).all()):
+        return  # degenerate inputs (a dead layer): the weight that it came with is kept
+    solved = torch.cholesky_solve(cross + strength * start, factor)
+    with torch.no_grad():
+        weight.copy_(solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype))
+        if bias is not None:
+            shift = mean_out - mean_in @ solved.to(mean_in.dtype)  # (G, 1, n)
+            module.get_parameter("bias").copy_(bias + shift.reshape(-1))
+
+
+def _run_collecting(model: nn.Module, run: Callable[[], object]) -> None:
+    """Runs the model in eval mode but for its batch norms, which take the statistics of this very pass."""
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        try:
+            run()
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

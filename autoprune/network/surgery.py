@@ -1,0 +1,143 @@
+"""Surgery: builds the smaller network, and its masked twin to check it against.
+
+Decides how a selection of kept channels becomes new parameters and new module attributes. The dense model is never
+changed. Knows nothing of how channels are chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import PolicyError
+from autoprune.network.labels import Labels
+from autoprune.network.trace import Network
+
+Selection = Mapping[str, Labels]
+"""Group → ascending positions (0 .. size-1) of the channels that stay. Groups that are left out stay whole."""
+
+
+def unit_mask(network: Network, selection: Selection) -> np.ndarray:
+    """Returns a `(units,)` boolean array: which channels of the whole network stay.
+
+    Raises:
+        PolicyError: A group keeps no channel, or names one that it does not have.
+    """
+    kept = np.ones(sum(group.size for group in network.groups), dtype=bool)
+    for group in network.groups:
+        chosen = selection.get(group.name)
+        if chosen is None:
+            continue
+        if len(chosen) == 0:
+            raise PolicyError(f"group {group.name!r} would keep no channel")
+        if chosen.min() < 0 or chosen.max() >= group.size:
+            raise PolicyError(f"group {group.name!r} has channels 0 to {group.size - 1}")
+        kept[group.offset : group.offset + group.size] = False
+        kept[group.offset + np.asarray(chosen)] = True
+    return kept
+
+
+def kept_indices(units: Labels, kept: np.ndarray) -> Labels:
+    """Returns the indices of one parameter dimension that stay; `units` is its row of the index map."""
+    return np.flatnonzero((units < 0) | kept[np.maximum(units, 0)])
+
+
+def cut(network: Network, selection: Selection) -> nn.Module:
+    """Returns a copy of the dense model without the channels that `selection` leaves out.
+
+    Raises:
+        PolicyError: See `unit_mask`.
+    """
+    kept = unit_mask(network, selection)
+    smaller: dict[str, Tensor] = {}
+    state = _state(network.model)
+    for name, dims in network.index_map.items():
+        tensor = state[name].detach()
+        for dim, units in dims.items():
+            index = torch.from_numpy(kept_indices(units, kept)).to(tensor.device)
+            if len(index) < tensor.shape[dim]:
+                tensor = tensor.index_select(dim, index)
+        smaller[name] = tensor
+    return rebuild(network, smaller)
+
+
+def rebuild(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy of the dense model in which `tensors` replace parameters and buffers, module attributes following.
+
+    Tied parameters are replaced wherever they appear. Gradients are not copied.
+    """
+    state = _state(network.model)
+    memo: dict[int, object] = {}
+    for name, tensor in tensors.items():
+        old = state[name]
+        if isinstance(old, nn.Parameter):
+            memo[id(old)] = nn.Parameter(tensor.clone().contiguous(), requires_grad=old.requires_grad)
+        else:
+            memo[id(old)] = tensor.clone().contiguous()
+    for parameter in network.model.parameters():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    model = copy.deepcopy(network.model, memo)
+    depthwise = {links.module for links in network.links if links.layer.kind == "depthwise"}
+    for path, module in model.named_modules():
+        refresh_attributes(module, depthwise=path in depthwise)
+    return model
+
+
+def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
+    """Makes a module's attributes that repeat a width say what its parameters say."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if depthwise:
+            module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
+        first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        size = module.weight if module.weight is not None else module.running_mean
+        if size is not None:
+            module.num_features = size.shape[0]
+    elif isinstance(module, nn.LayerNorm):
+        if isinstance(weight, Tensor):
+            module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        if isinstance(weight, Tensor):
+            module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.shape[0]
+
+
+def masked_twin(network: Network, selection: Selection) -> nn.Module:
+    """Returns a copy of the dense model in which every layer ignores the channels that `selection` leaves out.
+
+    The removed channels are still computed; the weights that consume them are zero. A surgically pruned network must
+    give the same output.
+    """
+    kept = unit_mask(network, selection)
+    twin = copy.deepcopy(network.model)
+    state = _state(twin)
+    with torch.no_grad():
+        for links in network.links:
+            dim = links.layer.in_dim
+            if links.inputs is None or dim is None:
+                continue
+            gone = np.flatnonzero((links.inputs >= 0) & ~kept[np.maximum(links.inputs, 0)])
+            if len(gone):
+                weight = state[links.layer.weight]
+                weight.index_fill_(dim, torch.from_numpy(gone).to(weight.device), 0.0)
+    return twin
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

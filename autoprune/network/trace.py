@@ -1,0 +1,319 @@
+"""Traces a model once: `torch.export`, one pass of label rules over the graph, groups, index map and exact cost model.
+
+Decides how a module becomes a `Network`. Everything after that is arithmetic on it: the traced result is a plain value.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.cost import CostModel
+from autoprune.errors import TraceError, nearest
+from autoprune.network.groups import (
+    Assembly,
+    Frozen,
+    IndexMap,
+    Links,
+    LiveTensor,
+    Parameter,
+    PruningGroup,
+    Record,
+    assemble,
+)
+from autoprune.network.labels import Value
+from autoprune.network.rules import RULES, Tape, operator_name
+
+_ALIASES = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "expand",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "dropout",
+        "alias",
+        "detach",
+        "contiguous",
+        "to",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model that was traced: its pruning groups, what is frozen and why, and its exact cost model.
+
+    `model` is the dense model itself and is never changed. `example_inputs` keep the shapes that it was traced with;
+    the first dimension of the first one is the batch, and costs are for one sample.
+    """
+
+    model: nn.Module
+    example_inputs: tuple[Tensor, ...]
+    record: Record
+    assembly: Assembly
+    broken: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[PruningGroup, ...]:
+        """The groups that may be pruned, in the order of the graph."""
+        return self.assembly.groups
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Layers whose output channels all stay, with the reason."""
+        return self.assembly.frozen
+
+    @property
+    def cost_model(self) -> CostModel:
+        """Prices any widths: MACs, parameters, bytes, activation memory."""
+        return self.assembly.cost_model
+
+    @property
+    def index_map(self) -> IndexMap:
+        """Which index of which dimension of which parameter belongs to which channel."""
+        return self.assembly.index_map
+
+    @property
+    def links(self) -> tuple[Links, ...]:
+        """Every use of a weight, in the order of the graph."""
+        return self.assembly.links
+
+    def group(self, name: str) -> PruningGroup:
+        """Returns the group called `name`.
+
+        Raises:
+            TraceError: There is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise TraceError(f"no pruning group {name!r}{nearest(name, [g.name for g in self.groups])}")
+
+    def freeze(self, reasons: dict[str, str]) -> Network:
+        """Returns the network with the groups in `reasons` frozen."""
+        broken = self.broken | reasons
+        return replace(self, broken=broken, assembly=assemble(self.record, broken))
+
+
+def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True) -> Network:
+    """Finds what can be pruned in `model`, and what every choice costs.
+
+    Args:
+        model: Any module that `torch.export` accepts. It is not changed.
+        example_inputs: One tensor `(B, ...)`, or the tuple of positional inputs. Their values do not matter.
+        verify: Prune each group on a copy, run it, and compare it with its masked twin; a group that fails is frozen.
+
+    Raises:
+        TraceError: The model cannot be exported (the message names the operator), or nothing in it can be pruned.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
+        raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
+    with evaluating(model):
+        program = _export(model, inputs)
+        record, unknown = _run(program, model, inputs[0].shape[0])
+    network = Network(model, inputs, record, assemble(record, {}), {}, _notes(unknown))
+    if verify and network.groups:
+        from autoprune.network.verify import verified
+
+        network = verified(network)
+    if not network.groups:
+        reasons = "\n".join(f"  {f.name} ({f.size}): {f.reason}" for f in network.frozen[:10])
+        raise TraceError(
+            f"nothing in {type(model).__name__} can be pruned:\n{reasons or '  it has no layer with channels'}"
+        )
+    return network
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module of `model` into eval mode, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"no rule for the operator {name}: what it reads is frozen" for name in dict.fromkeys(unknown))
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    try:
+        with torch.no_grad():
+            return torch.export.export(model, inputs, strict=False)
+    except Exception as error:  # torch.export lets through whatever the model's own code raises
+        text = str(error).strip()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        head = lines[0] if lines else type(error).__name__
+        asked = next((line for line in lines if "aten." in line or "Unsupported" in line), "")
+        where = next((line for line in lines if line.startswith('File "') and "/torch/" not in line), "")
+        detail = "".join(f"\n  {line}" for line in dict.fromkeys([asked, where]) if line and line != head)
+        raise TraceError(
+            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
+            "  torch.export needs a forward pass without control flow that depends on the data"
+        ) from error
+
+
+# --- the pass over the graph --------------------------------------------------------------------------------------
+
+
+def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) -> tuple[Record, list[str]]:
+    tape = Tape()
+    env: dict[torch.fx.Node, Any] = {}
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    parameters: dict[str, Parameter] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = _placeholder(tape, node, named.get(node.name), state, parameters)
+        elif node.op == "call_function":
+            env[node] = _call(tape, node, env)
+        elif node.op == "get_attr":
+            env[node] = None
+        elif node.op == "output":
+            for value in torch.utils._pytree.tree_leaves(torch.fx.map_arg(node.args, lambda n: env[n])):
+                tape.freeze_all(value, "the model's output")
+    for name, tensor in state.items():
+        if name not in parameters and not _is_alias(tensor, parameters, state):
+            # What the forward pass never reads still has a size.
+            parameters[name] = Parameter(
+                name,
+                tuple(tensor.shape),
+                tensor.element_size(),
+                isinstance(tensor, nn.Parameter),
+                (None,) * tensor.ndim,
+            )
+    record = Record(
+        solution=tape.labels.solve(),
+        layers=tuple(tape.layers),
+        products=tuple(tape.products),
+        parameters=tuple(parameters.values()),
+        live=_live(program.graph, env),
+        batch=batch,
+    )
+    return record, tape.unknown
+
+
+def _is_alias(tensor: Tensor, parameters: dict[str, Parameter], state: dict[str, Tensor]) -> bool:
+    return any(state.get(name) is tensor for name in parameters)
+
+
+def _placeholder(
+    tape: Tape, node: torch.fx.Node, name: str | None, state: dict[str, Tensor], parameters: dict[str, Parameter]
+) -> Any:
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor):
+        return None
+    shape = tuple(int(n) for n in example.shape)
+    if name is None or name not in state:
+        # The model's input, or a constant tensor made inside the forward pass: nothing of it can go.
+        return Value(shape, (None,) * len(shape))
+    dims = tuple(tape.labels.fresh(n) if n > 1 else None for n in shape)
+    tensor = state[name]
+    trainable = isinstance(tensor, nn.Parameter)
+    parameters[name] = Parameter(name, shape, tensor.element_size(), trainable, dims)
+    return Value(shape, dims, name)
+
+
+def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:
+    args = torch.fx.map_arg(node.args, lambda n: env[n])
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: env[n])
+    if node.target is operator.getitem:
+        source = args[0]
+        return source[int(str(args[1]))] if isinstance(source, (tuple, list)) else None
+    result = node.meta.get("val")
+    results = [r for r in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(r, Tensor)]
+    if not results:
+        return None
+    tape.node = node.name
+    tape.where = _where(node)
+    tape.shapes = tuple(tuple(int(n) for n in r.shape) for r in results)
+    tape.shape = tape.shapes[0]
+    tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)
+    name = operator_name(node.target)
+    rule: Callable[..., Any] | None = RULES.get(name)
+    if rule is not None:
+        try:
+            return rule(tape, *args, **kwargs)
+        except NotImplementedError:
+            pass  # the rule does not cover this form of the operator
+    tape.unknown.append(str(node.target))
+    reason = f"no rule for the operator {node.target} at {tape.where}"
+    tape.freeze_all(list(args), reason)
+    tape.freeze_all(list(kwargs.values()), reason)
+    values = tuple(Value(shape, (None,) * len(shape)) for shape in tape.shapes)
+    return values if isinstance(result, (tuple, list)) else values[0]
+
+
+def _where(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return path or node.name
+
+
+def _live(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[LiveTensor, ...], ...]:
+    """Returns, for every call in the graph, the activations that are alive while it runs (views share their base)."""
+    base: dict[torch.fx.Node, torch.fx.Node] = {}
+    last: dict[torch.fx.Node, int] = {}
+    made: dict[torch.fx.Node, int] = {}
+    for step, node in enumerate(graph.nodes):
+        value = env.get(node)
+        if node.op == "call_function":
+            raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+            inplace = raw.endswith("_") and not raw.startswith("__")
+            alias = node.target is operator.getitem or inplace or operator_name(node.target) in _ALIASES
+            first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+            base[node] = base.get(first, first) if alias and first is not None else node
+            made.setdefault(base[node], step)
+        elif node.op == "placeholder" and isinstance(value, Value) and value.name is None:
+            base[node] = node
+            made[node] = step
+        for used in node.all_input_nodes:
+            if used in base:
+                last[base[used]] = step
+    tensors: dict[torch.fx.Node, list[LiveTensor]] = {}
+    for node in made:
+        value = env.get(node)
+        values = value if isinstance(value, tuple) else (value,)
+        example = node.meta.get("val")
+        examples = example if isinstance(example, (tuple, list)) else (example,)
+        tensors[node] = [
+            LiveTensor(e.element_size(), tuple(n if d is None else d for n, d in zip(v.shape, v.dims, strict=True)))
+            for v, e in zip(values, examples, strict=False)
+            if isinstance(v, Value) and isinstance(e, Tensor)
+        ]
+    points = []
+    for step, node in enumerate(graph.nodes):
+        if node.op == "call_function" and base.get(node) is node:
+            alive = [n for n in made if made[n] <= step <= last.get(n, step)]
+            points.append(tuple(t for n in alive for t in tensors[n]))
+    return tuple(points)

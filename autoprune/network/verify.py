@@ -1,0 +1,94 @@
+"""Nothing is believed: every group is pruned on a copy, run, and compared with its masked twin.
+
+Decides which groups are frozen because pruning them breaks or changes the network. All groups are tried together
+first; only where that fails are they halved until the guilty ones are found.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.network.complexity import count_macs
+from autoprune.network.surgery import Selection, cut, masked_twin
+from autoprune.network.trace import Network, evaluating
+
+TOLERANCE = 1e-3
+"""Largest difference from the masked twin, relative to the largest output: float32 rounding in deep networks, no
+more."""
+
+
+def verified(network: Network) -> Network:
+    """Returns the network with every group frozen that does not survive pruning, with the reason."""
+    reasons = _search(network, [group.name for group in network.groups])
+    return network.freeze(reasons) if reasons else network
+
+
+def _search(network: Network, names: list[str]) -> dict[str, str]:
+    fault = check(network, names)
+    if fault is None:
+        return {}
+    if len(names) == 1:
+        return {names[0]: fault}
+    middle = len(names) // 2
+    found = _search(network, names[:middle]) | _search(network, names[middle:])
+    left = [name for name in names if name not in found]
+    if not left or check(network, left) is None:
+        return found
+    # Each half is sound and both together are not: add one at a time and freeze those that do not get along.
+    good: list[str] = []
+    for name in left:
+        fault = check(network, [*good, name])
+        if fault is None:
+            good.append(name)
+        else:
+            found[name] = fault
+    return found
+
+
+def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
+    """Returns a selection that removes a random half (at least one channel) of each named group."""
+    rng = np.random.default_rng(seed)
+    return {
+        group.name: np.sort(rng.choice(group.size, size=max(1, group.size // 2), replace=False))
+        for group in network.groups
+        if group.name in names
+    }
+
+
+def check(network: Network, names: list[str]) -> str | None:
+    """Prunes the named groups on a copy; returns what is wrong, or None where all is well."""
+    selection = halved(network, names)
+    pruned = cut(network, selection)
+    try:
+        with evaluating(pruned), torch.no_grad():
+            output = pruned(*network.example_inputs)
+    except Exception as error:  # whatever the model's own code raises on unexpected widths
+        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        return f"the pruned network does not run: {type(error).__name__}: {line}"
+    if not any(group.approximate for group in network.groups if group.name in names):
+        twin = masked_twin(network, selection)
+        with evaluating(twin), torch.no_grad():
+            expected = twin(*network.example_inputs)
+        difference = relative_error(output, expected)
+        if not difference <= TOLERANCE:
+            return f"the pruned network differs from its masked twin (relative error {difference:.1e})"
+    widths = {name: len(kept) for name, kept in selection.items()}
+    counted, priced = count_macs(pruned, network.example_inputs), network.cost_model.cost("macs", widths)
+    if counted != priced:
+        return f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
+    return None
+
+
+def relative_error(output: object, expected: object) -> float:
+    """Returns the largest absolute difference over all output tensors, relative to the largest expected value."""
+    pairs = list(zip(torch.utils._pytree.tree_leaves(output), torch.utils._pytree.tree_leaves(expected), strict=True))
+    worst = 0.0
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point():
+            if a.shape != b.shape:
+                return float("inf")
+            scale = float(b.abs().max()) or 1.0
+            worst = max(worst, float((a - b).abs().max()) / scale)
+    return worst

@@ -1,0 +1,109 @@
+"""Pareto fronts of points that are minimised in both coordinates, (error, cost).
+
+Decides what dominates what, how large a front is, and which of its points are well spread. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Point = tuple[float, float]
+
+
+def dominates(a: Point, b: Point) -> bool:
+    """Whether `a` is at least as good as `b` in both coordinates and better in one."""
+    return a[0] <= b[0] and a[1] <= b[1] and a != b
+
+
+def front_indices(points: Sequence[Point]) -> list[int]:
+    """Returns the indices of the non-dominated points, in order of rising cost; of equal points the first one.
+
+    Points with a coordinate that is not finite are never on the front.
+    """
+    order = sorted(
+        (i for i, p in enumerate(points) if math.isfinite(p[0]) and math.isfinite(p[1])),
+        key=lambda i: (points[i][1], points[i][0], i),
+    )
+    front: list[int] = []
+    best = math.inf
+    for i in order:
+        if points[i][0] < best:
+            best = points[i][0]
+            front.append(i)
+    return front
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Returns the area that `points` dominate below `reference`; points beyond it add nothing."""
+    area, error = 0.0, reference[0]
+    for i in front_indices(points):
+        p = points[i]
+        if p[0] < error and p[1] < reference[1]:
+            area += (error - p[0]) * (reference[1] - p[1])
+            error = p[0]
+    return area
+
+
+def ranks(points: Sequence[Point]) -> list[int]:
+    """Returns for each point the number of fronts to peel off before it is on one; not finite: one past the last."""
+    left = list(range(len(points)))
+    result = [0] * len(points)
+    depth = 0
+    while left:
+        front = {left[i] for i in front_indices([points[j] for j in left])}
+        if not front:
+            break
+        # Equal points share a rank, although front_indices names only the first of them.
+        values = {points[i] for i in front}
+        front |= {j for j in left if points[j] in values}
+        for i in front:
+            result[i] = depth
+        left = [i for i in left if i not in front]
+        depth += 1
+    for i in left:
+        result[i] = depth
+    return result
+
+
+def select_spread(points: Sequence[Point], count: int) -> list[int]:
+    """Returns `count` indices that are good and well spread along the cost axis, in order of rising cost.
+
+    The cost axis is cut into `count` equal intervals of the range that the points cover; rounds over the intervals
+    take the best remaining point of each, by rank and then by error, so that a crowded stretch does not crowd out an
+    end of the front.
+    """
+    finite = [i for i, p in enumerate(points) if math.isfinite(p[0]) and math.isfinite(p[1])]
+    if count <= 0 or not finite:
+        return []
+    depth = ranks(points)
+    low = min(points[i][1] for i in finite)
+    span = max(points[i][1] for i in finite) - low or 1.0
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for i in finite:
+        bins[min(count - 1, int((points[i][1] - low) / span * count))].append(i)
+    for members in bins:
+        members.sort(key=lambda i: (depth[i], points[i][0], points[i][1]), reverse=True)
+    chosen: list[int] = []
+    while len(chosen) < count and any(bins):
+        heads = sorted((members for members in bins if members), key=lambda m: (depth[m[-1]], points[m[-1]][0]))
+        for members in heads:
+            if len(chosen) == count:
+                break
+            chosen.append(members.pop())
+    return sorted(chosen, key=lambda i: (points[i][1], points[i][0]))
+
+
+def knee_index(points: Sequence[Point]) -> int | None:
+    """Returns the front point farthest below the line through the front's ends, the usual "best for the money"."""
+    front = front_indices(points)
+    if not front:
+        return None
+    (e0, c0), (e1, c1) = points[front[0]], points[front[-1]]
+    height, width = (e0 - e1) or 1.0, (c1 - c0) or 1.0
+
+    def gain(i: int) -> float:
+        error, cost = points[i]
+        return (e0 - error) / height - (cost - c0) / width
+
+    return max(front, key=gain)

@@ -1,0 +1,291 @@
+"""The front and the widths as pictures: interactive pages (plotly) and PNG files (matplotlib's Agg, no browser needed).
+
+Decides colours, axes and what a point says when it is pointed at. Must not know where pictures are stored.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoprune.cost import COSTS
+from autoprune.report import units
+from autoprune.report.view import FrontPoint, SearchView
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from matplotlib.axes import Axes
+
+FRONT = "#c2185b"
+TRIAL = "#a9b4c2"
+CONTROL = "#00796b"
+DENSE = "#f9a825"
+INK = "#263238"
+GRID = "#e6eaee"
+_SCALE = ((0.0, "#fff4f7"), (0.25, "#f6bdd0"), (0.5, "#e2739b"), (0.75, "#c2185b"), (1.0, "#6a0d33"))
+_LONGEST_NAME = 34
+
+
+def front_figure(view: SearchView) -> go.Figure:
+    """Returns the interactive front: all trials grey, the front as a line, controls, and the dense network as a star.
+
+    x is the primary cost in percent of dense, y the validation accuracy in percent. Pointing at a mark shows trial,
+    accuracies, costs, criterion and origin.
+    """
+    import plotly.graph_objects as go
+
+    front = view.front
+    on_front = {id(p) for p in front}
+    others = [p for p in view.trials if id(p) not in on_front]
+    figure = go.Figure()
+    figure.add_trace(_marks(view, others, "other trials", {"color": TRIAL, "size": 8, "opacity": 0.75}))
+    if view.controls:
+        style = {"color": CONTROL, "size": 10, "symbol": "diamond-open", "line": {"width": 2, "color": CONTROL}}
+        figure.add_trace(_marks(view, view.controls, "controls (uniform, global)", style))
+    line = _marks(view, front, "front", {"color": FRONT, "size": 11, "line": {"width": 1.5, "color": "white"}})
+    named = _named(view)
+    text = [p.name if id(p) in named else "" for p in front]
+    line.update(mode="lines+markers+text", line={"color": FRONT, "width": 2.5}, text=text, textposition="top center")
+    figure.add_trace(line.update(textfont={"color": FRONT, "size": 11}))
+    if view.knee is not None:
+        ring = {"color": "rgba(0,0,0,0)", "size": 22, "line": {"width": 2, "color": FRONT}}
+        figure.add_trace(_marks(view, [view.knee], "knee", ring).update(hoverinfo="skip", hovertemplate=None))
+    star = {"color": DENSE, "size": 17, "symbol": "star", "line": {"width": 1, "color": INK}}
+    figure.add_trace(_marks(view, [view.dense], "dense network", star))
+    limit = view.limits.get(view.primary)
+    if limit is not None:
+        share = 100.0 * limit / view.dense.costs[view.primary]
+        note = f"budget {units.cost(view.primary, limit)}"
+        figure.add_vline(x=share, line={"dash": "dash", "width": 1.2, "color": INK}, annotation_text=note)
+    figure.update_layout(**_layout(f"{html.escape(view.name)}: accuracy against {units.AXES[view.primary]}"))
+    figure.update_xaxes(title_text=_cost_axis(view), ticksuffix="%", gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(title_text="validation accuracy (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
+    return figure
+
+
+def widths_figure(view: SearchView) -> go.Figure:
+    """Returns the interactive heat map of what the front's points keep: a row a group, a column a point."""
+    import plotly.graph_objects as go
+
+    names, columns, kept = _kept(view)
+    heads = [html.escape(p.name) for p in view.front]
+    said = [
+        [
+            f"{html.escape(name)}<br>trial {head}: {point.widths.get(name, size)} of {size} channels"
+            for head, point in zip(heads, view.front, strict=True)
+        ]
+        for name, size in view.sizes.items()
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=kept,
+            x=list(range(len(columns))),
+            y=list(range(len(names))),
+            text=said,
+            hovertemplate="%{text}<br>%{z:.0f}% kept<extra></extra>",
+            colorscale=[list(stop) for stop in _SCALE],
+            zmin=0,
+            zmax=100,
+            xgap=2,
+            ygap=2,
+            colorbar={"title": {"text": "channels kept"}, "ticksuffix": "%", "outlinewidth": 0},
+        )
+    )
+    layout = _layout(f"{html.escape(view.name)}: channels that each point of the front keeps")
+    figure.update_layout(**{**layout, "height": max(360, 160 + 22 * len(names))})
+    labels = [f"{head}<br>{column}" for head, column in zip(heads, columns, strict=True)]
+    title = f"trial, and {units.LABELS[view.primary]} kept of dense"
+    figure.update_xaxes(title_text=title, tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
+    figure.update_yaxes(
+        title_text="pruning group",
+        tickvals=list(range(len(names))),
+        ticktext=[html.escape(name) for name in names],
+        autorange="reversed",
+        showgrid=False,
+    )
+    return figure
+
+
+def figure_html(figure: go.Figure) -> str:
+    """Returns a page that holds `figure` and all that it needs, so that it opens without a network (about 5 MB)."""
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
+    return page
+
+
+def front_png(view: SearchView, path: Path) -> Path:
+    """Draws the front into a PNG file and returns `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    front = view.front
+    on_front = {id(p) for p in front}
+    _scatter(axes, view, [p for p in view.trials if id(p) not in on_front], label="other trials", color=TRIAL, s=26)
+    if view.controls:
+        style = {"marker": "D", "facecolors": "none", "edgecolors": CONTROL, "linewidths": 1.5, "s": 36, "zorder": 3}
+        _scatter(axes, view, view.controls, label="controls (uniform, global)", **style)
+    if front:
+        x, y = _coordinates(view, front)
+        marks: dict[str, Any] = {"marker": "o", "markersize": 7, "markeredgecolor": "white"}
+        axes.plot(x, y, color=FRONT, linewidth=2, label="front", zorder=4, **marks)
+        named = _named(view)
+        for point, px, py in ((p, px, py) for p, px, py in zip(front, x, y, strict=True) if id(p) in named):
+            place: dict[str, Any] = {
+                "xytext": (-5, 6),
+                "textcoords": "offset points",
+                "ha": "right",
+                "color": FRONT,
+                "fontsize": 8,
+            }
+            axes.annotate(_plain(point.name), (px, py), **place)
+    if view.knee is not None:
+        ring = {"facecolors": "none", "edgecolors": FRONT, "linewidths": 1.4, "s": 190, "zorder": 5}
+        _scatter(axes, view, [view.knee], label="knee", **ring)
+    star = {"marker": "*", "color": DENSE, "edgecolors": INK, "linewidths": 0.7, "s": 210, "zorder": 5}
+    _scatter(axes, view, [view.dense], label="dense network", **star)
+    limit = view.limits.get(view.primary)
+    if limit is not None:
+        share = 100.0 * limit / view.dense.costs[view.primary]
+        label = f"budget {units.cost(view.primary, limit)}"
+        axes.axvline(share, color=INK, linewidth=1, linestyle="--", label=label, zorder=1)
+    _dress(axes, f"{_plain(view.name)}: accuracy against {units.AXES[view.primary]}")
+    axes.set_xlabel(_cost_axis(view))
+    axes.set_ylabel("validation accuracy (%)")
+    axes.grid(color=GRID)
+    axes.margins(x=0.05, y=0.08)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, format="png", facecolor="white")
+    return path
+
+
+def widths_png(view: SearchView, path: Path) -> Path:
+    """Draws the heat map of kept channels into a PNG file and returns `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    names, columns, kept = _kept(view)
+    height = max(3.2, 1.5 + 0.26 * len(names))
+    figure = Figure(figsize=(max(6.5, 3.4 + 0.62 * len(columns)), height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _dress(axes, f"{_plain(view.name)}: channels that each point of the front keeps")
+    colors = LinearSegmentedColormap.from_list("kept", list(_SCALE))
+    if columns and names:
+        image = axes.pcolormesh(kept, cmap=colors, vmin=0, vmax=100, edgecolors="white", linewidth=1.5)
+        bar = figure.colorbar(image, ax=axes, label="channels kept (%)")
+        bar.outline.set_visible(False)
+        for row, values in enumerate(kept):
+            for column, value in enumerate(values):
+                ink = "white" if value > 60 else INK
+                axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7)
+    labels = [f"{_plain(p.name)}\n{column}" for p, column in zip(view.front, columns, strict=True)]
+    axes.set_xticks([i + 0.5 for i in range(len(labels))], labels, fontsize=7.5)
+    axes.set_yticks([i + 0.5 for i in range(len(names))], [_plain(name) for name in names], fontsize=7.5)
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"trial, and {units.LABELS[view.primary]} kept of dense")
+    figure.savefig(path, format="png", facecolor="white")
+    return path
+
+
+def _marks(view: SearchView, chosen: Sequence[FrontPoint], name: str, marker: dict[str, Any]) -> go.Scatter:
+    import plotly.graph_objects as go
+
+    x, y = _coordinates(view, chosen)
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        name=name,
+        marker=marker,
+        customdata=[[_said(view, p)] for p in chosen],
+        hovertemplate="%{customdata[0]}<extra></extra>",
+    )
+
+
+def _said(view: SearchView, point: FrontPoint) -> str:
+    name = point.origin if point.trial is None else f"trial {point.trial}"
+    if point is view.dense:
+        name = "dense network"
+    lines = [f"<b>{html.escape(name)}</b>", f"validation accuracy {units.percent(point.val_accuracy, 2)}"]
+    if point.test_accuracy is not None:
+        lines.append(f"test accuracy {units.percent(point.test_accuracy, 2)}")
+    for cost in COSTS:
+        share = units.percent(view.fraction(point, cost), 1)
+        lines.append(f"{units.LABELS[cost]} {units.cost(cost, point.costs[cost])} ({share} of dense)")
+    if "latency_ms" in point.metrics:
+        lines.append(f"latency {point.metrics['latency_ms']:.2f} ms")
+    if point.criterion:
+        lines.append(f"criterion {html.escape(point.criterion)}")
+    if point.origin and point.trial is not None:
+        lines.append(f"proposed by {html.escape(point.origin)}")
+    return "<br>".join(lines)
+
+
+def _coordinates(view: SearchView, chosen: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
+    return [100.0 * view.fraction(p) for p in chosen], [100.0 * p.val_accuracy for p in chosen]
+
+
+def _named(view: SearchView) -> set[int]:
+    """Chooses the points (by `id`) whose numbers are written beside them, so that no two numbers lie on each other."""
+    front = view.front
+    x, y = _coordinates(view, (*view.trials, *view.controls, view.dense))
+    wide, high = (max(x) - min(x)) or 1.0, (max(y) - min(y)) or 1.0
+    ordered = sorted(front, key=lambda p: p is not view.knee)
+    chosen: list[FrontPoint] = []
+    for point in ordered:
+        (px, *near_x), (py, *near_y) = _coordinates(view, (point, *chosen))
+        crowd = zip(near_x, near_y, strict=True)
+        if all(abs(px - qx) > 0.03 * wide or abs(py - qy) > 0.035 * high for qx, qy in crowd):
+            chosen.append(point)
+    return {id(p) for p in chosen}
+
+
+def _cost_axis(view: SearchView) -> str:
+    dense = units.cost(view.primary, view.dense.costs[view.primary])
+    return f"{units.AXES[view.primary]} (% of the dense network's {dense})"
+
+
+def _kept(view: SearchView) -> tuple[list[str], list[str], list[list[float]]]:
+    front = view.front
+    kept = [[100.0 * p.widths.get(name, size) / size for p in front] for name, size in view.sizes.items()]
+    return [_short(name) for name in view.sizes], [units.percent(view.fraction(p), 0) for p in front], kept
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+
+
+def _plain(text: str) -> str:
+    """Escapes the sign with which matplotlib starts a formula."""
+    return text.replace("$", r"\$")
+
+
+def _layout(title: str) -> dict[str, Any]:
+    return {
+        "title": {"text": title, "x": 0.02, "font": {"size": 18}},
+        "template": "plotly_white",
+        "font": {"family": "Inter, Helvetica, Arial, sans-serif", "color": INK, "size": 13},
+        "legend": {"orientation": "h", "yanchor": "top", "y": -0.16, "x": 0},
+        "hoverlabel": {"bgcolor": "white", "bordercolor": GRID, "font": {"color": INK, "size": 12}, "align": "left"},
+        "margin": {"l": 80, "r": 40, "t": 70, "b": 90},
+        "height": 620,
+    }
+
+
+def _scatter(axes: Axes, view: SearchView, chosen: Sequence[FrontPoint], *, label: str, **style: Any) -> None:
+    if chosen:
+        x, y = _coordinates(view, chosen)
+        axes.scatter(x, y, label=label, **style)
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

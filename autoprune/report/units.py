@@ -1,0 +1,61 @@
+"""How numbers are written for people."""
+
+from __future__ import annotations
+
+import math
+
+LABELS = {"macs": "MACs", "params": "params", "size_bytes": "size", "activation_bytes": "memory"}
+"""Short names of costs, for the heads of columns."""
+
+AXES = {
+    "macs": "multiply-accumulates",
+    "params": "parameters",
+    "size_bytes": "model size",
+    "activation_bytes": "peak activation memory",
+}
+"""Long names of costs, for axes."""
+
+
+def quantity(value: float) -> str:
+    """Returns a count with three digits: `812`, `27.2k`, `40.8M`, `1.81G`."""
+    return _scaled(value, 1000.0, ("", "k", "M", "G", "T"), gap="")
+
+
+def size(value: float) -> str:
+    """Returns bytes with three digits: `812 B`, `27.2 kB`, `1.09 MB`."""
+    return _scaled(value, 1000.0, ("B", "kB", "MB", "GB", "TB"), gap=" ")
+
+
+def cost(name: str, value: float) -> str:
+    """Returns a cost in its own unit."""
+    return size(value) if name.endswith("_bytes") else quantity(value)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Returns `98.2%`; a dash for what is not a number."""
+    return f"{fraction * 100:.{digits}f}%" if math.isfinite(fraction) else "–"
+
+
+def points(difference: float) -> str:
+    """Returns a difference of accuracies in percentage points, with its sign."""
+    return f"{difference * 100:+.1f}"
+
+
+def seconds(value: float) -> str:
+    """Returns a span of time: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(value))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min" if whole % 3600 // 60 else f"{whole // 3600} h"
+
+
+def _scaled(value: float, step: float, units: tuple[str, ...], *, gap: str) -> str:
+    if not math.isfinite(value):
+        return "–"
+    number, index = float(value), 0
+    while abs(number) >= 999.5 and index < len(units) - 1:
+        number, index = number / step, index + 1
+    digits = 0 if index == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{digits}f}{gap}{units[index]}"

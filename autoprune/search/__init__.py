@@ -1,0 +1,65 @@
+"""The search: samplers within the budget, studies that survive a crash, and the ladder of rungs.
+
+Decides which policies are tried and in what order. Sole owner of Optuna; must not know how a policy is evaluated,
+recorded or shown.
+"""
+
+from autoprune.search.audit import Audit, audit, kendall_tau
+from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
+from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
+from autoprune.search.notes import read_facts, write_facts, write_notes
+from autoprune.search.projection import Projector, project
+from autoprune.search.records import StoredTrial, distinct, read_results, read_trial, read_trials
+from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
+from autoprune.search.storage import open_storage, quiet_optuna
+from autoprune.search.study import (
+    StudySummary,
+    load_rung,
+    open_study,
+    reference_point,
+    rung_names,
+    search_names,
+    study_name,
+    study_summary,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "Audit",
+    "BudgetSampler",
+    "Event",
+    "LadderOutcome",
+    "LadderPlan",
+    "Projector",
+    "RungFinished",
+    "RungPlan",
+    "RungStarted",
+    "StoredTrial",
+    "StudySummary",
+    "TrialFinished",
+    "audit",
+    "distinct",
+    "kendall_tau",
+    "load_rung",
+    "make_sampler",
+    "open_storage",
+    "open_study",
+    "params_of",
+    "policy_of",
+    "project",
+    "promoted",
+    "quiet_optuna",
+    "read_facts",
+    "read_results",
+    "read_trial",
+    "read_trials",
+    "reference_point",
+    "run_ladder",
+    "rung_names",
+    "search_names",
+    "search_space",
+    "study_name",
+    "study_summary",
+    "write_facts",
+    "write_notes",
+]

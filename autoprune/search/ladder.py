@@ -1,0 +1,182 @@
+"""Runs a search: a ladder of rungs, each of which measures the best of the one before with more of the recipe.
+
+Decides what is promoted and in which order rungs run. Knows neither how a policy is evaluated nor who watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.storages import BaseStorage
+from optuna.study import Study
+
+from autoprune import pareto
+from autoprune.errors import InputError, nearest
+from autoprune.policy import Policy
+from autoprune.results import Fidelity, Problem, Submit, WarmStart
+from autoprune.search import records
+from autoprune.search.events import Event
+from autoprune.search.lease import hold
+from autoprune.search.mirror import Mirror
+from autoprune.search.records import Candidate, StoredTrial
+from autoprune.search.rung import Rung, Work, recover
+from autoprune.search.sampler import SAMPLERS, params_of, policy_of
+from autoprune.search.storage import quiet_optuna
+from autoprune.search.study import open_study, study_name
+
+
+@dataclass(frozen=True, slots=True)
+class RungPlan:
+    """One rung: how it evaluates, and how many policies it measures."""
+
+    fidelity: Fidelity
+    trials: int
+
+
+@dataclass(frozen=True, slots=True)
+class LadderPlan:
+    """All that a search is made of, apart from where it runs.
+
+    `fingerprint` and `settings` (by section) stand for everything that decides a result: a stored study that was made
+    from others is refused. `warm_starts` are tried first, in their order. With `sampler` None nothing but the warm
+    starts is measured. `workers` evaluations are kept in flight.
+    """
+
+    name: str
+    problem: Problem
+    rungs: tuple[RungPlan, ...]
+    fingerprint: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    warm_starts: tuple[WarmStart, ...] = ()
+    sampler: str | None = "tpe"
+    seed: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        names = [plan.fidelity.rung for plan in self.rungs]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"a ladder needs rungs with distinct names, got {names}")
+        if any(plan.trials < 1 for plan in self.rungs) or self.workers < 1:
+            raise InputError("every rung needs at least one trial, and a search at least one worker")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise InputError(f"unknown sampler {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class LadderOutcome:
+    """What is stored when a ladder ends. `complete` is False where the deadline ended it."""
+
+    rungs: Mapping[str, tuple[StoredTrial, ...]]
+    complete: bool
+
+
+def run_ladder(
+    storage: BaseStorage,
+    plan: LadderPlan,
+    *,
+    submit: Submit,
+    identity: Callable[[Policy], str],
+    on_event: Callable[[Event], None] = lambda event: None,
+    deadline: float | None = None,
+) -> LadderOutcome:
+    """Runs a search, or goes on with it where it was stopped.
+
+    The first rung tries the warm starts, then what the sampler proposes, until it has measured `trials` distinct
+    policies. A later rung measures the best and well-spread ones of the rung before. Trials that are stored as
+    finished are never repeated; a policy that equals another one of the same rung takes over its result.
+
+    Only one process may run a search at a time: whatever is RUNNING on start counts as left behind. A lease on the
+    first rung's study sees to that.
+
+    Args:
+        storage: As `open_storage` returns it.
+        plan: What to search.
+        submit: Asks for an evaluation; the future raises `TrialError` where only that trial failed.
+        identity: Names what a policy does to the network: policies of the same identity have the same result.
+        on_event: Is told what happens, in this thread.
+        deadline: `time.monotonic()` after which nothing more is started.
+
+    Raises:
+        StudyError: A stored study belongs to other settings, or another process runs this search.
+        TrialError: The first trials of a rung all failed, or more failed than the rung was to measure.
+        BudgetError: A warm start exceeds the budget.
+        PolicyError: A warm start cannot be written as a trial's parameters.
+        Exception: Whatever else a future raised.
+    """
+    work = Work(submit, identity, on_event, plan.workers, deadline)
+    with quiet_optuna():
+        studies = _open_begun(storage, plan)
+        first = _name(plan.rungs[0])
+        studies[first] = studies.get(first) or _open(storage, plan, plan.rungs[0])
+        with hold(studies[first]):
+            return _climb(storage, plan, studies, work)
+
+
+def _climb(storage: BaseStorage, plan: LadderPlan, studies: Mapping[str, Study], work: Work) -> LadderOutcome:
+    stored: dict[str, tuple[StoredTrial, ...]] = {}
+    previous: Study | None = None
+    for rung in plan.rungs:
+        study = studies.get(_name(rung)) or _open(storage, plan, rung)
+        if previous is None:
+            complete = _explore(study, plan, rung, work)
+        else:
+            complete = _measure_promoted(study, previous, plan, rung, work=work)
+        stored[_name(rung)] = tuple(records.read_trials(study, plan.problem))
+        if not complete:
+            return LadderOutcome(stored, complete=False)
+        previous = study
+    return LadderOutcome(stored, complete=True)
+
+
+def promoted(trials: Sequence[StoredTrial], problem: Problem, count: int) -> list[Candidate]:
+    """Returns the candidates that a rung's trials hand on: good ones, well spread along the primary cost."""
+    measured = [(t, t.result) for t in records.distinct(trials) if t.result is not None]
+    points = [records.objectives(problem, result) for _, result in measured]
+    chosen = [measured[i][0] for i in pareto.select_spread(points, count)]
+    return [Candidate(t.policy, t.identity, t.number, t.source) for t in chosen]
+
+
+def _name(rung: RungPlan) -> str:
+    return rung.fidelity.rung
+
+
+def _open(storage: BaseStorage, plan: LadderPlan, rung: RungPlan) -> Study:
+    name = study_name(plan.name, _name(rung))
+    return open_study(storage, name, plan.problem, fingerprint=plan.fingerprint, settings=plan.settings)
+
+
+def _open_begun(storage: BaseStorage, plan: LadderPlan) -> dict[str, Study]:
+    """Opens the rungs that exist already: one that belongs to other settings is refused before anything is written."""
+    existing = {study.study_name for study in storage.get_all_studies()}
+    begun = [rung for rung in plan.rungs if study_name(plan.name, _name(rung)) in existing]
+    return {_name(rung): _open(storage, plan, rung) for rung in begun}
+
+
+def _explore(study: Study, plan: LadderPlan, rung: RungPlan, work: Work) -> bool:
+    problem = plan.problem
+    owed = recover(study, problem)
+    tried = {t.policy.id for t in records.read_trials(study, problem) if not t.abandoned}
+    tried |= {candidate.policy.id for candidate in owed}
+    queue = list(owed)
+    for start in plan.warm_starts:
+        policy = policy_of(problem, params_of(problem, start.policy))
+        if policy.id not in tried:
+            tried.add(policy.id)
+            queue.append(Candidate(policy, work.identity(policy), start.origin, start.origin))
+    mirror = None if plan.sampler is None else Mirror(problem, study, sampler=plan.sampler, seed=plan.seed)
+    live = len(plan.rungs) == 1  # then it is the rung that people look at
+    runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=mirror, live=live)
+    return runner.run(work, rung.trials)
+
+
+def _measure_promoted(study: Study, previous: Study, plan: LadderPlan, rung: RungPlan, *, work: Work) -> bool:
+    problem = plan.problem
+    owed = recover(study, problem)
+    trials = records.read_trials(study, problem)
+    settled = {t.identity for t in trials if not t.abandoned} | {candidate.identity for candidate in owed}
+    fresh = promoted(records.read_trials(previous, problem), problem, rung.trials)
+    queue = [*owed, *(candidate for candidate in fresh if candidate.identity not in settled)]
+    runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=None, live=True)
+    return runner.run(work, len(records.distinct(trials)) + len(queue))

@@ -1,0 +1,270 @@
+"""How a trial is written to its study and read back.
+
+Decides the attributes of a trial. Knows nothing of the order in which trials are made: the ladder asks, this module
+writes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from autoprune.errors import StudyError
+from autoprune.policy import Policy
+from autoprune.results import Problem, TrialResult
+from autoprune.search.sampler import params_of, policy_of, search_space
+
+RESULT = "result"
+ORIGIN = "origin"
+SOURCE = "source"
+POLICY_ID = "policy_id"
+IDENTITY = "identity"
+REUSED = "reused"
+REASON = "reason"
+ABANDONED = "abandoned"
+WIDTHS = "widths"
+
+_CONSTRAINTS = "constraints"
+"""Optuna-dashboard 0.21 reads only this legacy list; `Trial.set_constraint` writes `constraints:<name>`."""
+
+_TRANSIENT = ("fixed_params", "tpe:relative_params", _CONSTRAINTS)
+"""Beginnings of the names of attributes that a sampler will not want to read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A policy that waits for its evaluation.
+
+    `origin` says where it comes from: the name of a warm start or `sampler` on the first rung, the number of the trial
+    in the rung before on a later one. `source` is the first rung's origin, carried along.
+    """
+
+    policy: Policy
+    identity: str
+    origin: str | int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTrial:
+    """A trial of one rung as the storage holds it.
+
+    `state` is `complete`, `fail` or `running`. `result` is there for complete trials, `reason` for failed ones.
+    `reused` is the number of the trial of this rung whose result was taken over because the policies are the same.
+    `abandoned` marks what a killed process left behind.
+    """
+
+    number: int
+    state: str
+    policy: Policy
+    identity: str
+    origin: str | int
+    source: str
+    result: TrialResult | None = None
+    reason: str | None = None
+    reused: int | None = None
+    abandoned: bool = False
+
+
+def read_trials(study: Study, problem: Problem) -> list[StoredTrial]:
+    """Returns every trial of a study in the order of the numbers."""
+    return [_read(trial, problem) for trial in study.get_trials(deepcopy=False)]
+
+
+def read_results(study: Study) -> list[StoredTrial]:
+    """Returns the complete trials of a study; needs no `Problem`, as every result holds its policy."""
+    return [_read(trial, None) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+
+
+def read_trial(study: Study, number: int, problem: Problem) -> StoredTrial:
+    """Returns one trial of a study."""
+    return _read(study._storage.get_trial(_trial_id(study, number)), problem)
+
+
+def distinct(trials: Iterable[StoredTrial]) -> list[StoredTrial]:
+    """Returns the complete trials without those that only repeat the result of another one."""
+    seen: set[str] = set()
+    kept = []
+    for trial in trials:
+        if trial.state == "complete" and trial.identity not in seen:
+            seen.add(trial.identity)
+            kept.append(trial)
+    return kept
+
+
+def _read(trial: FrozenTrial, problem: Problem | None) -> StoredTrial:
+    attrs = trial.user_attrs
+    result = TrialResult.from_json(attrs[RESULT]) if RESULT in attrs else None
+    if result is not None:
+        policy = result.policy
+    elif problem is not None:
+        policy = policy_of(problem, trial.params)
+    else:
+        raise StudyError(f"trial {trial.number} holds no result")
+    return StoredTrial(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        policy=policy,
+        identity=attrs[IDENTITY],
+        origin=attrs[ORIGIN],
+        source=attrs[SOURCE],
+        result=result,
+        reason=attrs.get(REASON),
+        reused=attrs.get(REUSED),
+        abandoned=attrs.get(ABANDONED, False),
+    )
+
+
+def objectives(problem: Problem, result: TrialResult) -> tuple[float, float]:
+    """Returns (validation error, primary cost as a fraction of dense): what Optuna minimises."""
+    primary = problem.budget.primary
+    return result.val_error, result.costs[primary] / problem.cost_model.cost(primary, {})
+
+
+def fault(problem: Problem, result: TrialResult) -> str | None:
+    """Returns why a result must not reach Optuna, which would let an infinite value dominate; None where it may."""
+    if not result.finite:
+        return f"val_accuracy is {result.metrics.get('val_accuracy')}"
+    if not math.isfinite(objectives(problem, result)[1]):
+        return f"{problem.budget.primary} is {result.costs[problem.budget.primary]}"
+    return None
+
+
+def candidate_attrs(candidate: Candidate) -> dict[str, Any]:
+    """Returns the user attributes that a trial carries from its beginning."""
+    return {
+        ORIGIN: candidate.origin,
+        SOURCE: candidate.source,
+        POLICY_ID: candidate.policy.id,
+        IDENTITY: candidate.identity,
+    }
+
+
+def result_attrs(problem: Problem, result: TrialResult, *, reused: int | None = None) -> dict[str, Any]:
+    """Returns the user attributes that a finished trial adds: readable numbers, and the whole result last."""
+    sizes = {group.name: group.size for group in problem.groups}
+    attrs: dict[str, Any] = {"val_accuracy": result.metrics["val_accuracy"], **result.costs}
+    attrs[WIDTHS] = ", ".join(f"{name} {width}/{sizes.get(name, '?')}" for name, width in result.widths.items())
+    if reused is not None:
+        attrs[REUSED] = reused
+    attrs[RESULT] = result.to_json()
+    return attrs
+
+
+def constraint_attrs(problem: Problem, costs: Mapping[str, float]) -> dict[str, Any]:
+    """Returns the system attributes that tell Optuna and its dashboard by how much each limit is exceeded."""
+    excess = {name: costs[name] / limit - 1.0 for name, limit in problem.budget.limits.items()} or {"budget": -1.0}
+    return {_CONSTRAINTS: list(excess.values())} | {f"{_CONSTRAINTS}:{name}": value for name, value in excess.items()}
+
+
+def begin(study: Study, problem: Problem, candidate: Candidate) -> int:
+    """Adds a RUNNING trial, which the dashboard shows, in one transaction; returns its number.
+
+    Not `ask`, which writes each parameter in a transaction of its own.
+    """
+    params = params_of(problem, candidate.policy)
+    trial = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions=_distributions(problem, params),
+        user_attrs=candidate_attrs(candidate),
+    )
+    return _add(study, trial)
+
+
+def add_complete(
+    study: Study,
+    problem: Problem,
+    candidate: Candidate,
+    *,
+    result: TrialResult,
+    reused: int | None,
+    started: datetime.datetime,
+    notes: Mapping[str, Any],
+) -> int:
+    """Adds a finished trial in one transaction; returns its number. `notes` is what its sampler noted about it."""
+    params = params_of(problem, candidate.policy)
+    trial = optuna.trial.create_trial(
+        values=objectives(problem, result),
+        params=params,
+        distributions=_distributions(problem, params),
+        user_attrs=candidate_attrs(candidate) | result_attrs(problem, result, reused=reused),
+        system_attrs=kept_attrs(notes) | constraint_attrs(problem, result.costs),
+    )
+    trial.datetime_start = started
+    return _add(study, trial)
+
+
+def add_failed(study: Study, problem: Problem, candidate: Candidate, *, reason: str, started: datetime.datetime) -> int:
+    """Adds a failed trial in one transaction; returns its number."""
+    params = params_of(problem, candidate.policy)
+    trial = optuna.trial.create_trial(
+        state=TrialState.FAIL,
+        params=params,
+        distributions=_distributions(problem, params),
+        user_attrs=candidate_attrs(candidate) | {REASON: reason},
+    )
+    trial.datetime_start = started
+    return _add(study, trial)
+
+
+def finish_running(
+    study: Study,
+    problem: Problem,
+    number: int,
+    *,
+    result: TrialResult,
+    reused: int | None,
+    notes: Mapping[str, Any],
+) -> None:
+    """Completes a RUNNING trial. Killed in between, the trial holds its whole result or is begun again."""
+    trial_id = _trial_id(study, number)
+    for key, value in kept_attrs(notes).items():
+        study._storage.set_trial_system_attr(trial_id, key, value)
+    for key, value in result_attrs(problem, result, reused=reused).items():
+        study._storage.set_trial_user_attr(trial_id, key, value)
+    conclude(study, problem, number, result)
+
+
+def conclude(study: Study, problem: Problem, number: int, result: TrialResult) -> None:
+    """Tells a RUNNING trial that already holds its result."""
+    for key, value in constraint_attrs(problem, result.costs).items():
+        study._storage.set_trial_system_attr(_trial_id(study, number), key, value)
+    study.tell(number, list(objectives(problem, result)))
+
+
+def fail_running(study: Study, number: int, *, reason: str, abandoned: bool = False) -> None:
+    """Fails a RUNNING trial with its reason."""
+    trial_id = _trial_id(study, number)
+    study._storage.set_trial_user_attr(trial_id, REASON, reason)
+    if abandoned:
+        study._storage.set_trial_user_attr(trial_id, ABANDONED, True)
+    study.tell(number, state=TrialState.FAIL)
+
+
+def kept_attrs(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a sampler noted about a trial and will want to read again, such as its generation."""
+    return {key: value for key, value in system_attrs.items() if not key.startswith(_TRANSIENT)}
+
+
+def _distributions(problem: Problem, params: Mapping[str, Any]) -> dict[str, Any]:
+    space = search_space(problem)
+    return {name: space[name] for name in params}
+
+
+def _add(study: Study, trial: FrozenTrial) -> int:
+    # Study.add_trial does not say which number it gave.
+    trial._validate()
+    trial_id = study._storage.create_new_trial(study._study_id, template_trial=trial)
+    return study._storage.get_trial_number_from_id(trial_id)
+
+
+def _trial_id(study: Study, number: int) -> int:
+    return study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)

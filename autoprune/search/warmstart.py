@@ -1,0 +1,124 @@
+"""Warm starts: the policies that a practitioner would try first, at several budgets.
+
+Decides which heuristics are tried before the sampler's own proposals: uniform, a global ranking by each criterion, and
+the additive solution of the error tables. They are ordinary trials, so a search is never worse than the best heuristic
+under the same recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from autoprune.policy import Policy
+from autoprune.results import Problem, WarmStart
+from autoprune.search.additive import AdditiveSolver, best_curves, policy_from_widths, targets
+from autoprune.search.projection import Projector
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]
+"""Criterion → group → one score a channel; higher means keep."""
+Tables = Mapping[str, Mapping[str, Sequence[float]]]
+"""Group → criterion → error at each width from 0 to the group's size."""
+
+
+def uniform(problem: Problem, criterion: str, target: float) -> Policy:
+    """Returns the policy with the same ratio everywhere that just meets `target`, a fraction of the dense primary cost.
+
+    Raises:
+        BudgetError: No policy meets it.
+    """
+    ratios = {group.name: group.ratio(group.widths[0]) / 2 for group in problem.groups}
+    even = dict.fromkeys(ratios, sum(ratios.values()) / len(ratios))
+    widths = Projector(problem).project(even, target)
+    return policy_from_widths(problem, widths, dict.fromkeys(widths, criterion))
+
+
+def global_ranking(problem: Problem, scores: Scores, criterion: str, target: float) -> Policy:
+    """Returns the policy that keeps the channels with the highest scores of the whole network, down to `target`.
+
+    One threshold over all groups is lowered until the budget is met; each group keeps at least its least width.
+
+    Raises:
+        BudgetError: No policy meets it.
+    """
+    ranked = {group.name: sorted(scores[criterion][group.name], reverse=True) for group in problem.groups}
+    levels = sorted({value for values in ranked.values() for value in values})
+    low, high = 0, len(levels)  # levels[i]: everything below is removed
+    dense = problem.cost_model.cost(problem.budget.primary, {})
+
+    def widths_at(level: int) -> dict[str, int]:
+        threshold = levels[level] if level < len(levels) else math.inf
+        kept = {name: sum(value >= threshold for value in values) for name, values in ranked.items()}
+        return {g.name: g.width(1.0 - kept[g.name] / g.size) for g in problem.groups}
+
+    def meets(widths: Mapping[str, int]) -> bool:
+        costs = problem.cost_model.costs(widths)
+        return costs[problem.budget.primary] <= target * dense + 1e-6 and problem.budget.within(costs)
+
+    while low < high:
+        middle = (low + high) // 2
+        if meets(widths_at(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    widths = widths_at(low)
+    ratios = {g.name: g.ratio(widths[g.name]) for g in problem.groups}
+    widths = Projector(problem).project(ratios, target)
+    return policy_from_widths(problem, widths, dict.fromkeys(widths, criterion))
+
+
+def additive(problem: Problem, tables: Tables, target: float, *, criterion: str | None = None) -> Policy:
+    """Returns the solution of the additive problem at `target`, with one criterion everywhere or the best of each
+    scope.
+
+    Raises:
+        BudgetError: No policy meets it.
+    """
+    if criterion is None:
+        chosen, curves = best_curves(problem, tables)
+    else:
+        chosen = {group.name: criterion for group in problem.groups}
+        curves = {group.name: tables[group.name][criterion] for group in problem.groups}
+    widths = AdditiveSolver(problem).solve(curves, target)
+    return policy_from_widths(problem, widths, chosen)
+
+
+def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int) -> tuple[WarmStart, ...]:
+    """Returns up to `count` distinct policies: additive solutions at several budgets first, then uniform and global.
+
+    Half of them are additive (they are the best guess), the rest alternates between uniform and global rankings.
+    """
+    if count < 1:
+        return ()
+    main, _ = best_curves(problem, tables)
+    common = max(set(main.values()), key=list(main.values()).count)
+    half = targets(problem.budget, max(1, math.ceil(count / 2)))
+    starts = [WarmStart(additive(problem, tables, target), "additive") for target in half]
+    rest = count - len(starts)
+    orders = [common, *(name for name in problem.criteria if name != common and name != "random")]
+    for i, target in enumerate(targets(problem.budget, max(1, math.ceil(rest / 2)))):
+        criterion = orders[i % len(orders)]
+        starts.append(WarmStart(uniform(problem, criterion, target), f"uniform-{criterion}"))
+        starts.append(WarmStart(global_ranking(problem, scores, criterion, target), f"global-{criterion}"))
+    distinct: dict[str, WarmStart] = {}
+    for start in starts:
+        distinct.setdefault(start.policy.id, start)
+    return tuple(distinct.values())[:count]
+
+
+def control_policies(problem: Problem, scores: Scores, *, count: int) -> tuple[WarmStart, ...]:
+    """Returns up to `count` policies that people would try by hand: uniform and global, by a weight norm, spread over
+    the span.
+
+    The norm is `l2` or `l1` where the problem has one of them, else its first criterion.
+    """
+    criterion = next((name for name in ("l2", "l1") if name in problem.criteria), problem.criteria[0])
+    starts: list[WarmStart] = []
+    spread = targets(problem.budget, max(1, math.ceil(count / 2)) + 1)[:-1]  # the least budget has a single policy
+    for target in spread:
+        starts.append(WarmStart(uniform(problem, criterion, target), f"uniform {criterion}"))
+        starts.append(WarmStart(global_ranking(problem, scores, criterion, target), f"global {criterion}"))
+    distinct: dict[str, WarmStart] = {}
+    for start in starts[:count]:
+        distinct.setdefault(start.policy.id, start)
+    return tuple(distinct.values())

@@ -1,0 +1,273 @@
+"""Sections of a space file that say how it is pruned: budget, groups, criteria, recipe and search.
+
+Decides their keys, meanings and valid values. Must not know how any of it is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from autoprune.budget import KEYS, parse_limit
+from autoprune.errors import BudgetError
+from autoprune.space.section import NAME_PATTERN, Found, Globs, Section, as_tuple, number
+
+CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random")
+Criterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random"]
+assert get_args(Criterion) == CRITERIA
+
+
+def _as_distillation(value: Any) -> Any:
+    return None if value is False else {} if value is True else value
+
+
+def _limit(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        parse_limit(value)
+    except BudgetError as error:
+        raise PydanticCustomError("fault", "{text}", {"text": str(error)}) from error
+    return value
+
+
+Limit = Annotated[float | str | None, BeforeValidator(_limit)]
+
+
+class BudgetSettings(Section):
+    """Upper limits; each is a fraction of the dense network (0.5, "50%") or absolute ("30M", "1.2 MB")."""
+
+    macs: Limit = Field(default=None, description="Limit on multiply-accumulates of one sample: 0.5, '50%' or '30M'.")
+    params: Limit = Field(
+        default=None, description="Limit on the number of trainable parameters: 0.5, '50%' or '270k'."
+    )
+    size: Limit = Field(
+        default=None, description="Limit on the bytes of the weights: 0.5, '50%', '1.2 MB' or '512 KiB'."
+    )
+    memory: Limit = Field(
+        default=None,
+        description="Limit on the bytes of activations that are alive together for one sample: 0.5, '2 MB'.",
+    )
+    front: Annotated[tuple[float, float] | None, BeforeValidator(as_tuple)] = Field(
+        default=None,
+        description="Fractions of the dense cost between which the front is searched, [low, high]. The cost is the "
+        "first of macs, params, size, memory that has a limit (macs where none has). Null: from the least possible to "
+        "the limit.",
+    )
+
+    @property
+    def limits(self) -> dict[str, float | str]:
+        """The limits that are set, as `budget.resolve_budget` reads them."""
+        return {key: value for key in KEYS if (value := getattr(self, key)) is not None}
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that the front rises within (0, 1] and reaches below the limit."""
+        front = raw.get("front")
+        if not isinstance(front, (list, tuple)) or len(front) != 2:
+            return
+        low, high = (number(value) for value in front)
+        if low is None or high is None:
+            return
+        if not 0.0 < low < high <= 1.0:
+            yield ("front",), f"rises within (0, 1], such as [0.25, 1.0]; got [{low}, {high}]"
+            return
+        key = next((key for key in KEYS if raw.get(key) is not None), None)
+        try:
+            limit, fraction = parse_limit(raw[key]) if key else (1.0, True)
+        except BudgetError:
+            return
+        if fraction and limit < low:
+            yield ("front",), f"starts at {low}, above the budget {key}: {raw[key or '']}"
+
+
+class GroupSettings(Section):
+    """Which pruning groups may shrink, and how far."""
+
+    include: Globs = Field(
+        default=("*",), min_length=1, description="Globs for the names of the groups that may be pruned."
+    )
+    exclude: Globs = Field(
+        default=(), description="Globs for the names of groups that keep all their channels; wins over `include`."
+    )
+    min_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="Least fraction of channels that is removed from each group."
+    )
+    max_ratio: float = Field(
+        default=0.9, ge=0, lt=1, description="Largest fraction of channels that is removed from a group."
+    )
+    round_to: int = Field(
+        default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
+    )
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks the order of the ratios."""
+        low, high = number(raw.get("min_ratio", 0.0)), number(raw.get("max_ratio", 0.9))
+        if low is not None and high is not None and low > high:
+            yield ("min_ratio",), f"is above max_ratio ({low} > {high})"
+
+
+class CriteriaSettings(Section):
+    """Which criteria the search may choose from to rank channels."""
+
+    choices: Annotated[tuple[Criterion, ...], BeforeValidator(as_tuple)] = Field(
+        default=("l2", "taylor", "obs"),
+        min_length=1,
+        description="l1, l2: norm of a channel's weights; bn_scale: BatchNorm scale; fpgm: distance to the geometric "
+        "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
+        "obs: error increase under refit; random.",
+    )
+    scope: Literal["model", "stage", "layer"] = Field(
+        default="model",
+        description="One criterion for the whole model, one for each stage, or one for each pruning group.",
+    )
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that no criterion occurs twice."""
+        choices = raw.get("choices")
+        if not isinstance(choices, (list, tuple)):
+            return
+        for i, choice in enumerate(choices):
+            if choice in choices[:i]:
+                yield ("choices", i), f"{choice!r} occurs twice"
+
+
+class DistillationSettings(Section):
+    """Fine-tuning also imitates the dense network's outputs."""
+
+    temperature: float = Field(default=4.0, gt=0, description="Softens both outputs before they are compared.")
+    weight: float = Field(
+        default=0.9, ge=0, le=1, description="Share of this term in the loss; the labels have the rest."
+    )
+
+
+class BaselineSettings(Section):
+    """How a dense network is trained where there is no checkpoint."""
+
+    epochs: float = Field(default=25, gt=0, description="Passes over the training data.")
+    lr: float = Field(default=0.1, gt=0, description="Peak learning rate.")
+
+
+_Switch = DistillationSettings | bool | None
+
+
+class RecipeSettings(Section):
+    """How a pruned network is repaired and fine-tuned."""
+
+    batch_size: int = Field(default=64, ge=1, description="Samples of a training step.")
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd (Nesterov momentum) or adamw.")
+    lr: float = Field(default=0.02, gt=0, description="Peak learning rate; it falls to zero along a cosine.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd.")
+    weight_decay: float = Field(default=0.0005, ge=0, description="Weight decay; norms and biases have none.")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of the steps in which the learning rate rises."
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability taken from the true label for the others."
+    )
+    distillation: Annotated[
+        DistillationSettings | None, BeforeValidator(_as_distillation, json_schema_input_type=_Switch)
+    ] = Field(
+        default_factory=DistillationSettings,
+        description="Fine-tuning also imitates the dense network's outputs. Null or false: off.",
+    )
+    compensation: bool = Field(
+        default=True,
+        description="Weights that consume the kept channels are refitted to reproduce the dense layer's output.",
+    )
+    ridge: float = Field(
+        default=0.001,
+        ge=0,
+        description="Regularisation of that fit, relative to the mean of the Gram matrix's diagonal.",
+    )
+    recalibration_batches: int = Field(
+        default=10,
+        ge=0,
+        description="Batches on which BatchNorm statistics are re-estimated before fine-tuning. 0: none.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Number format of fine-tuning and evaluation; auto takes the faster one on the device.",
+    )
+    baseline: BaselineSettings = Field(
+        default_factory=BaselineSettings, description="Training of the dense network where there is no checkpoint."
+    )
+
+
+class RungSettings(Section):
+    """One rung of the ladder: how much of the recipe is run, and for how many candidates."""
+
+    rung: str = Field(pattern=NAME_PATTERN, description="Name of the rung; its Optuna study is called `<name>.<rung>`.")
+    epochs: float = Field(
+        default=0,
+        ge=0,
+        description="Epochs of fine-tuning; fractions are allowed. 0: compensation and recalibration only.",
+    )
+    images: int | None = Field(default=None, ge=1, description="Validation images that score a candidate. Null: all.")
+    trials: int | None = Field(
+        default=None,
+        ge=1,
+        description="Candidates promoted from the rung before. The first rung takes `search.trials`.",
+    )
+    seeds: int = Field(default=1, ge=1, description="The recipe is run once a seed and the scores are averaged.")
+    test: bool = Field(default=False, description="The test set is scored too; on the last rung only.")
+
+
+def _rung(rung: Any, key: str) -> Any:
+    return rung.get(key) if isinstance(rung, Mapping) else getattr(rung, key, None)
+
+
+_LADDER = (
+    RungSettings(rung="screen", epochs=0, images=2000),
+    RungSettings(rung="tune", epochs=3, trials=10),
+    RungSettings(rung="final", epochs=8, trials=6, test=True),
+)
+
+
+class SearchSettings(Section):
+    """How the search goes about it."""
+
+    trials: int = Field(default=48, ge=1, description="Candidates on the first rung, warm starts included.")
+    sampler: Literal["tpe", "nsga2", "random", "qmc"] = Field(
+        default="tpe", description="Optuna's sampler of the first rung."
+    )
+    warm_starts: bool = Field(
+        default=True, description="The first candidates are uniform, globally ranked and additive-error policies."
+    )
+    controls: int = Field(
+        default=4,
+        ge=0,
+        description="Uniform and globally ranked policies that are measured beside the front by the last rung's "
+        "recipe, to show what the search gains. 0: none.",
+    )
+    ladder: Annotated[tuple[RungSettings, ...], BeforeValidator(as_tuple)] = Field(
+        default=_LADDER,
+        min_length=1,
+        description="Rungs from cheap to thorough; the best and well-spread candidates of one enter the next.",
+    )
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks the rungs against each other."""
+        ladder = raw.get("ladder")
+        if not isinstance(ladder, (list, tuple)):
+            return
+        names: list[Any] = []
+        for i, rung in enumerate(ladder):
+            if not isinstance(rung, (Mapping, RungSettings)):
+                continue
+            name = _rung(rung, "rung")
+            if name is not None and name in names:
+                yield ("ladder", i, "rung"), f"two rungs are called {name!r}"
+            names.append(name)
+            if i == 0 and _rung(rung, "trials") is not None:
+                yield ("ladder", i, "trials"), "the first rung has `search.trials` candidates; leave this out"
+            if i > 0 and _rung(rung, "trials") is None:
+                yield ("ladder", i, "trials"), "needed: how many candidates are promoted to this rung"
+            if i < len(ladder) - 1 and _rung(rung, "test") is True:
+                yield ("ladder", i, "test"), "the test set is scored on the last rung only"

@@ -1,0 +1,168 @@
+"""A whole space, how it is loaded, and which of its settings decide a result.
+
+Decides the top level of a space file, its fingerprint and its JSON Schema. Must not know how anything is carried out,
+nor import torch: whether a model name exists is checked where models are built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from autoprune.errors import Fault, SpaceError
+from autoprune.policy import digest
+from autoprune.space.faults import plain_faults
+from autoprune.space.file import Document, override, parse_document, read_document
+from autoprune.space.inputs import DataSettings, ModelSettings
+from autoprune.space.method import BudgetSettings, CriteriaSettings, GroupSettings, RecipeSettings, SearchSettings
+from autoprune.space.section import NAME_PATTERN, Found, Section
+
+SCHEMA = 1
+DEFAULT_SPACE = "digits_resnet20.yaml"
+"""Name of the space file that is used where none is given; see `default_space_path`."""
+
+
+class Space(Section):
+    """Settings of a pruning-policy search."""
+
+    schema_version: Literal[1] = Field(alias="schema", description="Version of this format: 1.")
+    name: str = Field(
+        pattern=NAME_PATTERN,
+        max_length=100,
+        description="Names the studies and the MLflow experiment: lower-case letters, digits, dots, dashes and "
+        "underscores.",
+    )
+    model: ModelSettings = Field(description="The network to prune.")
+    checkpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Trained weights: a .safetensors file or a state dict (.pt, .pth) that loads with weights_only. "
+        "Null: a baseline is trained by `recipe.baseline` and cached, unless `model.weights` names some.",
+    )
+    data: DataSettings = Field(description="The data to fine-tune and score on.")
+    budget: BudgetSettings = Field(
+        default_factory=BudgetSettings, description="Upper limits on costs, several at once, and the span of the front."
+    )
+    groups: GroupSettings = Field(
+        default_factory=GroupSettings, description="Which pruning groups may shrink, and how far."
+    )
+    criteria: CriteriaSettings = Field(default_factory=CriteriaSettings, description="How channels may be ranked.")
+    recipe: RecipeSettings = Field(
+        default_factory=RecipeSettings, description="How a pruned network is repaired and fine-tuned."
+    )
+    search: SearchSettings = Field(default_factory=SearchSettings, description="How the search goes about it.")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="auto (a GPU where there is one), cpu, cuda or cuda:0.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Decides splits, samplers and training.")
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that the dense weights come from one place."""
+        model = raw.get("model")
+        if isinstance(model, Mapping) and model.get("weights") is not None and raw.get("checkpoint") is not None:
+            yield ("checkpoint",), "`checkpoint` and `model.weights` exclude each other"
+
+    def fingerprint_sections(self) -> dict[str, str]:
+        """Returns a digest for each section that decides what a trial's result is.
+
+        Left out: the device, the number of trials, the sampler, and `data.download`, which change what is tried or
+        where but not what a policy scores.
+        """
+        plain = self.model_dump(mode="json", by_alias=True)
+        plain["data"].pop("download")
+        ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
+        sections = ("model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed")
+        return {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that are the same for spaces whose results can be compared."""
+        return digest(self.fingerprint_sections())
+
+    @staticmethod
+    def from_mapping(data: Mapping[str, Any]) -> Space:
+        """Builds a space from plain values, as the Python interface does.
+
+        Raises:
+            SpaceError: Something in `data` is invalid; carries all faults.
+        """
+        return _validate(Document(dict(data), {}), "the settings")
+
+
+def load_space(
+    path: Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    env: Mapping[str, str],
+    check_files: bool = False,
+) -> Space:
+    """Reads and validates a space file.
+
+    Args:
+        path: The file.
+        overrides: Settings `key.path=value` that replace the file's.
+        env: The environment for `${VAR}` and `${VAR:-default}` in values.
+        check_files: Whether the checkpoint and the data must exist already.
+
+    Raises:
+        SpaceError: The file is missing, is not YAML, or holds faults; carries all of them.
+    """
+    document = override(read_document(Path(path), env), overrides, env)
+    return _validate(document, str(path), check_files=check_files)
+
+
+def parse_space(text: str, *, overrides: Sequence[str] = (), env: Mapping[str, str], source: str = "") -> Space:
+    """Does what `load_space` does for the text of a space file.
+
+    Raises:
+        SpaceError: The text is not YAML or holds faults; carries all of them.
+    """
+    return _validate(override(parse_document(text, env, source=source), overrides, env), source)
+
+
+def default_space_path(folder: Path) -> Path:
+    """Returns the space file to use where none is given: `search_spaces/` below `folder`, else the embedded copy."""
+    local = folder / "search_spaces" / DEFAULT_SPACE
+    return local if local.is_file() else Path(__file__).parent.with_name("default_space.yaml")
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON Schema of space files, with a description of every key, for editors."""
+    schema = Space.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "autoprune space file"}
+
+
+def _validate(document: Document, source: str, *, check_files: bool = False) -> Space:
+    faults, data = list(document.faults), document.data
+    version = data.get("schema")
+    if "schema" in data and (version != SCHEMA or isinstance(version, bool)):
+        text = f"schema {version!r} is unknown; this version of autoprune reads schema {SCHEMA}"
+        raise SpaceError([document.fault(("schema",), text)], source)
+    space = None
+    try:
+        space = Space.model_validate(data)
+    except ValidationError as error:
+        # A value that could not be read has been reported; what is then said of its stand-in would only confuse.
+        reported = {fault.place for fault in faults}
+        faults += [f for f in plain_faults(error, document, Space) if f.place not in reported]
+    if check_files:
+        faults += _missing_files(document)
+    if space is None or faults:
+        raise SpaceError(sorted(faults, key=lambda f: (f.line is None, f.line or 0, f.place)), source)
+    return space
+
+
+def _missing_files(document: Document) -> Iterator[Fault]:
+    checkpoint, data = document.data.get("checkpoint"), document.data.get("data")
+    if isinstance(checkpoint, str) and checkpoint and not Path(checkpoint).is_file():
+        yield document.fault(("checkpoint",), f"there is no file {checkpoint!r}")
+    if isinstance(data, dict) and data.get("download") is not True:
+        path = data.get("path")
+        if isinstance(path, str) and path and not Path(path).exists():
+            yield document.fault(("data", "path"), f"there is no file or folder {path!r}")

@@ -1,0 +1,222 @@
+"""Scores, recalibration, latency and the choice of a number format."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from autoprune.network.data import DataSettings, as_splits
+from autoprune.network.evaluation import (
+    Precision,
+    evaluate,
+    logits_of,
+    measure_latency,
+    mode,
+    probe_precision,
+    recalibrate,
+)
+from autoprune.network.models import build_model
+
+
+def split(n=200, classes=4, shape=(1, 6, 6)):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((n, *shape), generator=generator)
+    y = torch.arange(n) % classes
+    return as_splits({"train": (x, y)}, settings=DataSettings(calibration=8)).train
+
+
+def everything(data):
+    batches = list(data.batches(1000))
+    return batches[0]
+
+
+class Constant(nn.Module):
+    """Always answers with the same class."""
+
+    def __init__(self, answer, classes=4, value=5.0):
+        super().__init__()
+        self.register_buffer("logits", nn.functional.one_hot(torch.tensor(answer), classes).float() * value)
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+def test_accuracy_loss_and_per_class_agree_with_the_whole_set_at_once():
+    data = split()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Dropout(0.5))
+    x, y = everything(data)
+    logits = model.eval()(x)
+    model.train()
+    score = evaluate(model, data, batch_size=17)
+    assert score.count == len(data)
+    assert score.accuracy == pytest.approx((logits.argmax(1) == y).double().mean().item())
+    assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    for label in range(4):
+        assert score.per_class[label] == pytest.approx((logits.argmax(1) == y)[y == label].double().mean().item())
+
+
+def test_a_constant_answer_is_right_for_its_class_alone():
+    score = evaluate(Constant(2), split())
+    assert score.per_class == (0.0, 0.0, 1.0, 0.0)
+    assert score.accuracy == pytest.approx(0.25, abs=0.01)
+
+
+def test_limit_scores_the_first_samples_and_absent_classes_are_nan():
+    score = evaluate(Constant(1), split(), limit=2)
+    assert score.count == 2
+    assert sum(math.isnan(value) for value in score.per_class) == 2
+    with pytest.raises(ValueError, match="no sample to score"):
+        evaluate(Constant(1), split(), limit=0)
+
+
+def test_a_loss_that_is_not_a_number_stays_one():
+    assert math.isnan(evaluate(Constant(1, value=float("nan")), split()).loss)
+
+
+def test_own_loss_and_metric_are_averaged_over_the_samples():
+    seen = []
+
+    def metric(output, target):
+        seen.append(len(target))
+        return float(len(target))
+
+    score = evaluate(Constant(0), split(100), batch_size=40, loss=lambda o, t: o.sum(1).mean() * 0 + 3, metric=metric)
+    assert score.loss == pytest.approx(3)
+    assert score.accuracy == pytest.approx(sum(n * n for n in seen) / sum(seen))
+
+
+def test_evaluation_changes_neither_modes_nor_statistics():
+    model = build_model(name="resnet20", arguments={"in_channels": 1}, num_classes=4)
+    model.layer1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, split())
+    assert model.training
+    assert not model.layer1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_gives_nearly_the_same_score():
+    model = build_model(name="resnet20", arguments={"in_channels": 1}, num_classes=4)
+    recalibrate(model, split())
+    plain, half = (evaluate(model, split(), autocast_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert half.loss == pytest.approx(plain.loss, rel=0.02)
+    assert half.loss != plain.loss
+
+
+def test_logits_are_found_in_tensors_tuples_and_named_outputs():
+    value = torch.zeros(1, 2)
+    named = type("Output", (), {"logits": value})()
+    assert all(logits_of(output) is value for output in (value, (value, None), named))
+    with pytest.raises(TypeError, match="dict"):
+        logits_of({"a": value})
+
+
+def test_mode_is_restored_module_by_module_even_after_an_error():
+    model = nn.Sequential(nn.Linear(1, 1).eval(), nn.Linear(1, 1))
+    seen = []
+
+    def fail():
+        with mode(model, training=False):
+            seen.append(model[1].training)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert seen == [False]
+    assert [m.training for m in model] == [False, True]
+
+
+def test_recalibration_is_the_exact_average_of_the_batches():
+    norm = nn.BatchNorm2d(1)
+    nn.init.constant_(norm.running_mean, 50.0)
+    data = split(200)
+    recalibrate(norm, data, batches=1, batch_size=1000)
+    x, _ = everything(data)
+    assert norm.running_mean.item() == pytest.approx(x.mean().item(), rel=1e-5)
+    assert norm.running_var.item() == pytest.approx(x.var().item(), rel=1e-4)
+    recalibrate(norm, data, batches=3, batch_size=32, seed=4)
+    order = torch.Generator().manual_seed(4)
+    taken = [x for x, _ in data.batches(32, shuffle=order)][:3]
+    assert norm.running_mean.item() == pytest.approx(torch.stack([x.mean() for x in taken]).mean().item(), rel=1e-5)
+    assert norm.num_batches_tracked.item() == 3
+
+
+def test_recalibration_leaves_weights_modes_momentum_and_gradients_alone():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=0.3), nn.Dropout(0.9), nn.BatchNorm2d(2))
+    model[3].eval()
+    weight = model[0].weight.clone()
+    recalibrate(model, split())
+    assert torch.equal(model[0].weight, weight)
+    assert [m.training for m in model] == [True, True, True, False]
+    assert model[1].momentum == 0.3
+    assert all(p.grad is None for p in model.parameters())
+    assert model[3].running_var.mean() < 1.5  # dropout was off: it would have made it ten times as large
+
+
+def test_recalibration_leaves_a_partial_last_batch_out_and_a_network_without_batchnorm_alone():
+    norm = nn.BatchNorm2d(1)
+    data = split(200)
+    recalibrate(norm, data, batches=100, batch_size=len(data) - 1)
+    assert norm.num_batches_tracked.item() == 1
+    model = nn.Linear(2, 2)
+    recalibrate(model, split(shape=(2,)))
+    frozen = nn.BatchNorm2d(1, track_running_stats=False)
+    recalibrate(frozen, split())
+    assert model.training
+    assert frozen.running_mean is None
+
+
+def test_latency_tells_how_it_was_measured():
+    model = nn.Linear(8, 8)
+    latency = measure_latency(model, torch.zeros(3, 8), repeats=5, warmup=1, autocast_dtype=torch.bfloat16)
+    assert latency.median_ms > 0
+    assert latency.spread_ms >= 0
+    assert (latency.batch, latency.device, latency.dtype) == (3, "cpu", "bfloat16")
+    assert latency.threads == torch.get_num_threads()
+    assert measure_latency(model, torch.zeros(3, 8), repeats=1).dtype == "float32"
+    assert model.training
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        measure_latency(model, torch.zeros(1, 8), repeats=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_probe_leaves_the_model_as_it_was(training):
+    model = build_model(name="resnet20", arguments={"in_channels": 1}, num_classes=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    precision = probe_precision(model, torch.rand(4, 1, 8, 8), training=training, seconds=0.2)
+    assert precision.autocast_dtype in (None, torch.bfloat16)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class NoHalf(nn.Module):
+    def forward(self, x):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not implemented for BFloat16")
+        return x
+
+
+class Never(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_the_probe_leaves_out_formats_that_the_network_cannot_run_but_hides_no_other_error():
+    assert probe_precision(NoHalf(), torch.rand(2, 3), seconds=0.05) == Precision(None, channels_last=True)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        probe_precision(Never(), torch.rand(2, 3), seconds=0.05)
+
+
+def test_a_precision_arranges_images_and_weights_and_keeps_their_values():
+    model = nn.Conv2d(3, 4, 3)
+    weight = model.weight.detach().clone()
+    for precision in (Precision(None, channels_last=True), Precision(None, channels_last=False)):
+        precision.arrange_model(model)
+        memory = torch.channels_last if precision.channels_last else torch.contiguous_format
+        assert model.weight.is_contiguous(memory_format=memory)
+        assert torch.equal(model.weight, weight)
+        assert precision.arrange(torch.rand(2, 3, 4, 4)).is_contiguous(memory_format=memory)
+    table = torch.rand(2, 3)
+    assert Precision().arrange(table) is table

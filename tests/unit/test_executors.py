@@ -1,0 +1,196 @@
+"""Processes that die, factories that fail, and parents that are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from autoprune.errors import AutopruneError, CheckpointError, TrialError
+from autoprune.executors import InlineExecutor, ProcessExecutor
+
+WAIT = 30
+
+
+class TwoArguments(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def act(kind: str, path: str = "") -> object:
+    if kind == "pid":
+        return os.getpid()
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "die once":
+        marker = Path(path)
+        if not marker.exists():
+            marker.write_text("died")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "survived"
+    if kind == "exit":
+        sys.exit(3)
+    if kind == "unpicklable result":
+        return lambda: None
+    if kind == "unpicklable error":
+        raise TwoArguments("one", "two")
+    if kind == "sleep":
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(60)
+    return kind
+
+
+def factory() -> Callable[..., object]:
+    return act
+
+
+def broken_factory() -> Callable[..., object]:
+    raise OSError("no such device")
+
+
+def factory_without_checkpoint() -> Callable[..., object]:
+    raise CheckpointError("model.pt does not exist")
+
+
+def factory_that_dies() -> Callable[..., object]:
+    os._exit(9)
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended within ten seconds; a zombie has ended."""
+    for _ in range(200):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def wait_for(path: Path) -> int:
+    for _ in range(400):
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was never written")
+
+
+def test_an_interrupt_in_the_callers_thread_is_raised_at_once() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        InlineExecutor(interrupted).submit()
+
+
+def test_a_task_whose_process_is_killed_once_is_repeated_in_a_new_one(tmp_path: Path) -> None:
+    with ProcessExecutor(factory, 1) as executor:
+        before = executor.submit("pid").result(timeout=WAIT)
+        assert executor.submit("die once", str(tmp_path / "marker")).result(timeout=WAIT) == "survived"
+        after = executor.submit("pid").result(timeout=WAIT)
+    assert before != after
+
+
+def test_a_task_that_kills_its_process_twice_fails_alone() -> None:
+    with ProcessExecutor(factory, 2) as executor:
+        deadly = executor.submit("die")
+        others = [executor.submit("fine") for _ in range(4)]
+        with pytest.raises(TrialError, match=r"died 2 times: ended by SIGKILL, perhaps for want of memory"):
+            deadly.result(timeout=WAIT)
+        assert [other.result(timeout=WAIT) for other in others] == ["fine"] * 4
+
+
+def test_a_task_that_exits_its_process_tells_the_status() -> None:
+    with ProcessExecutor(factory, 1) as executor, pytest.raises(TrialError, match="exit status 3"):
+        executor.submit("exit").result(timeout=WAIT)
+
+
+def test_an_error_of_the_factory_comes_out_of_every_task_with_its_cause() -> None:
+    with ProcessExecutor(broken_factory, 1) as executor:
+        for _ in range(2):
+            with pytest.raises(AutopruneError, match="could not start: OSError: no such device") as caught:
+                executor.submit("fine").result(timeout=WAIT)
+            assert not isinstance(caught.value, TrialError)
+
+
+def test_bad_input_that_the_factory_finds_stays_bad_input() -> None:
+    with ProcessExecutor(factory_without_checkpoint, 1) as executor:
+        error = executor.submit("fine").exception(timeout=WAIT)
+    assert isinstance(error, CheckpointError)
+    assert str(error) == "model.pt does not exist"
+
+
+def test_a_process_that_dies_while_starting_stops_the_search_and_not_only_a_trial() -> None:
+    with ProcessExecutor(factory_that_dies, 1) as executor:
+        error = executor.submit("fine").exception(timeout=WAIT)
+    assert isinstance(error, AutopruneError)
+    assert not isinstance(error, TrialError)
+    assert "ended before it was ready (exit status 9)" in str(error)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("unpicklable result", "function"), ("unpicklable error", "one and two")])
+def test_what_cannot_be_sent_back_is_a_clear_error(kind: str, words: str) -> None:
+    with ProcessExecutor(factory, 1) as executor:
+        with pytest.raises(AutopruneError, match=f"{words}.*cannot be sent between processes"):
+            executor.submit(kind).result(timeout=WAIT)
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+
+
+def test_closing_ends_a_busy_process_and_cancels_what_waits(tmp_path: Path) -> None:
+    executor = ProcessExecutor(factory, 1)
+    busy = executor.submit("sleep", str(tmp_path / "pid"))
+    waiting = executor.submit("fine")
+    pid = wait_for(tmp_path / "pid")
+    executor.close()
+    assert gone(pid)
+    with pytest.raises(AutopruneError, match="closed before the task was done"):
+        busy.result(timeout=0)
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=0)
+
+
+PARENT = """
+import sys
+from tests_executors_child import factory
+from autoprune.executors import ProcessExecutor
+if __name__ == "__main__":
+    with ProcessExecutor(factory, 1) as executor:
+        executor.submit(sys.argv[1]).result()
+"""
+CHILD = """
+import os, time
+from pathlib import Path
+def act(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+def factory():
+    return act
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "tests_executors_child.py").write_text(CHILD)
+    command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "pid")]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path, start_new_session=True)
+    pid = wait_for(tmp_path / "pid")
+    if number == signal.SIGINT:  # Ctrl-C reaches the whole group
+        os.killpg(parent.pid, number)
+    else:
+        parent.send_signal(number)
+    _, errors = parent.communicate(timeout=WAIT)
+    assert parent.returncode != 0
+    assert gone(pid)
+    assert errors.count(b"Traceback") <= 1
