@@ -69,19 +69,20 @@ def ranks(points: Sequence[Point]) -> list[int]:
 def select_spread(points: Sequence[Point], count: int) -> list[int]:
     """Returns `count` indices that are good and well spread along the cost axis, in order of rising cost.
 
-    The cost axis is cut into `count` equal intervals of the range that the points cover; rounds over the intervals
-    take the best remaining point of each, by rank and then by error, so that a crowded stretch does not crowd out an
-    end of the front.
+    The cost axis is cut into `count` intervals of equal ratio (from 1 to 1/2 is as far as from 1/2 to 1/4); rounds over
+    the intervals take the best remaining point of each, by rank and then by error, so that a crowded stretch does not
+    crowd out an end of the front.
     """
     finite = [i for i, p in enumerate(points) if math.isfinite(p[0]) and math.isfinite(p[1])]
     if count <= 0 or not finite:
         return []
     depth = ranks(points)
     low = min(points[i][1] for i in finite)
-    span = max(points[i][1] for i in finite) - low or 1.0
+    scale = math.log if low > 0 else float
+    span = scale(max(points[i][1] for i in finite)) - scale(low) or 1.0
     bins: list[list[int]] = [[] for _ in range(count)]
     for i in finite:
-        bins[min(count - 1, int((points[i][1] - low) / span * count))].append(i)
+        bins[min(count - 1, int((scale(points[i][1]) - scale(low)) / span * count))].append(i)
     for members in bins:
         members.sort(key=lambda i: (depth[i], points[i][0], points[i][1]), reverse=True)
     chosen: list[int] = []

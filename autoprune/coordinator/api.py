@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from autoprune import report
-from autoprune.coordinator.session import SearchOutcome, Session, _only_one
+from autoprune.coordinator.session import SearchOutcome, Session
+from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline
 from autoprune.network.data import as_splits
 from autoprune.space import Space
@@ -70,12 +71,13 @@ def search(
         }
     )
     folder = Path(home)
+    make_home(folder)
     deadline = None if timeout is None else time.monotonic() + timeout
     splits = as_splits(data, settings=None, seed=space.seed)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
     ingredients = pipeline.Ingredients(model, splits, origin, key, loss, metric)
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
-    with report.Progress() as progress, _only_one(folder, name):
+    with report.Progress() as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress)
         return session.run(workers=workers, deadline=deadline, trials=trials, summary=False)

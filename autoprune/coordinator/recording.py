@@ -88,7 +88,7 @@ class Records:
         members = [s for s in stored.shown() if s.number in on_front]
         study = studies.study_name(self.name, stored.shown_rung)
         keys = [tracking.trial_key(study, s.own) for s in members]
-        folders = {key: s.result.model_path for key, s in zip(keys, members, strict=True) if s.result.model_path}
+        folders = {key: stored.folder(member.result) for key, member in zip(keys, members, strict=True)}
         files = front_files(view)
         numbers = {"hypervolume": view.hypervolume, "front_size": float(len(view.front))}
         if view.controls:
@@ -100,8 +100,8 @@ class Records:
             assert self.search_run is not None
             tracker.mark_front(self.name, keys)
             for key, folder in folders.items():
-                if key in self.runs and Path(folder).is_dir():
-                    tracker.log_model_folder(self.runs[key], Path(folder))
+                if key in self.runs and folder is not None:
+                    tracker.log_model_folder(self.runs[key], folder)
             tracker.log_front(self.search_run, files, metrics=numbers)
             cost = {"size_bytes": "size_fraction", "activation_bytes": "activation_fraction"}.get(
                 view.primary, f"{view.primary}_fraction"

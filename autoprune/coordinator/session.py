@@ -6,11 +6,11 @@ resumes a search that was stopped at any moment.
 
 from __future__ import annotations
 
-import fcntl
+import os
+import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,17 @@ import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.commands import layer_rows, terminal
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, StoredSearch, facts_of, read_search, storage_path, view_of
-from autoprune.errors import StudyError
+from autoprune.coordinator.views import (
+    CONTROLS,
+    HOME,
+    StoredSearch,
+    facts_of,
+    make_home,
+    models_path,
+    read_search,
+    storage_path,
+    view_of,
+)
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
@@ -76,11 +85,13 @@ def run_search(
         summary: Whether the outcome's text shows the knee's layers before and after.
 
     Raises:
-        InputError: Something that the settings name cannot be used, or the study belongs to other settings.
+        InputError: Something that the settings name cannot be used, the study belongs to other settings, or `home`
+            cannot be written.
         TrialError: Too many trials fail.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    with report.Progress() as progress, _only_one(home, space.name):
+    make_home(home)
+    with report.Progress() as progress:
         progress.note(f"search {space.name}: preparing")
         ingredients = pipeline.ingredients_of(space, cache=home / "cache", note=progress.note)
         sections = space.fingerprint_sections()
@@ -89,26 +100,6 @@ def run_search(
         return Session(space, ingredients, sections=sections, home=home, progress=progress).run(
             workers=workers, deadline=deadline, trials=trials, summary=summary
         )
-
-
-@contextmanager
-def _only_one(home: Path, name: str) -> Iterator[None]:
-    """Keeps a second process from running the same search: the lock goes with the process that holds it.
-
-    Raises:
-        StudyError: Another process runs it, or the folder cannot be written.
-    """
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        stream = (home / f"{name}.lock").open("a")
-    except OSError as error:
-        raise StudyError(f"cannot write to {home}: {error}") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StudyError(f"another process is running the search {name!r} in {home}") from error
-        yield
 
 
 class Session:
@@ -130,7 +121,7 @@ class Session:
         self.network: Network = pipeline.trace_ingredients(ingredients)
         groups = pipeline.searchable_groups(self.network, space)
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
-        self.models = home / "models" / space.name
+        self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
         self._check()
         self.bench: Workbench = pipeline.workbench_of(
@@ -166,6 +157,8 @@ class Session:
         left = records.close(_PATIENCE)
         self._link(stored, records)
         text = self._text(stored, view, records, left=left, summary=summary)
+        if not complete:
+            text += "\n\nThe time limit ended the search before its end; the same command goes on."
         self.progress.note(f"done in {time.monotonic() - begun:.0f} s")
         return SearchOutcome(self.space.name, text, view, stored, complete)
 
@@ -277,7 +270,7 @@ class Session:
         identities = {self.bench.identity(start.policy) for start in starts}
         last = plan.rungs[-1].fidelity
         rung = RungPlan(replace(last, rung=CONTROLS), len(identities))
-        return replace(plan, rungs=(rung,), warm_starts=starts, sampler="random")
+        return replace(plan, rungs=(rung,), warm_starts=starts, sampler=None)
 
     def _cost(self, costs: Mapping[str, int]) -> float:
         return float(costs[self.problem.budget.primary])
@@ -331,21 +324,30 @@ class Session:
             lines.append(report.render_layers(view, number, rows, console_width=width, color=color).rstrip("\n"))
         if left:
             lines.append(f"MLflow is away: {left} records wait; the same command writes them once it is back.")
-        name = self.space.name
-        make = Path("mlflow/server.env").is_file()
-        front = f"make front NAME={name}" if make else f"autoprune front {name}"
-        export = (
-            f"make export NAME={name} TRIAL={number} FORMAT=onnx"
-            if make
-            else (f"autoprune export {name} --trial {number} --format onnx")
-        )
-        ui = "make mlflow-ui" if make else f"mlflow server --backend-store-uri {records.uri}"
-        board = "make dashboard" if make else "autoprune dashboard"
-        commands = [(front, "this table again")]
-        if number is not None:
-            commands.append((export, "a model of the front as a file"))
-        charts = f"{records.address}{records.charts}" if records.charts else records.address
-        commands += [(ui, charts), (board, "Optuna dashboard: http://127.0.0.1:8080")]
+        commands = self._next_commands(stored, records, number)
         length = max(len(command) for command, _ in commands)
         lines.append("\n".join(["Next:", *(f"  {command:<{length}}  # {what}" for command, what in commands)]))
         return "\n\n".join(lines)
+
+    def _next_commands(self, stored: StoredSearch, records: Records, number: int | None) -> list[tuple[str, str]]:
+        """Returns what to type next and what it is for; they find this home folder, and `make` only where it does."""
+        name, usual = self.space.name, Path(os.environ.get("AUTOPRUNE_HOME") or HOME)
+        make = Path("mlflow/server.env").is_file() and self.home.resolve() == usual.resolve()
+        at = "" if self.home.resolve() == usual.resolve() else f" --home {shlex.quote(str(self.home))}"
+        commands = [(f"make front NAME={name}" if make else f"autoprune front {name}{at}", "this table again")]
+        if number is not None and not (self.bench.origin.get("name") or self.bench.origin.get("factory")):
+            call = f"autoprune.load({str(stored.model_path(number))!r}, factory)"
+            commands.append((call, "in Python: a model of the front, given what builds the dense one"))
+        elif number is not None:
+            export = f"autoprune export {name} --trial {number} --format onnx{at}"
+            make_export = f"make export NAME={name} TRIAL={number} FORMAT=onnx"
+            commands.append((make_export if make else export, "a model of the front as a file"))
+        ours = Path("mlflow/server.env").is_file() and "MLFLOW_TRACKING_URI" not in os.environ
+        ui = "make mlflow-ui" if ours else f"mlflow server --backend-store-uri {shlex.quote(records.uri)}"
+        charts = f"{records.address}{records.charts or ''}"
+        if records.uri.startswith(("http://", "https://")):
+            commands.append((charts, "the charts in MLflow"))
+        else:
+            commands.append((ui, charts))
+        board = "make dashboard" if make else f"autoprune dashboard{at}"
+        return [*commands, (board, "Optuna dashboard: http://127.0.0.1:8080")]

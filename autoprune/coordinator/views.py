@@ -6,6 +6,7 @@ touches the test set, so a `final` result is shown under the number of the trial
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from autoprune.search import StoredTrial
 CONTROLS = "controls"
 """The rung of the controls: uniform and global policies under the last rung's recipe."""
 STATE = "optuna.db"
+HOME = Path(".autoprune")
+"""The home folder that the commands look for where none is named."""
 
 
 def facts_of(
@@ -35,7 +38,7 @@ def facts_of(
         "dense_costs": problem.cost_model.dense(),
         "dense_metrics": dict(dense_metrics),
         "limits": dict(problem.budget.limits),
-        "reference": list(studies.reference_point(problem)),
+        "reference": list(studies.reference_point()),
         "rungs": [{"rung": f.rung, "test": f.test, "epochs": f.epochs} for f in rungs],
     }
 
@@ -58,6 +61,7 @@ class StoredSearch:
     name: str
     facts: Mapping[str, Any]
     rungs: Mapping[str, tuple[StoredTrial, ...]]
+    home: Path
 
     @property
     def order(self) -> list[str]:
@@ -94,24 +98,48 @@ class StoredSearch:
         """
         rungs = list(dict.fromkeys([self.shown_rung, self.picked_rung]))
         found = [s for rung in rungs for s in self.shown(rung) if s.number == number]
-        kept = sorted({s.number for rung in rungs for s in self.shown(rung) if _kept(s)})
+        kept = sorted({s.number for rung in rungs for s in self.shown(rung) if self.folder(s.result)})
         text = ", ".join(map(str, kept)) or "none"
         if not found:
             raise StudyError(f"{self.name} has no finished trial {number}; weights are kept of: {text}")
         for shown in found:
-            if _kept(shown):
-                assert shown.result.model_path is not None
-                return Path(shown.result.model_path)
+            if folder := self.folder(shown.result):
+                return folder
         raise StudyError(f"the weights of trial {number} of {self.name} were not kept (it is not on the front): {text}")
 
+    def folder(self, result: TrialResult) -> Path | None:
+        """Returns the folder with a result's model, or None where it was not kept.
 
-def _kept(shown: Shown) -> bool:
-    return shown.result.model_path is not None and Path(shown.result.model_path).is_dir()
+        It is looked for in the home folder that was read, wherever the search was run from.
+        """
+        if result.model_path is None:
+            return None
+        folder = models_path(self.home, self.name) / Path(result.model_path).name
+        return folder if folder.is_dir() else None
+
+
+def make_home(home: Path) -> None:
+    """Makes a home folder, and finds out whether it can be written before anything slow is done.
+
+    Raises:
+        StudyError: It cannot be made or written.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        raise StudyError(f"the home folder {home} cannot be written: {error.strerror or error}") from error
 
 
 def storage_path(home: Path) -> Path:
     """Returns the SQLite file of a home folder's studies."""
     return home / STATE
+
+
+def models_path(home: Path, name: str) -> Path:
+    """Returns the folder of a search's models."""
+    return home / "models" / name
 
 
 def read_search(name: str, *, home: Path) -> StoredSearch:
@@ -130,7 +158,7 @@ def read_search(name: str, *, home: Path) -> StoredSearch:
     if facts is None:
         raise StudyError(f"the search {name!r} has not begun yet")
     trials = {rung: tuple(studies.read_results(study)) for rung, study in opened.items()}
-    return StoredSearch(name, facts, trials)
+    return StoredSearch(name, facts, trials, home)
 
 
 def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.network.trace import evaluating
@@ -22,7 +25,7 @@ def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """
     twin = copy.deepcopy(model).to("meta")
     fake = tuple(torch.empty_like(x, device="meta") for x in inputs)
-    with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():
         twin(*fake)
     return int(counter.get_total_flops()) // 2 // int(inputs[0].shape[0])
 
@@ -36,3 +39,17 @@ def count_bytes(model: nn.Module) -> int:
     """Returns the bytes of the state dict, tied tensors once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+class _OnMeta(TorchDispatchMode):
+    """Takes the constants that a forward pass makes or holds to the meta device when they meet a tensor there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value

@@ -487,8 +487,10 @@ def pad(tape: Tape, x: Value, padding: Sequence[int], *_: Any, **__: Any) -> Val
     for k, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
         axis = len(dims) - 1 - k
         if before or after:
-            tape.labels.freeze(dims[axis], f"padded along channels by a constant at {tape.where}")
-            dims[axis] = None
+            reason = f"padded along channels by a constant at {tape.where}"
+            labelled = dims[axis] is not None
+            tape.labels.freeze(dims[axis], reason)
+            dims[axis] = tape.fixed(tape.shape[axis], reason) if labelled else None
     return Value(tape.shape, tuple(dims))
 
 
@@ -714,6 +716,7 @@ RULES: dict[str, Rule] = {
     "pad": pad,
     "constant_pad_nd": pad,
     "expand": expand,
+    "expand_as": expand,
     "repeat": repeat,
     "flip": flip,
     "mean": reduce,

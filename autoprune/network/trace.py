@@ -190,9 +190,15 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     parameters: dict[str, Parameter] = {}
+    tied: dict[int, Value] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            env[node] = _placeholder(tape, node, named.get(node.name), state, parameters)
+            name = named.get(node.name)
+            tensor = state.get(name) if name is not None else None
+            # A tied parameter may come under each of its names: it is one tensor, known by the first.
+            env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
+            if tensor is not None:
+                tied[id(tensor)] = env[node]
         elif node.op == "call_function":
             env[node] = _call(tape, node, env)
         elif node.op == "get_attr":

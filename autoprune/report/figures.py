@@ -254,7 +254,7 @@ def _cost_axis(view: SearchView) -> str:
 def _kept(view: SearchView) -> tuple[list[str], list[str], list[list[float]]]:
     front = view.front
     kept = [[100.0 * p.widths.get(name, size) / size for p in front] for name, size in view.sizes.items()]
-    return [_short(name) for name in view.sizes], [units.percent(view.fraction(p), 0) for p in front], kept
+    return [_short(name) for name in view.sizes], [units.share(view.fraction(p)) for p in front], kept
 
 
 def _short(name: str) -> str:

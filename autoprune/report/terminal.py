@@ -138,7 +138,7 @@ def _scores(point: FrontPoint, *, tested: bool) -> list[str]:
 
 
 def _kept(view: SearchView, point: FrontPoint, cost: str) -> str:
-    return f"{units.cost(cost, point.costs[cost])} {units.percent(view.fraction(point, cost), 0):>4}"
+    return f"{units.cost(cost, point.costs[cost])} {units.share(view.fraction(point, cost)):>4}"
 
 
 def _saving(view: SearchView, point: FrontPoint, cost: str) -> str:
@@ -199,7 +199,7 @@ def _controls(view: SearchView, costs: Sequence[str]) -> Table:
 
 
 def _closing(view: SearchView) -> list[str]:
-    axis = f"{units.LABELS[view.primary]} {view.reference[1]:g} of dense"
+    axis = f"{units.LABELS[view.primary]} {view.reference[1]:.3g} of dense"
     line = f"Hypervolume {view.hypervolume:.4f}"
     if view.controls:
         line += f", controls alone {view.controls_hypervolume:.4f}"

@@ -36,6 +36,11 @@ def percent(fraction: float, digits: int = 1) -> str:
     return f"{fraction * 100:.{digits}f}%" if math.isfinite(fraction) else "–"
 
 
+def share(fraction: float) -> str:
+    """Returns a part of the dense network's cost: `60%`, `2.4%`; a dash for what is not a number."""
+    return percent(fraction, 1 if fraction < 0.0995 else 0)
+
+
 def points(difference: float) -> str:
     """Returns a difference of accuracies in percentage points, with its sign."""
     return f"{difference * 100:+.1f}"

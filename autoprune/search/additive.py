@@ -190,8 +190,8 @@ def policy_from_widths(problem: Problem, widths: Mapping[str, int], criteria: Ma
 
 
 def targets(budget: Budget, count: int) -> list[float]:
-    """Returns `count` fractions of the dense primary cost, evenly spread over the span from its upper end down."""
+    """Returns `count` fractions of the dense primary cost, from the span's upper end down at equal ratios."""
     low, high = budget.span
     if count == 1 or high <= low:
         return [high]
-    return [high - (high - low) * i / (count - 1) for i in range(count)]
+    return [high * (low / high) ** (i / (count - 1)) for i in range(count)]

@@ -12,6 +12,8 @@ from typing import Any
 from optuna.study import Study
 
 FACTS = "autoprune.facts"
+_NOTE_CHUNK = 2045
+"""optuna-dashboard's own bound. Its keys are written here directly: importing it takes 2.6 s."""
 
 
 def write_facts(study: Study, facts: Mapping[str, Any]) -> None:
@@ -27,12 +29,14 @@ def read_facts(study: Study) -> dict[str, Any] | None:
 
 def write_notes(study: Study, notes: Mapping[int, str]) -> None:
     """Gives trials, by number, a Markdown note in the Optuna dashboard; a note that is there already is left alone."""
-    from optuna_dashboard._note import get_note_from_system_attrs, save_note_with_version
-
     storage, study_id = study._storage, study._study_id
     attrs = storage.get_study_system_attrs(study_id)
     ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}
     for number, body in notes.items():
         trial_id = ids.get(number)
-        if trial_id is not None and not get_note_from_system_attrs(attrs, trial_id)["body"]:
-            save_note_with_version(storage, study_id, trial_id, 1, body)
+        if trial_id is None or f"dashboard:{trial_id}:note_ver" in attrs:
+            continue
+        for place, start in enumerate(range(0, len(body), _NOTE_CHUNK)):
+            part = body[start : start + _NOTE_CHUNK]
+            storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_str:{place}", part)
+        storage.set_study_system_attr(study_id, f"dashboard:{trial_id}:note_ver", 1)

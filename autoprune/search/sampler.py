@@ -37,7 +37,7 @@ def search_space(problem: Problem) -> dict[str, BaseDistribution]:
     space: dict[str, BaseDistribution] = {}
     low, high = problem.budget.span
     if low < high:
-        space[TARGET + key_of(problem.budget.primary)] = FloatDistribution(low, high)
+        space[TARGET + key_of(problem.budget.primary)] = FloatDistribution(low, high, log=True)
     for group in problem.groups:
         if len(group.widths) > 1:
             space[RATIO + group.name] = FloatDistribution(group.ratio(group.widths[-1]), group.ratio(group.widths[0]))
