@@ -5,6 +5,7 @@ Decides how live objects take the place of a space file's sections.
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ def search(
     splits = as_splits(data, settings=None, seed=space.seed)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    ingredients = pipeline.Ingredients(model, splits, origin, key, loss, metric)
+    ingredients = pipeline.Ingredients(copy.deepcopy(model).eval(), splits, origin, key, loss, metric)
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with report.Progress() as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress)

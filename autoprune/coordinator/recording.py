@@ -16,7 +16,7 @@ from typing import Any
 
 import autoprune.search as studies
 from autoprune import report, tracking
-from autoprune.coordinator.views import StoredSearch
+from autoprune.coordinator.views import CONTROLS, StoredSearch
 from autoprune.report import SearchView
 from autoprune.results import Problem
 from autoprune.search import StoredTrial
@@ -49,10 +49,8 @@ class Records:
         self._scopes = {group.name: group.scope for group in problem.groups}
         self._recorder = tracking.Recorder(self._connect, say=say)
 
-        def begin(tracker: tracking.Tracker) -> None:
-            self.search_run = tracker.open_search(name, params=params, tags=tags)
-
-        self._recorder.put(begin, what="the search")
+        self._params, self._tags = params, tags
+        self._recorder.put(self._run_of, what="the search")
 
     def trial(self, rung: str, trial: StoredTrial) -> None:
         """Queues a finished trial; one that was queued before is left alone."""
@@ -74,6 +72,7 @@ class Records:
             reason=trial.reason or "",
             scopes=self._scopes,
             tags={"source": trial.source},
+            name=run_name(rung, trial),
         )
 
         def done(run_id: str) -> None:
@@ -97,17 +96,17 @@ class Records:
         ratios = [f"ratio/{group}" for group in view.sizes][:12]
 
         def front(tracker: tracking.Tracker) -> None:
-            assert self.search_run is not None
+            run = self._run_of(tracker)
             tracker.mark_front(self.name, keys)
             for key, folder in folders.items():
                 if key in self.runs and folder is not None:
                     tracker.log_model_folder(self.runs[key], folder)
-            tracker.log_front(self.search_run, files, metrics=numbers)
+            tracker.log_front(run, files, metrics=numbers)
             cost = {"size_bytes": "size_fraction", "activation_bytes": "activation_fraction"}.get(
                 view.primary, f"{view.primary}_fraction"
             )
             self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
-            tracker.finish_search(self.search_run, numbers)
+            tracker.finish_search(run, numbers)
 
         self._recorder.put(front, what="the front")
 
@@ -115,8 +114,7 @@ class Records:
         """Queues the end of a search that did not finish."""
 
         def end(tracker: tracking.Tracker) -> None:
-            assert self.search_run is not None
-            tracker.finish_search(self.search_run, {}, status=status)
+            tracker.finish_search(self._run_of(tracker), {}, status=status)
 
         self._recorder.put(end, what="the end of the search")
 
@@ -137,6 +135,12 @@ class Records:
             if key.startswith(f"{study}/")
         }
 
+    def _run_of(self, tracker: tracking.Tracker) -> str:
+        """Returns the run of the search, made on first use."""
+        if self.search_run is None:
+            self.search_run = tracker.open_search(self.name, params=self._params, tags=self._tags)
+        return self.search_run
+
     def _connect(self) -> tracking.Tracker:
         tracker = tracking.Tracker(
             self.uri,
@@ -150,6 +154,16 @@ class Records:
         )
         self._tracker = tracker
         return tracker
+
+
+def run_name(rung: str, trial: StoredTrial) -> str:
+    """Returns what a trial's run is called: trials of the rung that touches the test set go by the number that people
+    use, that of the trial which they come from.
+    """
+    if rung == CONTROLS:
+        return f"control {trial.origin} {trial.number}"
+    tested = trial.result is not None and trial.result.fidelity.test
+    return f"trial {trial.origin} {rung}" if tested and isinstance(trial.origin, int) else f"{rung} {trial.number}"
 
 
 def front_files(view: SearchView) -> dict[str, str | bytes]:

@@ -158,6 +158,8 @@ class Session:
         self._link(stored, records)
         text = self._text(stored, view, records, left=left, summary=summary)
         if not complete:
+            text = f"Time is up before the search was done; the same command goes on with it.\n\n{text}"
+        if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
         self.progress.note(f"done in {time.monotonic() - begun:.0f} s")
         return SearchOutcome(self.space.name, text, view, stored, complete)
@@ -188,7 +190,7 @@ class Session:
         if self.space.search.warm_starts:
             knowledge = self.bench.knowledge
             scores = {c: {g: s.tolist() for g, s in by.items()} for c, by in knowledge.scores.items()}
-            starts = warm_starts(self.problem, scores, knowledge.tables, count=max(1, min(24, trials // 2)))
+            starts = warm_starts(self.problem, scores, knowledge.tables, count=max(1, min(60, trials // 2)))
         return LadderPlan(
             name=self.space.name,
             problem=self.problem,
@@ -235,7 +237,8 @@ class Session:
             elif isinstance(event, TrialFinished):
                 accuracy = event.result.metrics["val_accuracy"] if event.result else None
                 cost = self._cost(event.result.costs) if event.result else None
-                self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
+                if event.reused is None:
+                    self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
                 records.trial(event.rung, self._trial(event))

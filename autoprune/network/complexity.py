@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """
     twin = copy.deepcopy(model).to("meta")
     fake = tuple(torch.empty_like(x, device="meta") for x in inputs)
-    with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():
+    with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():  # type: ignore[no-untyped-call]
         twin(*fake)
     return int(counter.get_total_flops()) // 2 // int(inputs[0].shape[0])
 
@@ -41,7 +41,7 @@ def count_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-class _OnMeta(TorchDispatchMode):
+class _OnMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes the constants that a forward pass makes or holds to the meta device when they meet a tensor there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

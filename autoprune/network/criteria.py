@@ -57,7 +57,7 @@ class Evidence:
 
 
 Criterion = Callable[[Evidence, PruningGroup], Scores]
-_PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding")
+_PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent")
 
 
 def _inside(units: np.ndarray, group: PruningGroup) -> np.ndarray:
@@ -79,7 +79,7 @@ def _by_unit(values: Tensor, units: np.ndarray, group: PruningGroup) -> Scores:
 
 def _relative(scores: Scores) -> Scores:
     mean = float(scores.mean())
-    return scores / mean if mean > 0 else np.ones_like(scores)
+    return scores / mean if mean != 0 else np.ones_like(scores)  # a NaN stays one, for `score` to refuse
 
 
 def _norms(evidence: Evidence, group: PruningGroup, power: int) -> Scores:

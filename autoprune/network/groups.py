@@ -117,7 +117,9 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     (name → reason) are frozen.
     """
     component = record.solution.component
-    producers = [layer for layer in record.layers if layer.kind in ("conv", "transposed", "linear", "embedding")]
+    producers = [
+        layer for layer in record.layers if layer.kind in ("conv", "transposed", "linear", "embedding", "recurrent")
+    ]
     signature = _signatures(record)
     movable = np.ones(record.solution.number, dtype=bool)
     movable[list(record.solution.frozen)] = False
@@ -145,7 +147,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
             reasons.update(dict.fromkeys(members.tolist(), broken[name]))
             continue
         if len(members) < 2:
-            reasons.update(dict.fromkeys(members.tolist(), "it has a single removable channel"))
+            reasons.update(dict.fromkeys(members.tolist(), _alone(int((component[first.outputs] == members[0]).sum()))))
             continue
         unit[members] = np.arange(offset, offset + len(members))
         groups.append(_group(record, name, members, (offset, stages[first.weight])))
@@ -166,6 +168,13 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
         ),
         cost_model=_cost_model(record, groups, unit_of),
     )
+
+
+def _alone(channels: int) -> str:
+    if channels < 2:
+        return "it has a single removable channel"
+    # A shuffle that is repeated with residual sums in between ties every channel to every other one.
+    return f"{channels} of its channels are tied together and could only go all at once"
 
 
 def _signatures(record: Record) -> Labels:
@@ -212,7 +221,9 @@ def _stages(layers: Iterable[Layer]) -> dict[str, str]:
     stages: dict[str, str] = {}
     resolutions: dict[tuple[int, ...], str] = {}
     for layer in layers:
-        if layer.kind == "linear" and len(layer.out_shape) <= 2:
+        if layer.kind == "recurrent":
+            stage = "recurrent"
+        elif layer.kind == "linear" and len(layer.out_shape) <= 2:
             stage = "head"
         else:
             space = layer.out_shape[2:] if layer.kind != "linear" else layer.out_shape[1:-1]

@@ -63,6 +63,7 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
     unit_of = _unit_of(network)
     parameters = {parameter.name: parameter for parameter in network.record.parameters}
     rows: dict[str, dict[str, Any]] = {}
+    counted: set[str] = set()
     for links in network.links:
         layer = links.layer
         if layer.kind == "norm":
@@ -78,23 +79,27 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
             dims = [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)]
             for place, mask in enumerate((np.ones_like(kept), kept)):
                 params[place] += _product(1, [_size(dim, unit_of, mask) for dim in dims])
+        # The gates of a recurrent layer repeat its hidden units: each counts once.
+        _, first = np.unique(layer.outputs, return_index=True)
+        units = links.outputs[first]
         row = {
             "module": links.module,
             "kind": layer.kind,
-            "width_before": len(links.outputs),
-            "width_after": int(((links.outputs < 0) | kept[np.maximum(links.outputs, 0)]).sum())
-            if len(kept)
-            else len(links.outputs),
+            "width_before": len(units),
+            "width_after": _size(first, links.outputs, kept),
             "macs_before": macs[0] // network.record.batch,
             "macs_after": macs[1] // network.record.batch,
             "params_before": params[0],
             "params_after": params[1],
         }
-        if links.module in rows:  # a module that is called twice: its products add up, its parameters do not
-            rows[links.module]["macs_before"] += row["macs_before"]
-            rows[links.module]["macs_after"] += row["macs_after"]
-        else:
-            rows[links.module] = row
+        # A module that is called twice: its products add up, its parameters do not.
+        known = rows.setdefault(
+            links.module, {**row, "macs_before": 0, "macs_after": 0, "params_before": 0, "params_after": 0}
+        )
+        costs = ["macs_before", "macs_after"] + ([] if layer.weight in counted else ["params_before", "params_after"])
+        counted.add(layer.weight)
+        for cost in costs:
+            known[cost] += row[cost]
     return list(rows.values())
 
 

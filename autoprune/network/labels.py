@@ -27,6 +27,8 @@ class Value:
     dims: tuple[Labels | None, ...]
     name: str | None = None
     """Qualified name of the parameter or buffer that this tensor is, if it is one."""
+    constant: bool = False
+    """Whether it was made out of nothing but its shape (zeros, ones)."""
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.dims):

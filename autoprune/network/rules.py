@@ -539,7 +539,7 @@ def normalise_over(tape: Tape, x: Value, dim: int = -1, *_: Any, **__: Any) -> V
 
 def shape_only(tape: Tape, *_: Any, **__: Any) -> Value:
     """Makes a tensor out of nothing but a shape."""
-    return Value(tape.shape, (None,) * len(tape.shape))
+    return Value(tape.shape, (None,) * len(tape.shape), constant=True)
 
 
 # --- products of activations --------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.errors import PolicyError
+from autoprune.errors import PolicyError, nearest
 from autoprune.network.labels import Labels
+from autoprune.network.recurrent import refresh_recurrent
 from autoprune.network.trace import Network
 
 Selection = Mapping[str, Labels]
@@ -25,8 +26,12 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
     """Returns a `(units,)` boolean array: which channels of the whole network stay.
 
     Raises:
-        PolicyError: A group keeps no channel, or names one that it does not have.
+        PolicyError: There is no such group, or it keeps no channel, or one that it does not have.
     """
+    names = [group.name for group in network.groups]
+    for name in selection:
+        if name not in names:
+            raise PolicyError(f"no pruning group {name!r}{nearest(name, names)}")
     kept = np.ones(sum(group.size for group in network.groups), dtype=bool)
     for group in network.groups:
         chosen = selection.get(group.name)
@@ -97,6 +102,8 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
         first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
         module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
+    elif isinstance(module, nn.RNNBase):
+        refresh_recurrent(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, (nn.modules.batchnorm._NormBase,)):

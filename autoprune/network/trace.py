@@ -5,9 +5,13 @@ Decides how a module becomes a `Network`. Everything after that is arithmetic on
 
 from __future__ import annotations
 
+import io
 import operator
+import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +32,7 @@ from autoprune.network.groups import (
     assemble,
 )
 from autoprune.network.labels import Value
+from autoprune.network.recurrent import RECURRENT_RULES
 from autoprune.network.rules import RULES, Tape, operator_name
 
 _ALIASES = frozenset(
@@ -161,20 +166,31 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    printed = io.StringIO()
     try:
-        with torch.no_grad():
-            return torch.export.export(model, inputs, strict=False)
+        # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
+        with torch.no_grad(), redirect_stderr(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
+            program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
-        text = str(error).strip()
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        head = lines[0] if lines else type(error).__name__
-        asked = next((line for line in lines if "aten." in line or "Unsupported" in line), "")
-        where = next((line for line in lines if line.startswith('File "') and "/torch/" not in line), "")
-        detail = "".join(f"\n  {line}" for line in dict.fromkeys([asked, where]) if line and line != head)
-        raise TraceError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
-            "  torch.export needs a forward pass without control flow that depends on the data"
-        ) from error
+        raise TraceError(_why(model, error, printed.getvalue())) from error
+    sys.stderr.write(printed.getvalue())
+    return program
+
+
+def _why(model: nn.Module, error: Exception, graph: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    head = lines[0] if lines else type(error).__name__
+    recorded = re.findall(r"torch\.ops\.(\w+\.\w+)", graph)
+    found = [next((line for line in lines if "aten." in line or "Unsupported" in line), "")]
+    found.append(f"the last operator that was recorded is {recorded[-1]}" if recorded else "")
+    where = next((k for k, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line), None)
+    found += [] if where is None else lines[where : where + 2]  # the place and the code that stands there
+    detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
+    return (
+        f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
+        "  torch.export needs a forward pass without control flow that depends on the data"
+    )
 
 
 # --- the pass over the graph --------------------------------------------------------------------------------------
@@ -199,6 +215,9 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
             env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
             if tensor is not None:
                 tied[id(tensor)] = env[node]
+            if name in signature.non_persistent_buffers:
+                # It is not in the state dict, so a saved model could not get its smaller form back.
+                tape.freeze_all(env[node], f"combined with the buffer {name}, which is not saved with the model")
         elif node.op == "call_function":
             env[node] = _call(tape, node, env)
         elif node.op == "get_attr":
@@ -264,7 +283,7 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.shape = tape.shapes[0]
     tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)
     name = operator_name(node.target)
-    rule: Callable[..., Any] | None = RULES.get(name)
+    rule: Callable[..., Any] | None = RULES.get(name) or RECURRENT_RULES.get(name)
     if rule is not None:
         try:
             return rule(tape, *args, **kwargs)

@@ -6,6 +6,7 @@ Decides colours, axes and what a point says when it is pointed at. Must not know
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ INK = "#263238"
 GRID = "#e6eaee"
 _SCALE = ((0.0, "#fff4f7"), (0.25, "#f6bdd0"), (0.5, "#e2739b"), (0.75, "#c2185b"), (1.0, "#6a0d33"))
 _LONGEST_NAME = 34
+_WIDE = 12.0
+"""Costs that differ by more than this factor are drawn on a logarithmic axis: else small networks lie on a heap."""
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 def front_figure(view: SearchView) -> go.Figure:
@@ -47,7 +51,7 @@ def front_figure(view: SearchView) -> go.Figure:
     line = _marks(view, front, "front", {"color": FRONT, "size": 11, "line": {"width": 1.5, "color": "white"}})
     named = _named(view)
     text = [p.name if id(p) in named else "" for p in front]
-    line.update(mode="lines+markers+text", line={"color": FRONT, "width": 2.5}, text=text, textposition="top center")
+    line.update(mode="lines+markers+text", line={"color": FRONT, "width": 2.5}, text=text, textposition="top left")
     figure.add_trace(line.update(textfont={"color": FRONT, "size": 11}))
     if view.knee is not None:
         ring = {"color": "rgba(0,0,0,0)", "size": 22, "line": {"width": 2, "color": FRONT}}
@@ -58,9 +62,13 @@ def front_figure(view: SearchView) -> go.Figure:
     if limit is not None:
         share = 100.0 * limit / view.dense.costs[view.primary]
         note = f"budget {units.cost(view.primary, limit)}"
-        figure.add_vline(x=share, line={"dash": "dash", "width": 1.2, "color": INK}, annotation_text=note)
+        figure.add_vline(x=share, line={"dash": "dash", "width": 1.2, "color": INK})
+        place = math.log10(share) if _is_wide(view) else share
+        figure.add_annotation(x=place, y=1, yref="paper", yanchor="bottom", text=note, showarrow=False)
     figure.update_layout(**_layout(f"{html.escape(view.name)}: accuracy against {units.AXES[view.primary]}"))
     figure.update_xaxes(title_text=_cost_axis(view), ticksuffix="%", gridcolor=GRID, zeroline=False)
+    if _is_wide(view):
+        figure.update_xaxes(type="log", tickvals=list(_TICKS), ticktext=[f"{tick:g}%" for tick in _TICKS])
     figure.update_yaxes(title_text="validation accuracy (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
     return figure
 
@@ -155,9 +163,15 @@ def front_png(view: SearchView, path: Path) -> Path:
     _dress(axes, f"{_plain(view.name)}: accuracy against {units.AXES[view.primary]}")
     axes.set_xlabel(_cost_axis(view))
     axes.set_ylabel("validation accuracy (%)")
+    if _is_wide(view):
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        shown = [tick for tick in _TICKS if low <= tick <= high]
+        axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+        axes.set_xticks([], minor=True)
     axes.grid(color=GRID)
     axes.margins(x=0.05, y=0.08)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower right", facecolor="white", edgecolor="white", framealpha=1.0)
     figure.savefig(path, format="png", facecolor="white")
     return path
 
@@ -231,15 +245,27 @@ def _coordinates(view: SearchView, chosen: Sequence[FrontPoint]) -> tuple[list[f
     return [100.0 * view.fraction(p) for p in chosen], [100.0 * p.val_accuracy for p in chosen]
 
 
+def _is_wide(view: SearchView) -> bool:
+    """Whether the costs call for a logarithmic axis."""
+    costs = [view.fraction(p) for p in (*view.trials, *view.controls, view.dense)]
+    return min(costs) > 0 and max(costs) / min(costs) > _WIDE
+
+
 def _named(view: SearchView) -> set[int]:
     """Chooses the points (by `id`) whose numbers are written beside them, so that no two numbers lie on each other."""
     front = view.front
-    x, y = _coordinates(view, (*view.trials, *view.controls, view.dense))
+    scale = math.log10 if _is_wide(view) else float
+
+    def places(points: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
+        costs, accuracies = _coordinates(view, points)
+        return [scale(cost) for cost in costs], accuracies
+
+    x, y = places((*view.trials, *view.controls, view.dense))
     wide, high = (max(x) - min(x)) or 1.0, (max(y) - min(y)) or 1.0
     ordered = sorted(front, key=lambda p: p is not view.knee)
     chosen: list[FrontPoint] = []
     for point in ordered:
-        (px, *near_x), (py, *near_y) = _coordinates(view, (point, *chosen))
+        (px, *near_x), (py, *near_y) = places((point, *chosen))
         crowd = zip(near_x, near_y, strict=True)
         if all(abs(px - qx) > 0.03 * wide or abs(py - qy) > 0.035 * high for qx, qy in crowd):
             chosen.append(point)

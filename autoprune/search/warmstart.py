@@ -84,26 +84,42 @@ def additive(problem: Problem, tables: Tables, target: float, *, criterion: str 
 
 
 def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int) -> tuple[WarmStart, ...]:
-    """Returns up to `count` distinct policies: additive solutions at several budgets first, then uniform and global.
+    """Returns up to `count` distinct policies: three fifths additive solutions, the rest uniform and global rankings.
 
-    Half of them are additive (they are the best guess), the rest alternates between uniform and global rankings.
+    Each kind goes over the span of the budget and over the criteria in turn, so that any number of them is a fair
+    sample. The additive problem is solved with every criterion by itself and with the best one of each scope: which
+    criterion leaves most after compensation is not what the tables predict (ResNet-20 / CIFAR-10 at 0.35 of the MACs:
+    l1 72.6 %, the tables' choice 69.9 %).
     """
     if count < 1:
         return ()
-    main, _ = best_curves(problem, tables)
-    common = max(set(main.values()), key=list(main.values()).count)
-    half = targets(problem.budget, max(1, math.ceil(count / 2)))
-    starts = [WarmStart(additive(problem, tables, target), "additive") for target in half]
-    rest = count - len(starts)
-    orders = [common, *(name for name in problem.criteria if name != common and name != "random")]
-    for i, target in enumerate(targets(problem.budget, max(1, math.ceil(rest / 2)))):
-        criterion = orders[i % len(orders)]
-        starts.append(WarmStart(uniform(problem, criterion, target), f"uniform-{criterion}"))
-        starts.append(WarmStart(global_ranking(problem, scores, criterion, target), f"global-{criterion}"))
+    usable = [name for name in problem.criteria if name != "random"] or list(problem.criteria)
+    solved = _round(problem, [None, *usable] if len(usable) > 1 else usable, math.ceil(0.6 * count))
+    starts = [
+        WarmStart(additive(problem, tables, target, criterion=name), f"additive-{name}" if name else "additive")
+        for target, name in solved
+    ]
+    for target, name in _round(problem, usable, math.ceil((count - len(starts)) / 2)):
+        assert name is not None
+        starts.append(WarmStart(uniform(problem, name, target), f"uniform-{name}"))
+        starts.append(WarmStart(global_ranking(problem, scores, name, target), f"global-{name}"))
     distinct: dict[str, WarmStart] = {}
     for start in starts:
         distinct.setdefault(start.policy.id, start)
     return tuple(distinct.values())[:count]
+
+
+def _round(problem: Problem, criteria: Sequence[str | None], count: int) -> list[tuple[float, str | None]]:
+    """Returns `count` pairs of a target and a criterion: all targets once with changing criteria, then shifted by
+    one.
+    """
+    spread = targets(problem.budget, max(1, min(count, max(3, math.ceil(count / len(criteria))))))
+    pairs = [
+        (target, criteria[(i + shift) % len(criteria)])
+        for shift in range(len(criteria))
+        for i, target in enumerate(spread)
+    ]
+    return pairs[:count]
 
 
 def control_policies(problem: Problem, scores: Scores, *, count: int) -> tuple[WarmStart, ...]:

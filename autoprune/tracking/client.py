@@ -131,7 +131,7 @@ class Tracker:
                 run_id = self._unfinished(record)
                 if run_id is None:
                     tags = {**records.clean_tags(self._environment), **records.trial_tags(record)}
-                    name = f"{record.rung} {record.number}"
+                    name = record.name or f"{record.rung} {record.number}"
                     run = self._client.create_run(self.experiment_id, start_time=start, tags=tags, run_name=name)
                     run_id = str(run.info.run_id)
                 params = [Param(key, value) for key, value in records.trial_params(record).items()]

@@ -49,7 +49,8 @@ class TrialRecord:
     `study` and `number` are Optuna's (`digits-resnet20.tune`, 17). `dense` holds the costs of the unpruned network,
     which the fractions are relative to. `scopes` maps each group to its criterion scope; groups that it leaves out
     are scopes of their own. `result` is missing for a trial that failed, and `reason` says why. `started` and `ended`
-    are seconds since the epoch; the record's own time where nobody knows.
+    are seconds since the epoch; the record's own time where nobody knows. `name` is what the run is called; by default
+    rung and number.
     """
 
     search: str
@@ -66,6 +67,7 @@ class TrialRecord:
     tags: Mapping[str, str] = field(default_factory=dict)
     started: float | None = None
     ended: float | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.state == "complete" and self.result is None:
