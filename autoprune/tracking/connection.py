@@ -11,12 +11,14 @@ import logging
 import os
 import re
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.errors import TrackingError
-from autoprune.tracking.location import sqlite_path
+from autoprune.tracking.location import SQLITE, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,6 +43,8 @@ def connect(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _create(path)
         with contextlib.closing(sqlite3.connect(path, timeout=30)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     with warnings.catch_warnings():
@@ -48,6 +52,28 @@ def connect(uri: str) -> MlflowClient:
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create(path: Path) -> None:
+    """Makes MLflow's tables in a file beside `path` and moves it there when it is whole.
+
+    They take MLflow about ten seconds; a process that was killed meanwhile left a file that MLflow refused ever after.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+            root = (path.parent / "artifacts").resolve().as_uri()
+            store = SqlAlchemyStore(f"{SQLITE}{new}", root)  # type: ignore[no-untyped-call]
+            store.engine.dispose()
+        try:
+            os.link(new, path)
+        except FileExistsError:  # somebody else was faster: theirs holds
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(new, path)
 
 
 @contextlib.contextmanager

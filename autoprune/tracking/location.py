@@ -15,7 +15,8 @@ from autoprune.errors import TrackingError
 SERVER_ENV = Path("mlflow") / "server.env"
 """The tracking server's settings, relative to the working directory."""
 
-_SQLITE = "sqlite:///"
+SQLITE = "sqlite:///"
+"""How the address of a SQLite file begins."""
 
 
 def resolve_uri(home: Path, env: Mapping[str, str], *, directory: Path | None = None) -> str:
@@ -37,7 +38,7 @@ def resolve_uri(home: Path, env: Mapping[str, str], *, directory: Path | None = 
     if not wanted:
         wanted = server_settings(directory).get("MLFLOW_BACKEND_STORE_URI", "").strip()
     if not wanted:
-        wanted = f"{_SQLITE}{(directory / home / 'mlflow.db').resolve()}"
+        wanted = f"{SQLITE}{(directory / home / 'mlflow.db').resolve()}"
     path = sqlite_path(wanted)
     if path is None:
         return wanted
@@ -47,12 +48,12 @@ def resolve_uri(home: Path, env: Mapping[str, str], *, directory: Path | None = 
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrackingError(f"cannot make the folder of the tracking store {path}: {error}") from error
-    return "".join([_SQLITE, str(path), *options])
+    return "".join([SQLITE, str(path), *options])
 
 
 def sqlite_path(uri: str) -> Path | None:
     """Returns the file of a SQLite address (options such as `?timeout=5` left out), `None` for any other address."""
-    return Path(uri[len(_SQLITE) :].partition("?")[0]) if uri.startswith(_SQLITE) else None
+    return Path(uri[len(SQLITE) :].partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
 def artifact_root(uri: str) -> Path | None:

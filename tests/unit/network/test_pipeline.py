@@ -1,0 +1,190 @@
+"""From settings to a workbench."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from autoprune.errors import BudgetError, DataError, InputError
+from autoprune.network import pipeline
+from autoprune.network.pipeline import (
+    WorkerFactory,
+    data_settings,
+    ingredients_of,
+    learn,
+    model_digest,
+    problem_of,
+    recipe_of,
+    resolve_device,
+    searchable_groups,
+    splits_digest,
+    threads_per_worker,
+    trace_ingredients,
+    workbench_of,
+)
+from autoprune.policy import uniform_policy
+from autoprune.results import Fidelity
+from autoprune.space import load_space
+
+SPACE = """
+schema: 1
+name: iris
+model: {{name: mlp, arguments: {{in_features: 4, hidden: [12, 8]}}}}
+data: {{name: iris}}
+budget: {{macs: 0.6}}
+{extra}
+recipe: {{precision: float32, baseline: {{epochs: 3}}}}
+"""
+
+
+@pytest.fixture
+def make_space(tmp_path):
+    def make(extra=""):
+        path = tmp_path / "space.yaml"
+        path.write_text(SPACE.format(extra=extra))
+        return load_space(path, env={})
+
+    return make
+
+
+@pytest.fixture
+def iris(make_space, tmp_path):
+    return ingredients_of(make_space(), cache=tmp_path / "cache", note=lambda text: None, train=False)
+
+
+def test_a_missing_baseline_is_trained_once_and_read_from_the_cache_afterwards(make_space, tmp_path):
+    told = []
+    first = ingredients_of(make_space(), cache=tmp_path / "cache", note=told.append)
+    assert any("training a baseline" in text for text in told)
+    told.clear()
+    second = ingredients_of(make_space(), cache=tmp_path / "cache", note=told.append)
+    assert told == []
+    assert model_digest(first.model) == model_digest(second.model)
+    assert not second.model.training
+
+
+def test_globs_choose_the_groups_and_the_scope_their_criteria(make_space, iris):
+    network = trace_ingredients(iris)
+    names = [g.name for g in network.groups]
+    assert [g.name for g in searchable_groups(network, make_space())] == names
+    chosen = searchable_groups(network, make_space(f"groups: {{exclude: ['{names[0]}']}}\ncriteria: {{scope: layer}}"))
+    assert [(g.name, g.scope) for g in chosen] == [(names[1], names[1])]
+
+
+def test_a_glob_that_matches_nothing_is_refused(make_space, iris):
+    network = trace_ingredients(iris)
+    with pytest.raises(InputError, match=r"'hiden\.\*' matches no pruning group"):
+        searchable_groups(network, make_space("groups: {include: ['hiden.*']}"))
+    with pytest.raises(InputError, match="leave nothing to prune"):
+        searchable_groups(network, make_space("groups: {exclude: ['*']}"))
+
+
+def test_a_budget_that_no_policy_meets_is_refused(make_space, iris):
+    network, space = trace_ingredients(iris), make_space("groups: {max_ratio: 0.1}")
+    with pytest.raises(BudgetError, match="the least possible is"):
+        problem_of(network, searchable_groups(network, space), space)
+
+
+def test_a_workbench_is_prepared_once_and_then_read_from_the_cache(make_space, iris, tmp_path):
+    space, network, told = make_space(), trace_ingredients(iris), []
+    first = workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=told.append)
+    assert any("learning about" in text for text in told)
+    told.clear()
+    second = workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=told.append)
+    assert told == []
+    policy = uniform_policy(first.groups, 0.5, space.criteria.choices[0])
+    a, b = (bench.evaluate(policy, Fidelity("screen")).metrics for bench in (first, second))
+    assert a == b
+
+
+def test_a_damaged_cache_is_learnt_anew(make_space, iris, tmp_path):
+    space, network, told = make_space(), trace_ingredients(iris), []
+    workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=told.append)
+    (path,) = (tmp_path / "c").glob("knowledge-*.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    told.clear()
+    workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=told.append)
+    assert any("learning about" in text for text in told)
+    assert path.stat().st_size > 50
+
+
+def test_other_weights_have_other_knowledge(iris, make_space, tmp_path):
+    space, network = make_space(), trace_ingredients(iris)
+    workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=lambda text: None)
+    with torch.no_grad():
+        next(iris.model.parameters()).mul_(1.5)
+    workbench_of(space, iris, network, cache=tmp_path / "c", models=None, note=lambda text: None)
+    assert len(list((tmp_path / "c").glob("knowledge-*.safetensors"))) == 2
+
+
+def test_what_is_learnt_covers_every_criterion_and_group(trained, bench):
+    knowledge = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    names = {g.name for g in bench.network.groups}
+    assert {name: set(found) for name, found in knowledge.scores.items()} == {"l1": names, "taylor": names}
+    assert {name: set(found) for name, found in knowledge.tables.items()} == {n: {"l1", "taylor"} for n in names}
+    again = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    for name in names:
+        np.testing.assert_array_equal(knowledge.scores["taylor"][name], again.scores["taylor"][name])
+    assert knowledge.tables == again.tables
+
+
+def test_without_calibration_images_nothing_can_be_learnt(trained, bench):
+    class Empty:
+        def batches(self, *args, **kwargs):
+            return iter(())
+
+        def __len__(self):
+            return 0
+
+    bare = replace(trained, splits=replace(trained.splits, calibration=Empty()))
+    with pytest.raises(DataError, match="no calibration images"):
+        learn(bench.network, bare, criteria=["l1"], device="cpu", seed=0)
+
+
+def test_the_digest_of_a_model_follows_values_names_and_shapes():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    first = model_digest(model)
+    assert first == model_digest(model)
+    assert model_digest(nn.Sequential(model)) != first
+    with torch.no_grad():
+        model.bias[0] += 1e-6
+    assert model_digest(model) != first
+
+
+def test_the_digest_of_data_follows_the_samples(trained):
+    splits = trained.splits
+    assert splits_digest(splits) == splits_digest(splits)
+    assert splits_digest(replace(splits, val=splits.test)) != splits_digest(splits)
+
+
+def test_a_gpu_that_is_missing_is_an_error_and_auto_takes_what_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="device 'cuda:1' was asked for, and 0 CUDA devices are usable"):
+        resolve_device("cuda:1")
+
+
+def test_cores_are_divided_among_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    assert [threads_per_worker(n) for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
+
+
+def test_a_worker_takes_its_share_of_the_cores_and_gives_the_evaluation(bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    evaluate = WorkerFactory(bench, 3)()
+    assert asked == [3]
+    assert evaluate == bench.evaluate
+
+
+def test_settings_arrive_under_their_own_names(make_space):
+    space = make_space("seed: 7")
+    assert data_settings(space).name == "iris"
+    assert recipe_of(space).baseline.epochs == 3
+    assert recipe_of(space).distillation is not None
+    assert pipeline._KNOWLEDGE >= 1

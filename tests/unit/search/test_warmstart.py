@@ -1,0 +1,120 @@
+"""Warm starts and controls: feasible, distinct, and what they say they are."""
+
+import numpy as np
+import pytest
+
+from autoprune.errors import BudgetError
+from autoprune.search.warmstart import additive, control_policies, global_ranking, uniform, warm_starts
+
+
+@pytest.fixture
+def problem(make_chain):
+    return make_chain(6, criteria=("l2", "taylor", "random"), scope=lambda name: name)
+
+
+def learnt(problem, seed=0):
+    rng = np.random.default_rng(seed)
+    scores = {c: {g.name: rng.exponential(size=g.size) for g in problem.groups} for c in problem.criteria}
+    tables = {
+        g.name: {
+            c: tuple(np.concatenate([np.cumsum(np.sort(scores[c][g.name]))[::-1], [0.0]]).tolist())
+            for c in problem.criteria
+        }
+        for g in problem.groups
+    }  # fmt: skip
+    return scores, tables
+
+
+def costs(problem, policy):
+    return problem.costs(policy)["macs"] / problem.cost_model.cost("macs", {})
+
+
+@pytest.mark.parametrize("target", [0.2, 0.35, 0.6])
+def test_a_uniform_policy_has_nearly_the_same_ratio_everywhere_and_just_meets_the_target(problem, target):
+    policy = uniform(problem, "taylor", target)
+    ratios = [choice.ratio for choice in policy.choices.values()]
+    assert max(ratios) - min(ratios) <= 2.01 / 16
+    assert 0.85 * target < costs(problem, policy) <= target
+    assert {choice.criterion for choice in policy.choices.values()} == {"taylor"}
+
+
+@pytest.mark.parametrize("target", [0.2, 0.35, 0.6])
+def test_a_global_ranking_meets_the_target_and_prunes_the_low_scores(problem, target):
+    scores, _ = learnt(problem)
+    scores["l2"]["layer2"] = scores["l2"]["layer2"] * 0.01
+    policy = global_ranking(problem, scores, "l2", target)
+    assert 0.85 * target < costs(problem, policy) <= target
+    ratios = {name: choice.ratio for name, choice in policy.choices.items()}
+    assert ratios["layer2"] == max(ratios.values())
+
+
+@pytest.mark.parametrize("criterion", [None, "taylor"])
+def test_the_additive_start_meets_the_target(problem, criterion):
+    _, tables = learnt(problem)
+    policy = additive(problem, tables, 0.4, criterion=criterion)
+    assert 0.85 * 0.4 < costs(problem, policy) <= 0.4
+    if criterion:
+        assert {choice.criterion for choice in policy.choices.values()} == {criterion}
+
+
+def test_a_target_that_no_policy_meets_is_refused(problem):
+    scores, tables = learnt(problem)
+    for call in (
+        lambda: uniform(problem, "l2", 1e-4),
+        lambda: global_ranking(problem, scores, "l2", 1e-4),
+        lambda: additive(problem, tables, 1e-4),
+    ):
+        with pytest.raises(BudgetError):
+            call()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 12, 20])
+def test_warm_starts_are_feasible_distinct_and_at_most_as_many_as_asked_for(problem, count):
+    scores, tables = learnt(problem)
+    starts = warm_starts(problem, scores, tables, count=count)
+    assert len(starts) <= count
+    assert len(starts) >= 0.8 * count
+    assert len({start.policy.id for start in starts}) == len(starts)
+    assert all(problem.budget.within(problem.costs(start.policy)) for start in starts)
+    assert all(costs(problem, start.policy) <= problem.budget.span[1] for start in starts)
+
+
+def test_warm_starts_are_of_every_kind_and_no_heuristic_uses_the_random_criterion(problem):
+    scores, tables = learnt(problem)
+    origins = [start.origin for start in warm_starts(problem, scores, tables, count=12)]
+    kinds = [origin.partition("-")[0] for origin in origins]
+    assert set(kinds) == {"additive", "uniform", "global"}
+    assert 6 <= kinds.count("additive") <= 8
+    assert not any("random" in origin for origin in origins)
+
+
+def test_warm_starts_hold_every_limit_of_the_budget(make_chain):
+    problem = make_chain(5, budget={"macs": 0.6, "params": 0.3, "memory": 0.5})
+    scores, tables = learnt(problem)
+    starts = [*warm_starts(problem, scores, tables, count=12), *control_policies(problem, scores, count=6)]
+    assert all(problem.budget.within(problem.costs(start.policy)) for start in starts)
+
+
+def test_a_single_criterion_named_random_still_gives_starts(make_chain):
+    problem = make_chain(4, criteria=("random",))
+    assert len(warm_starts(problem, *learnt(problem), count=6)) >= 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 6])
+def test_controls_are_uniform_and_global_by_a_weight_norm(problem, count):
+    scores, _ = learnt(problem)
+    starts = control_policies(problem, scores, count=count)
+    assert len(starts) == count
+    assert {start.origin for start in starts} <= {"uniform l2", "global l2"}
+    assert len({start.policy.id for start in starts}) == len(starts)
+    assert all(problem.budget.within(problem.costs(start.policy)) for start in starts)
+
+
+def test_controls_use_the_first_criterion_where_there_is_no_weight_norm(make_chain):
+    problem = make_chain(4, criteria=("taylor", "obs"))
+    scores, _ = learnt(problem)
+    assert {s.origin for s in control_policies(problem, scores, count=4)} == {"uniform taylor", "global taylor"}
+
+
+def test_the_same_input_gives_the_same_starts(problem):
+    assert warm_starts(problem, *learnt(problem), count=8) == warm_starts(problem, *learnt(problem), count=8)
