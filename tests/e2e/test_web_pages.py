@@ -1,0 +1,379 @@
+"""The web pages on a finished search: the MLflow UI and the Optuna dashboard, started as a user starts them.
+
+What the pages read is checked through the servers' own interfaces; the pages themselves are opened in a headless
+browser where there is one, and their pictures are kept in the folder that `AUTOPRUNE_PICTURES` names.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
+CLOSE_PANEL = """document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]')?.click()"""
+"""What a person does first in MLflow 3.17, whose assistant covers a quarter of the page."""
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium here")
+
+
+@pytest.fixture(scope="module")
+def finished(searched: Any) -> Path:
+    """The folder of a finished search: the small one, or that which `AUTOPRUNE_SEARCHED` names."""
+    given = os.environ.get("AUTOPRUNE_SEARCHED")
+    folder = Path(given) if given else searched[0]
+    assert (folder / ".autoprune/optuna.db").is_file()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def name(finished: Path, store_of: Any) -> str:
+    ((study,),) = store_of(finished).rows(
+        "optuna.db", "select min(study_name) from studies where study_name like '%.tune'"
+    )
+    return str(study).rpartition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def front(finished: Path, name: str, commands: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(commands.run("front", name, "--json", cwd=finished).out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def mlflow_ui(finished: Path, tmp_path_factory: pytest.TempPathFactory, await_condition: Any) -> Iterator[str]:
+    """The MLflow server with the settings of `mlflow/server.env`, on a free port and this search's store."""
+    root = Path(__file__).parents[2]
+    settings = dict(
+        line.split("=", 1)
+        for line in (root / "mlflow/server.env").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    port = free_port()
+    settings |= {
+        "MLFLOW_PORT": str(port),
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{finished}/.autoprune/mlflow.db",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(finished / ".autoprune/artifacts"),
+    }
+    program = Path(sys.executable).with_name("mlflow")
+    folder = tmp_path_factory.mktemp("server")
+    yield from served([str(program), "server"], port, folder, await_condition, settings)
+
+
+@pytest.fixture(scope="module")
+def dashboard(finished: Path, await_condition: Any) -> Iterator[str]:
+    """The Optuna dashboard as `autoprune dashboard` starts it."""
+    port = free_port()
+    yield from served(
+        [sys.executable, "-m", "autoprune", "dashboard", "--port", str(port)], port, finished, await_condition
+    )
+
+
+def served(
+    command: list[str], port: int, folder: Path, await_condition: Any, env: dict[str, str] | None = None
+) -> Iterator[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOPRUNE_", "MLFLOW_"))}
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen(
+        command, cwd=folder, env=kept | (env or {}), stdout=quiet, stderr=quiet, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert server.poll() is None, f"{command} ended with status {server.returncode}"
+        try:
+            return bool(get(address))
+        except OSError:
+            return False
+
+    try:
+        assert await_condition(answers, seconds=90)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # it would wait for the browser to hang up
+        server.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def get(address: str) -> str:
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        return str(answer.read().decode("utf-8", "replace"))
+
+
+def ask(address: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+class Browser:
+    """A headless browser, spoken to over two pipes in its own debugging protocol."""
+
+    def __init__(self, profile: Path) -> None:
+        theirs_in, self._write = os.pipe()
+        self._read, theirs_out = os.pipe()
+        low, high = (fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (theirs_in, theirs_out))
+
+        def place_pipes() -> None:
+            os.dup2(low, 3)
+            os.dup2(high, 4)
+
+        command = [BROWSER, *FLAGS.split(), "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command, stdout=quiet, stderr=quiet, pass_fds=(3, 4), preexec_fn=place_pipes, start_new_session=True
+        )
+        for fd in (theirs_in, theirs_out, low, high):
+            os.close(fd)
+        self._rest, self._number = b"", 0
+
+    def ask(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        """Calls a method and returns its result."""
+        self._number += 1
+        order: dict[str, Any] = {"id": self._number, "method": method, "params": params}
+        if session is not None:
+            order["sessionId"] = session
+        os.write(self._write, json.dumps(order).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                data = os.read(self._read, 1 << 20)
+                assert data, "the browser has ended"
+                self._rest += data
+            line, _, self._rest = self._rest.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+
+    def picture(self, address: str, path: Path, *, until: str, size: tuple[int, int] = (1500, 950)) -> Path:
+        """Opens a page, waits until a JavaScript condition holds in it, and keeps what it shows."""
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self.ask("Emulation.setDeviceMetricsOverride", session, **screen)
+        self.ask("Page.enable", session)
+        self.ask("Page.navigate", session, url=address)
+        end = time.monotonic() + 60
+        while not self.ask("Runtime.evaluate", session, expression=f"Boolean({until})")["result"].get("value"):
+            assert time.monotonic() < end, f"{address}: {until} does not come to hold"
+            time.sleep(0.2)
+        self.ask("Runtime.evaluate", session, expression=CLOSE_PANEL)
+        time.sleep(2.0)  # until what moves has come to rest
+        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", session)["data"]))
+        self.ask("Target.closeTarget", targetId=target)
+        return path
+
+    def close(self) -> None:
+        self.ask("Browser.close")
+        self._process.wait(30)
+        os.close(self._write)
+        os.close(self._read)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    running = Browser(tmp_path_factory.mktemp("profile"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(os.environ.get("AUTOPRUNE_PICTURES") or tmp_path_factory.mktemp("pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def runs_of(address: str, name: str, clause: str) -> list[dict[str, Any]]:
+    experiment = ask(address, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    body = {
+        "experiment_ids": [experiment["experiment_id"]],
+        "filter": f"tags.`autoprune.search` = '{name}' and {clause}",
+        "max_results": 1000,
+    }
+    return list(ask(address, "/api/2.0/mlflow/runs/search", body).get("runs", []))
+
+
+def tags_of(run: dict[str, Any]) -> dict[str, str]:
+    return {tag["key"]: tag["value"] for tag in run["data"]["tags"]}
+
+
+def colours(path: Path, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> int:
+    """Returns how many different colours a part of a picture holds: an empty page has a handful."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        wide, high = image.size
+        part = image.convert("RGB").crop(
+            (int(box[0] * wide), int(box[1] * high), int(box[2] * wide), int(box[3] * high))
+        )
+        return len(part.getcolors(maxcolors=1 << 24) or [])
+
+
+# --- MLflow ---
+
+
+def test_the_mlflow_server_shows_the_search_and_marks_its_front(
+    mlflow_ui: str, name: str, front: dict[str, Any]
+) -> None:
+    (search,) = runs_of(mlflow_ui, name, "tags.kind = 'search'")
+    metrics = {metric["key"]: metric["value"] for metric in search["data"]["metrics"]}
+    assert metrics["hypervolume"] == pytest.approx(front["hypervolume"])
+    members = runs_of(mlflow_ui, name, "tags.pareto = 'true'")
+    found = sorted(metric["value"] for run in members for metric in run["data"]["metrics"] if metric["key"] == "macs")
+    assert found == sorted(point["macs"] for point in front["front"])
+
+
+def test_the_mlflow_server_hands_out_the_front_and_its_models(mlflow_ui: str, name: str) -> None:
+    (search,) = runs_of(mlflow_ui, name, "tags.kind = 'search'")
+    listed = ask(mlflow_ui, f"/api/2.0/mlflow/artifacts/list?run_id={search['info']['run_id']}&path=front")["files"]
+    assert {file["path"] for file in listed} >= {"front/front.html", "front/front.png", "front/front.csv"}
+    page = get(f"{mlflow_ui}/get-artifact?path=front/front.html&run_uuid={search['info']['run_id']}")
+    assert "Plotly.newPlot" in page
+    for run in runs_of(mlflow_ui, name, "tags.pareto = 'true'"):
+        files = ask(mlflow_ui, f"/api/2.0/mlflow/artifacts/list?run_id={run['info']['run_id']}&path=model")["files"]
+        assert {file["path"] for file in files} == {"model/model.safetensors", "model/policy.json"}
+
+
+def chart_page(address: str, name: str) -> str:
+    experiment = ask(address, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    (key,) = [t["key"] for t in experiment["tags"] if t["key"].startswith("mlflow.sharedViewState.")]
+    share = key.removeprefix("mlflow.sharedViewState.")
+    number = experiment["experiment_id"]
+    return (
+        f"{address}/#/experiments/{number}/runs?viewStateShareKey={share}"
+        "&compareRunsMode=CHART&workflowType=machine_learning"
+    )
+
+
+def test_the_prepared_chart_page_charts_the_runs_of_the_shown_rung(mlflow_ui: str, name: str) -> None:
+    experiment = ask(mlflow_ui, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    tags = {tag["key"]: tag["value"] for tag in experiment["tags"]}
+    (text,) = [value for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")]
+    if text.startswith("deflate;"):
+        text = zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))).decode()
+    state = json.loads(text)
+    assert [chart["type"] for chart in state["compareRunCharts"]] == ["SCATTER", "PARALLEL"]
+    shown = runs_of(mlflow_ui, name, state["searchFilter"])
+    assert shown
+    assert {tags_of(run)["rung"] for run in shown} == {"final"}
+    keys = {metric["key"] for run in shown for metric in run["data"]["metrics"]}
+    keys |= {param["key"] for run in shown for param in run["data"]["params"]}
+    scatter, parallel = state["compareRunCharts"]
+    wanted = {scatter["xaxis"]["key"], scatter["yaxis"]["key"]}
+    assert wanted | set(parallel["selectedParams"]) | set(parallel["selectedMetrics"]) <= keys
+
+
+@needs_browser
+def test_the_prepared_chart_page_draws_every_trial_in_a_browser(
+    mlflow_ui: str, name: str, front: dict[str, Any], browser: Browser, pictures: Path
+) -> None:
+    points = "document.querySelectorAll('.scatterlayer .point').length"
+    until = f"{points} >= {front['trials']} && document.querySelectorAll('.parcoords, canvas').length > 0"
+    page = chart_page(mlflow_ui, name)
+    path = browser.picture(page, pictures / "mlflow-charts.png", until=until, size=(1500, 1250))
+    assert colours(path, (0.35, 0.2, 1, 1)) > 100
+
+
+@needs_browser
+def test_the_searchs_run_shows_the_interactive_front_in_a_browser(
+    mlflow_ui: str, name: str, browser: Browser, pictures: Path
+) -> None:
+    (search,) = runs_of(mlflow_ui, name, "tags.kind = 'search'")
+    info = search["info"]
+    page = f"{mlflow_ui}/#/experiments/{info['experiment_id']}/runs/{info['run_id']}/artifacts/front/front.html"
+    until = "document.querySelector('iframe')"
+    path = browser.picture(f"{page}?workflowType=machine_learning", pictures / "mlflow-front.png", until=until)
+    assert colours(path, (0.4, 0.3, 1, 1)) > 100
+
+
+@needs_browser
+def test_the_front_opens_as_a_page_of_its_own(finished: Path, name: str, browser: Browser, pictures: Path) -> None:
+    (page,) = (finished / f".autoprune/artifacts/{name}").glob("*/artifacts/front/front.html")
+    until = "document.querySelectorAll('.scatterlayer .point').length > 3"
+    path = browser.picture(page.resolve().as_uri(), pictures / "front-page.png", until=until, size=(1200, 680))
+    assert colours(path) > 50
+
+
+# --- the Optuna dashboard ---
+
+
+def studies_of(address: str) -> dict[str, int]:
+    found = ask(address, "/api/studies")
+    return {study["study_name"]: study["study_id"] for study in found["study_summaries"]}
+
+
+def test_the_optuna_dashboard_knows_every_rung_by_readable_names(dashboard: str, name: str) -> None:
+    studies = studies_of(dashboard)
+    assert {f"{name}.{rung}" for rung in ("screen", "tune", "final", "controls")} <= set(studies)
+    detail = ask(dashboard, f"/api/studies/{studies[f'{name}.tune']}?after=0")
+    assert detail["objective_names"][0] == "val_error"
+    assert detail["objective_names"][1].endswith("_fraction")
+    assert detail["directions"] == ["minimize", "minimize"]
+    assert all(trial["state"] == "Complete" for trial in detail["trials"])
+    assert all(value <= 0 for trial in detail["trials"] for value in trial["constraints"])
+    assert all(trial["constraints"] for trial in detail["trials"])
+    assert all(re.match(r"(ratio|criterion|target)/", p["name"]) for t in detail["trials"] for p in t["params"])
+
+
+def test_the_optuna_dashboard_shows_the_front_among_its_best_trials(
+    dashboard: str, name: str, front: dict[str, Any]
+) -> None:
+    detail = ask(dashboard, f"/api/studies/{studies_of(dashboard)[f'{name}.final']}?after=0")
+    best = {trial["number"] for trial in detail["best_trials"]}
+    points = {tuple(t["values"]) for t in detail["trials"] if t["number"] in best}
+    expected = {(1 - p["val_accuracy"], p["macs_fraction"]) for p in front["front"]}
+    assert {tuple(round(v, 9) for v in point) for point in points} >= {tuple(round(v, 9) for v in e) for e in expected}
+
+
+def test_every_trial_links_to_a_run_that_the_mlflow_server_has(dashboard: str, mlflow_ui: str, name: str) -> None:
+    studies = studies_of(dashboard)
+    for rung in ("tune", "final"):
+        for trial in ask(dashboard, f"/api/studies/{studies[f'{name}.{rung}']}?after=0")["trials"]:
+            match = re.search(r"\[MLflow run\]\(.*/runs/([0-9a-f]{32})", trial["note"]["body"])
+            assert match, trial["note"]
+            run = ask(mlflow_ui, f"/api/2.0/mlflow/runs/get?run_id={match[1]}")["run"]
+            assert tags_of(run)["autoprune.trial"] == f"{name}.{rung}/{trial['number']}"
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("page", "until"),
+    [
+        ("", "document.querySelectorAll('.scatterlayer .point').length > 4"),
+        ("/analytics", "document.querySelectorAll('.scatterlayer .point').length > 4"),
+        ("/trials", "document.body.innerText.includes('MLflow run')"),
+    ],
+)
+def test_the_optuna_dashboard_opens_in_a_browser(
+    page: str, until: str, dashboard: str, name: str, browser: Browser, pictures: Path
+) -> None:
+    study = studies_of(dashboard)[f"{name}.tune"]
+    address = f"{dashboard}/dashboard/studies/{study}{page}"
+    file = f"optuna{page.replace('/', '-') or '-front'}.png"
+    path = browser.picture(address, pictures / file, until=until, size=(1500, 1250))
+    assert colours(path, (0.2, 0.1, 1, 1)) > 50

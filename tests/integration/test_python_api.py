@@ -1,0 +1,234 @@
+"""The Python interface as a script uses it: trace, prune, search and load on models of its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import autoprune
+
+RECIPE = {"batch_size": 32, "lr": 0.02, "precision": "float32"}
+LADDER = [
+    {"rung": "screen", "epochs": 0},
+    {"rung": "tune", "epochs": 1, "trials": 4},
+    {"rung": "final", "epochs": 1, "trials": 3, "test": True},
+]
+SEARCH = {"controls": 2, "ladder": LADDER}
+
+
+class Convolutional(nn.Module):
+    """A small network with a residual connection, whose class no space file could name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 12, 3, padding=1)
+        self.outer = nn.Conv2d(12, 8, 3, padding=1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.outer(F.relu(self.inner(x)))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def stripes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns noisy 8x8 images with horizontal or vertical stripes, and which."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 2, (count,), generator=generator)
+    bars = (torch.arange(8) % 2).float().expand(8, 8)
+    x = torch.where(y[:, None, None] == 1, bars, bars.T)[:, None]
+    return x + 0.3 * torch.randn(count, 1, 8, 8, generator=generator), y
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = Convolutional()
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    x, y = stripes(256, 0)
+    for _ in range(25):
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return network.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A store that is away: these tests are about what the functions return."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_trace_tells_groups_and_what_is_frozen_and_why(model: nn.Module) -> None:
+    net = autoprune.trace(model, torch.zeros(2, 1, 8, 8))
+    assert {group.name: group.size for group in net.groups} == {"stem": 8, "inner": 12}
+    assert {frozen.name: "output" in frozen.reason for frozen in net.frozen} == {"head": True}
+    macs = 64 * 8 * 9 + 64 * 12 * 8 * 9 + 64 * 8 * 12 * 9 + 16
+    assert net.cost_model.dense()["macs"] == macs
+    assert net.cost_model.costs({"inner": 6})["macs"] == macs - 64 * 6 * 8 * 9 * 2
+
+
+def test_prune_returns_a_smaller_model_and_leaves_the_dense_one_alone(model: nn.Module) -> None:
+    before = copy.deepcopy(model.state_dict())
+    net = autoprune.trace(model, torch.zeros(2, 1, 8, 8))
+    x, y = stripes(128, 1)
+    small = autoprune.prune(net, ratios=0.5, criterion="l2", calibration=[x[:64], x[64:]])
+    assert isinstance(small, Convolutional)
+    assert (small.stem.out_channels, small.inner.out_channels, small.outer.out_channels) == (4, 6, 4)
+    costs = net.cost_model.costs({"stem": 4, "inner": 6})
+    assert sum(p.numel() for p in small.parameters()) == costs["params"]
+    with torch.no_grad():
+        assert (small.eval()(x).argmax(1) == y).float().mean() > 0.9
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_prune_takes_a_ratio_for_some_groups_and_leaves_the_others_whole(model: nn.Module) -> None:
+    net = autoprune.trace(model, torch.zeros(2, 1, 8, 8))
+    small = autoprune.prune(net, {"inner": 0.75})
+    assert isinstance(small, Convolutional)
+    assert (small.stem.out_channels, small.inner.out_channels) == (8, 3)
+    with torch.no_grad():
+        x, _ = stripes(4, 2)
+        assert torch.allclose(autoprune.prune(net, 0.0)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"ratios": 1.0}, "outside"),
+        ({"ratios": {"iner": 0.5}}, "did you mean 'inner'"),
+        ({"ratios": 0.5, "criterion": "l3"}, "unknown criterion 'l3'"),
+        ({"ratios": 0.5, "criterion": "obs"}, "needs calibration batches"),
+    ],
+    ids=str,
+)
+def test_prune_refuses_what_it_cannot_do(arguments: dict[str, Any], words: str, model: nn.Module) -> None:
+    net = autoprune.trace(model, torch.zeros(2, 1, 8, 8))
+    with pytest.raises(autoprune.PolicyError, match=words):
+        autoprune.prune(net, **arguments)
+
+
+def run(model: nn.Module, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "data": {"train": stripes(256, 0), "test": stripes(64, 9)},
+        "budget": {"macs": 0.6, "front": [0.1, 0.6]},
+        "trials": 8,
+        "criteria": ("l2", "obs"),
+        "recipe": RECIPE,
+        "search": SEARCH,
+        "device": "cpu",
+    }
+    return autoprune.search(model, **{**settings, **changes})
+
+
+def test_search_returns_a_front_whose_models_load_back_and_goes_on_where_it_ended(
+    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    result = run(model)
+    assert result.complete
+    assert result.name == "convolutional"
+    assert result.text.startswith("convolutional: the front after the rung final")
+    assert "MLflow is away" in result.text
+    assert "autoprune.load(" in result.text
+    dense = autoprune.trace(model, torch.zeros(2, 1, 8, 8)).cost_model.dense()["macs"]
+    assert result.front
+    for point in result.front:
+        assert point.costs["macs"] <= 0.6 * dense
+        assert point.test_accuracy is not None
+        small = autoprune.load(result.model_path(point.trial), Convolutional)
+        assert isinstance(small, Convolutional)
+        assert small.inner.out_channels == point.widths["inner"]
+        x, y = stripes(64, 9)
+        with torch.no_grad():
+            assert (small(x).argmax(1) == y).float().mean().item() == pytest.approx(point.test_accuracy)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model.training
+    capsys.readouterr()
+    again = run(model)
+    assert [p.trial for p in again.front] == [p.trial for p in result.front]
+    assert "screen: 8 trials, 8 of them finished earlier" in capsys.readouterr().err
+    with pytest.raises(autoprune.StudyError, match="no finished trial 99"):
+        result.model_path(99)
+    with pytest.raises(autoprune.CheckpointError, match="factory"):
+        autoprune.load(result.model_path(result.front[0].trial))
+    with pytest.raises(autoprune.StudyError, match="data"):
+        run(model, data={"train": stripes(256, 5), "test": stripes(64, 9)})
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output.squeeze(1), target.float())
+
+
+def closeness(output: Tensor, target: Tensor) -> Tensor:
+    return 1 - (output.squeeze(1) - target).abs().mean() / 6
+
+
+def test_search_takes_a_loss_and_a_metric_of_its_own(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(240, 6, generator=generator) > 0.5).float()
+    y = x.sum(1).long()  # how many of the six are on
+    torch.manual_seed(0)
+    counter = Counter()
+    optimizer = torch.optim.Adam(counter.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        squared(counter(x), y).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    result = run(
+        counter,
+        data={"train": (x, y)},
+        budget={"params": 0.6},
+        loss=squared,
+        metric=closeness,
+        name="counting",
+        home=tmp_path / "elsewhere",
+        recipe={**RECIPE, "distillation": None},
+    )
+    assert result.complete
+    point = result.front[-1]
+    assert point.val_accuracy > 0.9
+    small = autoprune.load(result.model_path(point.trial), Counter)
+    with torch.no_grad():
+        assert closeness(small(x), y).item() > 0.9
+    assert (tmp_path / "elsewhere/optuna.db").is_file()
+    assert not (tmp_path / ".autoprune").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"data": {"train": stripes(0, 0)}}, autoprune.DataError, "empty"),
+        ({"data": {"trian": stripes(8, 0)}}, autoprune.DataError, "did you mean 'train'"),
+        ({"budget": {"macs": 0.001}}, autoprune.BudgetError, "the least possible is"),
+        ({"budget": {"flops": 0.5}}, autoprune.SpaceError, "flops"),
+        ({"criteria": ("l2", "tailor")}, autoprune.SpaceError, "did you mean 'taylor'"),
+        ({"groups": {"include": ["iner"]}}, autoprune.InputError, "matches no pruning group"),
+        ({"home": "/proc/nowhere"}, autoprune.StudyError, "cannot be written"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_search_refuses_bad_input_before_it_writes_a_study(
+    changes: dict[str, Any], error: type[Exception], words: str, model: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        run(model, **changes)
+    assert not (tmp_path / ".autoprune/optuna.db").exists()
