@@ -61,7 +61,7 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     """
     from autoprune.network import inspection, pipeline
 
-    ingredients = pipeline.ingredients_of(space, cache=home / "cache", note=lambda text: None, train=False)
+    ingredients = pipeline.ingredients_of(space, cache=home / "cache")
     network = pipeline.trace_ingredients(ingredients)
     data = inspection.describe(network, pipeline.searchable_groups(network, space))
     width, color = terminal()

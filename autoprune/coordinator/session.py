@@ -93,7 +93,7 @@ def run_search(
     make_home(home)
     with report.Progress() as progress:
         progress.note(f"search {space.name}: preparing")
-        ingredients = pipeline.ingredients_of(space, cache=home / "cache", note=progress.note)
+        ingredients = pipeline.ingredients_of(space, cache=home / "cache")
         sections = space.fingerprint_sections()
         if space.checkpoint is not None:
             sections["checkpoint"] = file_digest(space.checkpoint)
@@ -124,6 +124,7 @@ class Session:
         self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
         self._check()
+        pipeline.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
         self.bench: Workbench = pipeline.workbench_of(
             space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
         )
@@ -157,8 +158,6 @@ class Session:
         left = records.close(_PATIENCE)
         self._link(stored, records)
         text = self._text(stored, view, records, left=left, summary=summary)
-        if not complete:
-            text = f"Time is up before the search was done; the same command goes on with it.\n\n{text}"
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
         self.progress.note(f"done in {time.monotonic() - begun:.0f} s")

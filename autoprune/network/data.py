@@ -1,8 +1,8 @@
 """Where samples come from and how they are split.
 
 Decides which data sets can be named, and how training, calibration, validation and test samples are kept apart:
-disjoint, stratified by class where they are carved, and the same for the same seed. Must not know of networks or
-training.
+disjoint, stratified by class where they are carved and the targets are classes, and the same for the same seed. Must
+not know of networks or training.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from autoprune.network.samples import (
     StreamSplit,
     TensorSplit,
     Transform,
+    as_target,
     as_tensor,
     channel_statistics,
     resize,
@@ -79,7 +80,10 @@ class DataSettings:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Four disjoint splits of one data set; `sample_shape` is the shape of a sample without the batch dimension."""
+    """Four disjoint splits of one data set; `sample_shape` is the shape of a sample without the batch dimension.
+
+    Where the targets are no classes, `num_classes` is 0 and `classes` empty.
+    """
 
     train: Split
     calibration: Split
@@ -118,13 +122,17 @@ def as_splits(data: Any, *, settings: DataSettings | None = None, seed: int = 0)
 
     Args:
         data: `Splits`, taken as they are; or a mapping with `train` and any of `calibration`, `val`, `test`, each
-            either a pair (samples, classes) of tensors or arrays, or a map-style `Dataset` of such pairs. uint8 images
+            either a pair (samples, targets) of tensors or arrays, or a map-style `Dataset` of such pairs. uint8 images
             are normalised as the settings say; float samples are left as they are unless mean and std are given.
+            Whole numbers `(N,)` are classes, from 0 up. Real numbers of any shape `(N, ...)` and whole numbers of more
+            than one dimension (masks `(N, H, W)`) are no classes: they are split at random and handed on as float32
+            or int64. Of a `Dataset` the first sample tells which.
         settings: How to carve and preprocess; None: the defaults.
         seed: Decides, alone, which samples are carved out.
 
     Raises:
-        DataError: `data` is of another kind or lacks `train`, or samples and classes do not fit together.
+        DataError: `data` is of another kind or lacks `train`; samples and targets, or the parts, do not fit together;
+            a number is not finite; or images would be moved while their masks stay.
     """
     if isinstance(data, Splits):
         return data
@@ -140,13 +148,17 @@ def as_splits(data: Any, *, settings: DataSettings | None = None, seed: int = 0)
     if "train" not in data:
         raise DataError("the data has no 'train' part")
     pieces = {str(key): _piece(str(key), value) for key, value in data.items()}
-    targets = torch.cat([targets for _, targets in pieces.values()])
+    kinds = {(str(y.dtype).removeprefix("torch."), tuple(y.shape[1:])) for _, y in pieces.values()}
+    if len(kinds) > 1:
+        raise DataError(f"the parts hold targets of different types or shapes: {sorted(kinds)}")
+    _check_targets_stay(kinds.pop()[1], settings)
     samples: Tensor | Dataset[Any]
     if all(isinstance(piece, Tensor) for piece, _ in pieces.values()):
         shapes = {tuple(piece.shape[1:]) for piece, _ in pieces.values() if isinstance(piece, Tensor)}
         if len(shapes) > 1:
             raise DataError(f"the parts hold samples of different shapes: {sorted(shapes)}")
         samples = torch.cat([piece for piece, _ in pieces.values() if isinstance(piece, Tensor)])
+        targets = torch.cat([y for _, y in pieces.values()])
     else:
         if settings.size is not None:
             raise DataError(
@@ -155,26 +167,35 @@ def as_splits(data: Any, *, settings: DataSettings | None = None, seed: int = 0)
         samples = ConcatDataset(
             [TensorDataset(piece, y) if isinstance(piece, Tensor) else piece for piece, y in pieces.values()]
         )
+        targets = torch.cat([y if _are_classes(y) else torch.zeros(len(y)) for _, y in pieces.values()])
     parts, start = {}, 0
     for key, (_, part_targets) in pieces.items():
         parts[key] = torch.arange(start, start + len(part_targets))
         start += len(part_targets)
-    classes = tuple(str(number) for number in range(int(targets.max()) + 1)) if len(targets) else ()
+    known = len(targets) and _are_classes(targets)
+    classes = tuple(str(number) for number in range(int(targets.max()) + 1)) if known else ()
     source = Source(samples=samples, targets=targets, parts=parts, classes=classes, as_is=True)
     return _split(source, settings=settings, seed=seed)
 
 
 def _piece(part: str, value: Any) -> tuple[Tensor | Dataset[Any], Tensor]:
-    """Returns one part of a mapping as samples (or the data set) and int64 classes `(N,)`."""
+    """Returns one part of a mapping as samples (or the data set) and targets `(N, ...)`, as `as_splits` tells them.
+
+    Targets of a data set that are no classes are not read: the first one stands for all of them.
+    """
     if isinstance(value, IterableDataset):
         raise DataError(f"{part}: an IterableDataset cannot be split; give a map-style Dataset or tensors")
     if isinstance(value, Dataset):
         length = len(value)  # type: ignore[arg-type]  # Dataset itself declares no __len__
+        if length:
+            first = as_target(value[0][1], part)
+            if not _are_classes(first[None]):
+                return value, first.expand(length, *first.shape)
         known = getattr(value, "targets", None)  # torchvision's habit; else each sample is read once
         labels = known if known is not None else [int(value[i][1]) for i in range(length)]
-        return value, _targets(part, labels, length)
+        return value, _targets(part, torch.as_tensor(labels, dtype=torch.int64), length)
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise DataError(f"{part} must be a pair (samples, classes) or a Dataset, not {type(value).__name__}")
+        raise DataError(f"{part} must be a pair (samples, targets) or a Dataset, not {type(value).__name__}")
     samples = as_tensor(value[0])
     if samples.dim() < 2:
         raise DataError(f"{part}: samples need at least two dimensions, got shape {tuple(samples.shape)}")
@@ -187,13 +208,30 @@ def _piece(part: str, value: Any) -> tuple[Tensor | Dataset[Any], Tensor]:
     return samples, _targets(part, value[1], len(samples))
 
 
-def _targets(part: str, labels: Any, length: int) -> Tensor:
-    targets = torch.as_tensor(labels)
-    if targets.dim() != 1 or len(targets) != length:
-        raise DataError(f"{part}: {length} samples but classes of shape {tuple(targets.shape)}")
-    if targets.is_floating_point() or (length and int(targets.min()) < 0):
-        raise DataError(f"{part}: classes must be integers from 0 up")
-    return targets.to(torch.int64)
+def _targets(part: str, values: Any, length: int) -> Tensor:
+    targets = as_target(values, part)
+    if targets.dim() < 1 or len(targets) != length:
+        raise DataError(f"{part}: {length} samples but targets of shape {tuple(targets.shape)}")
+    if length and _are_classes(targets) and int(targets.min()) < 0:
+        raise DataError(f"{part}: classes must be integers from 0 up; give other numbers as floats")
+    return targets
+
+
+def _are_classes(targets: Tensor) -> bool:
+    return targets.dim() == 1 and not targets.is_floating_point()
+
+
+def _check_targets_stay(shape: tuple[int, ...], settings: DataSettings) -> None:
+    """Refuses to flip, shift or resize images whose targets have places in the image (masks, key points)."""
+    if len(shape) < 2:
+        return
+    moves = {"size": settings.size, "flip": settings.flip, "crop_padding": settings.crop_padding}
+    for name, value in moves.items():
+        if value:
+            raise DataError(
+                f"preprocessing.{name} would move the images but not their targets of shape {shape}: "
+                "let your own Dataset do both"
+            )
 
 
 def _split(source: Source, *, settings: DataSettings, seed: int) -> Splits:
@@ -202,22 +240,22 @@ def _split(source: Source, *, settings: DataSettings, seed: int) -> Splits:
     for name in source.parts:
         if name not in parts:
             raise DataError(f"the {name} part of the data is empty")
-    _check_classes(source)
+    if source.classes:
+        _check_classes(source)
+    strata = source.strata
     if settings.validation_source == "test":
         parts |= _match(source, settings)
     if "test" not in parts:
         count = round(0.2 * len(parts["train"]))
-        parts |= _carve("test", count, parts["train"], source.targets, seed=seed)
+        parts |= _carve("test", count, parts["train"], strata, seed=seed)
     if "val" not in parts:
         count = round(settings.validation_fraction * len(parts["train"]))
-        parts |= _carve("val", count, parts["train"], source.targets, seed=seed)
+        parts |= _carve("val", count, parts["train"], strata, seed=seed)
     if "calibration" not in parts:
         available = len(parts["train"])
         wanted = settings.calibration or min(512, max(1, available // 4))
-        parts |= _carve("calibration", wanted, parts["train"], source.targets, seed=seed)
-    ordered = {
-        name: _spread(parts[name], source.targets, generator=_generator(seed, f"order of {name}")) for name in _PARTS
-    }
+        parts |= _carve("calibration", wanted, parts["train"], strata, seed=seed)
+    ordered = {name: _spread(parts[name], strata, generator=_generator(seed, f"order of {name}")) for name in _PARTS}
     if settings.size is not None and isinstance(source.samples, Tensor):
         source = replace(source, samples=resize(source.samples, settings.size))
     transform = _transform(source, ordered["train"], settings)
@@ -270,7 +308,7 @@ def _generator(seed: int, purpose: str) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _carve(name: str, count: int, index: Tensor, targets: Tensor, *, seed: int) -> dict[str, Tensor]:
+def _carve(name: str, count: int, index: Tensor, strata: Tensor, *, seed: int) -> dict[str, Tensor]:
     """Takes `count` of `index`, each class in its proportion (largest remainders), and leaves the others for training.
 
     Raises:
@@ -284,7 +322,7 @@ def _carve(name: str, count: int, index: Tensor, targets: Tensor, *, seed: int) 
             f"ask for at most {len(index) // 4}"
         )
     generator = _generator(seed, name)
-    labels = targets[index]
+    labels = strata[index]
     members = {label: (labels == label).nonzero().flatten() for label in _present(labels)}
     shares = {label: len(found) * count / len(index) for label, found in members.items()}
     quotas = {label: math.floor(share) for label, share in shares.items()}
@@ -303,9 +341,9 @@ def _present(labels: Tensor) -> list[int]:
     return [label for label, count in enumerate(torch.bincount(labels).tolist()) if count]
 
 
-def _spread(index: Tensor, targets: Tensor, *, generator: Generator) -> Tensor:
+def _spread(index: Tensor, strata: Tensor, *, generator: Generator) -> Tensor:
     """Shuffles `index` so that every prefix holds each class in its proportion."""
-    labels = targets[index]
+    labels = strata[index]
     position = torch.empty(len(index), dtype=torch.float64)
     for label in _present(labels):
         found = (labels == label).nonzero().flatten()

@@ -8,6 +8,7 @@ same numbers.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, logits_of, probe_precision
+from autoprune.network.evaluation import Loss, Precision, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
@@ -50,6 +51,8 @@ class Ingredients:
     data_key: str
     loss: Loss | None = None
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
+    untrained: bool = False
+    """Whether the model has its initial weights and must be trained before anything is learnt from it."""
 
 
 def resolve_device(wanted: str) -> str:
@@ -99,14 +102,12 @@ def data_settings(space: Space) -> DataSettings:
     )
 
 
-def ingredients_of(space: Space, *, cache: Path, note: Note, train: bool = True) -> Ingredients:
-    """Reads the data and builds the dense model of a space; without a checkpoint a baseline is trained once and cached.
+def ingredients_of(space: Space, *, cache: Path) -> Ingredients:
+    """Reads the data and builds the dense model of a space; without trained weights the result is marked `untrained`.
 
     Args:
         space: The settings.
-        cache: Folder for decoded images and baselines.
-        note: Told what takes time.
-        train: Whether a missing baseline is trained; where not, the model keeps its initial weights.
+        cache: Folder for decoded images.
 
     Raises:
         InputError: The model, its weights, its checkpoint or the data cannot be used.
@@ -129,17 +130,23 @@ def ingredients_of(space: Space, *, cache: Path, note: Note, train: bool = True)
         "num_classes": splits.num_classes,
         "classes": list(splits.classes),
     }
-    key = digest([asdict(settings), space.seed])
     if space.checkpoint is not None:
         load_checkpoint(model, space.checkpoint)
-    elif space.model.weights is None and train:
-        _baseline(space, model, splits, cache=cache, key=key, note=note)
-    return Ingredients(model.eval(), splits, origin, key)
+    untrained = space.checkpoint is None and space.model.weights is None
+    return Ingredients(model.eval(), splits, origin, digest([asdict(settings), space.seed]), untrained=untrained)
 
 
-def _baseline(space: Space, model: nn.Module, splits: Splits, *, cache: Path, key: str, note: Note) -> None:
+def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note: Note) -> None:
+    """Gives an untrained model its weights, in place: by `recipe.baseline` once, from `cache` afterwards.
+
+    Raises:
+        TrialError: The training diverged.
+    """
+    if not ingredients.untrained:
+        return
+    model, splits = ingredients.model, ingredients.splits
     recipe = replace(recipe_of(space), distillation=None)
-    settings = [key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
+    settings = [ingredients.data_key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
     path = cache / f"baseline-{digest(settings)}.safetensors"
     if path.is_file():
         load_checkpoint(model, path)
@@ -152,7 +159,7 @@ def _baseline(space: Space, model: nn.Module, splits: Splits, *, cache: Path, ke
         if epoch.number == epoch.epochs or epoch.number % 5 == 0:
             note(f"  epoch {epoch.number}/{epoch.epochs}: training loss {epoch.train_loss:.3f}")
 
-    precision = _precision(model, splits, recipe, device=device, training=True)
+    precision = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
     fine_tune(
         model,
         splits.train,
@@ -163,18 +170,39 @@ def _baseline(space: Space, model: nn.Module, splits: Splits, *, cache: Path, ke
         device=device,
         precision=precision,
         on_epoch=told,
+        loss=ingredients.loss,
     )
-    model.to("cpu")
+    model.to("cpu").eval()
     save_state(model, path, {"format": "pt", "name": space.name})
 
 
-def _precision(model: nn.Module, splits: Splits, recipe: Recipe, *, device: str, training: bool) -> Precision:
+def choose_precision(
+    ingredients: Ingredients, recipe: Recipe, *, device: str, training: bool, cache: Path
+) -> Precision:
+    """Returns the number format that the recipe names; `auto` is probed once on this device and remembered.
+
+    It is remembered because a probe is a race: a resumed search must not go on in another format.
+    """
     if recipe.precision == "float32":
         return Precision(autocast_dtype=None)
     if recipe.precision == "bfloat16":
         return Precision(autocast_dtype=torch.bfloat16)
-    example, _ = next(iter(splits.calibration.batches(min(64, len(splits.calibration)))))
-    return probe_precision(model, example.to(device), device=device, training=training)
+    model = ingredients.model
+    shapes = [[name, list(p.shape)] for name, p in model.state_dict().items()]
+    key = digest([type(model).__qualname__, shapes, device_name(device), training])
+    path = cache / f"precision-{key}.json"
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Precision(torch.bfloat16 if known["bfloat16"] else None, bool(known["channels_last"]))
+    calibration = ingredients.splits.calibration
+    example, _ = next(iter(calibration.batches(min(64, len(calibration)))))
+    found = probe_precision(model, example.to(device), device=device, training=training)
+    known = {"bfloat16": found.autocast_dtype is not None, "channels_last": found.channels_last}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(known), encoding="utf-8")
+    os.replace(temporary, path)
+    return found
 
 
 def example_of(splits: Splits) -> Tensor:
@@ -257,13 +285,12 @@ def workbench_of(
         write_knowledge(path, knowledge)
     if not recipe.compensation:
         knowledge = replace(knowledge, targets=None)
-    model, splits = network.model, ingredients.splits
-    evaluation = _precision(model, splits, recipe, device=device, training=False)
-    training = _precision(model, splits, recipe, device=device, training=True)
+    evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
+    training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
     return Workbench(
         network=network,
         groups=groups,
-        splits=splits,
+        splits=ingredients.splits,
         recipe=recipe,
         knowledge=knowledge,
         device=device,

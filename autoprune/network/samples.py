@@ -1,7 +1,8 @@
 """Samples and the batches made of them.
 
 Decides how samples are held (one tensor that is copied to a device once, or a data set that is streamed through worker
-processes), and how a batch is augmented and normalised. Must not know where samples come from or how they are split.
+processes), and how a batch is augmented and normalised. Targets are handed on as they are. Must not know where samples
+come from or how they are split.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ class Split(Protocol):
     """Samples of one role (training, calibration, validation, test), given out in batches.
 
     The stored order is a stratified shuffle: any prefix holds every class in its proportion, so `limit` is a fair
-    sample.
+    sample. Where there are no classes it is a plain shuffle.
     """
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the whole data set."""
+        """Number of classes of the whole data set; 0 where the targets are no classes."""
         ...
 
     def __len__(self) -> int:
@@ -49,7 +50,9 @@ class Split(Protocol):
         device: Device = "cpu",
         limit: int | None = None,
     ) -> Iterator[Batch]:
-        """Yields normalised float32 samples `(n, ...)` (images NCHW, channels-last in memory) and int64 classes `(n,)`.
+        """Yields normalised float32 samples `(n, ...)` (images NCHW, channels-last in memory) and their targets.
+
+        Targets are int64 classes `(n,)`; where there are no classes, float32 or int64 `(n, ...)`.
 
         Args:
             batch_size: Samples a batch; the last one may be smaller.
@@ -60,6 +63,7 @@ class Split(Protocol):
 
         Raises:
             ValueError: `augment` without `shuffle`, or `batch_size` below 1.
+            DataError: A target that is read only now is no number, or not finite.
         """
         ...
 
@@ -121,14 +125,14 @@ def _random_crop(x: Tensor, *, padding: int, generator: Generator) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Samples `(N, ...)` and classes `(N,)` in memory; each device gets one copy, made when it is first asked for."""
+    """Samples `(N, ...)` and targets `(N, ...)` in memory; each device gets one copy, made when it is first asked for."""
 
     samples: Tensor
     targets: Tensor
     _copies: dict[torch.device, Batch] = field(default_factory=dict, repr=False)
 
     def on(self, device: Device) -> Batch:
-        """Returns the samples and classes on `device`."""
+        """Returns the samples and targets on `device`."""
         device = torch.device(device)
         if device.type == "cpu":
             return self.samples, self.targets
@@ -206,7 +210,7 @@ class StreamSplit:
             Subset(self.dataset, order.tolist()),
             batch_size=batch_size,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate_classes if self.num_classes else _collate_targets,
             pin_memory=torch.device(device).type == "cuda",
         )
         for x, y in loader:
@@ -223,9 +227,38 @@ def _order(index: Tensor, *, batch_size: int, shuffle: Generator | None, augment
     return order if shuffle is None else order[torch.randperm(len(order), generator=shuffle)]
 
 
-def _collate(items: list[tuple[Any, Any]]) -> Batch:
+def _collate_classes(items: list[tuple[Any, Any]]) -> Batch:
     samples = torch.stack([as_tensor(x) for x, _ in items])
     return samples, torch.tensor([int(y) for _, y in items], dtype=torch.int64)
+
+
+def _collate_targets(items: list[tuple[Any, Any]]) -> Batch:
+    samples = torch.stack([as_tensor(x) for x, _ in items])
+    return samples, torch.stack([as_target(y, "a sample of the data set") for _, y in items])
+
+
+def as_target(value: Any, where: str) -> Tensor:
+    """Returns a target, or many at once, as float32 (real numbers) or int64 (whole numbers, truth values).
+
+    Args:
+        value: A number, nested numbers, a tensor, an array, or a Pillow image, which is a mask `(H, W)`.
+        where: Begins the message of an error.
+
+    Raises:
+        DataError: It is made of something else than real numbers, or a number is not finite.
+    """
+    try:
+        target = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: targets must be numbers, not {type(value).__name__}: {error}") from error
+    if target.is_complex():
+        raise DataError(f"{where}: targets must be real numbers, not complex ones")
+    if not target.is_floating_point():
+        return target.to(torch.int64)
+    target = target.to(torch.float32)
+    if not bool(torch.isfinite(target).all()):
+        raise DataError(f"{where}: the targets hold values that are not finite in float32")
+    return target
 
 
 def as_tensor(sample: Any) -> Tensor:
@@ -240,9 +273,11 @@ def as_tensor(sample: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What a reader found, before anything is carved: all samples, their classes, and the parts that the data names.
+    """What a reader found, before anything is carved: all samples, their targets, and the parts that the data names.
 
-    `samples` is a tensor `(N, ...)` or a map-style data set that is too large to hold. `parts` maps `train`, and where
+    `samples` is a tensor `(N, ...)` or a map-style data set that is too large to hold. `targets` are the classes
+    `(N,)`. Where `classes` is empty there are none: then they are `(N, ...)`, and of a data set, which brings its own
+    targets with each sample, their number alone counts. `parts` maps `train`, and where
     they exist `val`, `calibration`, `test`, to indices. `names` holds `<class>/<file>` of each sample where it came
     from a file. `as_is` says that float samples are the user's own: not standardised unless mean and std are given.
     """
@@ -253,6 +288,11 @@ class Source:
     classes: tuple[str, ...]
     names: tuple[str, ...] = ()
     as_is: bool = False
+
+    @property
+    def strata(self) -> Tensor:
+        """Int64 `(N,)`: each split holds these in their proportion. The classes; zeros where there are none."""
+        return self.targets if self.classes else torch.zeros(len(self.targets), dtype=torch.int64)
 
 
 def channel_statistics(samples: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

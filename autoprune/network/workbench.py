@@ -33,7 +33,8 @@ from autoprune.network.trace import Network
 from autoprune.policy import Group, Policy, digest
 from autoprune.results import Fidelity, TrialResult
 
-SCREEN = Fidelity("screen")
+_CURVE_EPOCHS = 2
+"""Fine-tuning of at least so many epochs records the validation accuracy after each of them."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class Workbench:
                     seed=self.seed + number,
                     device=self.device,
                     precision=self.training_precision,
+                    val=self.splits.val if number == 0 and fidelity.epochs >= _CURVE_EPOCHS else None,
                     loss=self.loss,
                 )
             with clock("evaluation"):

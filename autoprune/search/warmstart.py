@@ -110,15 +110,11 @@ def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int)
 
 
 def _round(problem: Problem, criteria: Sequence[str | None], count: int) -> list[tuple[float, str | None]]:
-    """Returns `count` pairs of a target and a criterion: all targets once with changing criteria, then shifted by
-    one.
+    """Returns `count` pairs of a target and a criterion: each target twice, with criteria that change from one to the
+    next.
     """
-    spread = targets(problem.budget, max(1, min(count, max(3, math.ceil(count / len(criteria))))))
-    pairs = [
-        (target, criteria[(i + shift) % len(criteria)])
-        for shift in range(len(criteria))
-        for i, target in enumerate(spread)
-    ]
+    spread = targets(problem.budget, max(1, math.ceil(count / 2)))
+    pairs = [(target, criteria[(i + turn) % len(criteria)]) for turn in range(2) for i, target in enumerate(spread)]
     return pairs[:count]
 
 

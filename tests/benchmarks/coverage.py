@@ -2,8 +2,9 @@
 
     python tests/benchmarks/coverage.py [--models GLOB] [--output FILE]
 
-For each model (random weights, randomised BatchNorm statistics): trace, prune every group to about half of the MACs, run, compare
-with the masked twin in float32, count MACs with `torch.utils.flop_counter`, save, load, compare. One line a model, as it comes.
+For each model (random weights, randomised BatchNorm statistics): trace, prune every group to about half of the MACs, run,
+compare with the masked twin in float32, count MACs with `torch.utils.flop_counter`, save, load, compare. One line a
+model, as it comes.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def attempt(name: str) -> str:
     try:
         network = trace(model, x)
     except AutopruneError as error:
-        return f"| {name} | {side} | – | – | – | – | – | – | {time.perf_counter() - start:.1f} | {str(error).splitlines()[0]} |"
+        spent = time.perf_counter() - start
+        return f"| {name} | {side} | – | – | – | – | – | – | {spent:.1f} | {str(error).splitlines()[0]} |"
     selection = halve(network)
     small, twin = cut(network, selection).eval(), masked_twin(network, selection).eval()
     costs = network.cost_model.costs({k: len(v) for k, v in selection.items()})
@@ -92,10 +94,9 @@ def attempt(name: str) -> str:
     kept = costs["macs"] / network.cost_model.dense()["macs"]
     exact = count_macs(small, (x,)) == costs["macs"]
     notes = [*network.notes, *dict.fromkeys(network.broken.values())]
-    return (
-        f"| {name} | {side} | {len(network.groups)} | {len(network.frozen)} | {kept:.2f} | {equal} | {'yes' if exact else 'NO'} |"
-        f" {'yes' if reload else 'NO'} | {time.perf_counter() - start:.1f} | {'; '.join(notes)[:160]} |"
-    )
+    cells = [name, side, len(network.groups), len(network.frozen), f"{kept:.2f}", equal]
+    cells += ["yes" if exact else "NO", "yes" if reload else "NO", f"{time.perf_counter() - start:.1f}"]
+    return "| " + " | ".join(map(str, [*cells, "; ".join(notes)[:160]])) + " |"
 
 
 def main() -> None:
@@ -114,7 +115,9 @@ def main() -> None:
         try:
             lines.append(attempt(name))
         except Exception as error:  # a crash is a row of the table too
-            lines.append(f"| {name} | {size_of(name)} | CRASH | | | | | | | {type(error).__name__}: {str(error)[:160]} |")
+            lines.append(
+                f"| {name} | {size_of(name)} | CRASH | | | | | | | {type(error).__name__}: {str(error)[:160]} |"
+            )
         print(lines[-1], flush=True)
         if options.output:
             options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

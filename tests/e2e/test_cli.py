@@ -129,7 +129,7 @@ def test_a_wrong_invocation_has_status_2_and_no_traceback(arguments: list[str], 
 def test_validate_without_a_file_takes_the_embedded_default(tmp_path: Path) -> None:
     done = run("validate", cwd=tmp_path)
     assert done.returncode == 0
-    assert "valid; search digits-resnet20, 36 candidates, screen -> tune -> final" in done.stdout
+    assert "valid; search digits-resnet20, 40 candidates, screen -> tune -> final" in done.stdout
 
 
 def test_validate_reports_all_faults_on_stderr_and_writes_nothing(tmp_path: Path) -> None:

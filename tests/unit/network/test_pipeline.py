@@ -12,6 +12,7 @@ from autoprune.errors import BudgetError, DataError, InputError
 from autoprune.network import pipeline
 from autoprune.network.pipeline import (
     WorkerFactory,
+    choose_precision,
     data_settings,
     ingredients_of,
     learn,
@@ -23,6 +24,7 @@ from autoprune.network.pipeline import (
     splits_digest,
     threads_per_worker,
     trace_ingredients,
+    train_baseline,
     workbench_of,
 )
 from autoprune.policy import uniform_policy
@@ -52,18 +54,30 @@ def make_space(tmp_path):
 
 @pytest.fixture
 def iris(make_space, tmp_path):
-    return ingredients_of(make_space(), cache=tmp_path / "cache", note=lambda text: None, train=False)
+    return ingredients_of(make_space(), cache=tmp_path / "cache")
 
 
 def test_a_missing_baseline_is_trained_once_and_read_from_the_cache_afterwards(make_space, tmp_path):
-    told = []
-    first = ingredients_of(make_space(), cache=tmp_path / "cache", note=told.append)
+    space, cache, told = make_space(), tmp_path / "cache", []
+    first, second = ingredients_of(space, cache=cache), ingredients_of(space, cache=cache)
+    assert first.untrained
+    untrained = model_digest(first.model)
+    train_baseline(space, first, cache=cache, note=told.append)
     assert any("training a baseline" in text for text in told)
     told.clear()
-    second = ingredients_of(make_space(), cache=tmp_path / "cache", note=told.append)
+    train_baseline(space, second, cache=cache, note=told.append)
     assert told == []
-    assert model_digest(first.model) == model_digest(second.model)
+    assert model_digest(first.model) == model_digest(second.model) != untrained
     assert not second.model.training
+
+
+def test_a_probed_precision_is_remembered(make_space, iris, tmp_path, monkeypatch):
+    recipe, cache = replace(recipe_of(make_space()), precision="auto"), tmp_path / "cache"
+    first = choose_precision(iris, recipe, device="cpu", training=True, cache=cache)
+    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
+    assert choose_precision(iris, recipe, device="cpu", training=True, cache=cache) == first
+    named = replace(recipe, precision="bfloat16")
+    assert choose_precision(iris, named, device="cpu", training=True, cache=cache).autocast_dtype == torch.bfloat16
 
 
 def test_globs_choose_the_groups_and_the_scope_their_criteria(make_space, iris):
