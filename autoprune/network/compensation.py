@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprune.network.calibration import Moments, Statistics
 from autoprune.network.groups import Links
@@ -55,6 +55,23 @@ def compensated_tensors(
         if bias is not None and links.layer.bias is not None:
             tensors[links.layer.bias] = (bias + shift).index_select(0, rows)
     return tensors
+
+
+def compensate(
+    network: Network,
+    model: nn.Module,
+    selection: Selection,
+    statistics: Statistics,
+    *,
+    ridge: float = 1e-3,
+    recalibrated: bool = True,
+) -> None:
+    """Gives the pruned `model` its refitted weights, in place. See `compensated_tensors` for the arguments."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    tensors = compensated_tensors(network, selection, statistics, ridge=ridge, recalibrated=recalibrated)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
 
 
 def _centred(links: Links, recalibrated: bool) -> bool:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
 
 from autoprune.errors import DataError, nearest
 from autoprune.network.folders import read_image_folder
 from autoprune.network.models import import_factory
+from autoprune.network.own_data import PARTS, read_mapping
 from autoprune.network.samples import (
     Pool,
     Source,
@@ -29,7 +29,6 @@ from autoprune.network.samples import (
     StreamSplit,
     TensorSplit,
     Transform,
-    as_target,
     as_tensor,
     channel_statistics,
     resize,
@@ -37,8 +36,6 @@ from autoprune.network.samples import (
 from autoprune.network.vision import import_torchvision
 
 __all__ = ["DATA_NAMES", "DataSettings", "Split", "Splits", "as_splits", "load_data"]
-
-_PARTS = ("train", "calibration", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -137,88 +134,11 @@ def as_splits(data: Any, *, settings: DataSettings | None = None, seed: int = 0)
     if isinstance(data, Splits):
         return data
     settings = settings or DataSettings()
-    if not isinstance(data, Mapping):
-        raise DataError(
-            "data must be Splits or a mapping with 'train' (and 'val', 'test', 'calibration'), "
-            f"not {type(data).__name__}"
-        )
-    for key in data:
-        if key not in _PARTS:
-            raise DataError(f"unknown part {key!r} of the data{nearest(str(key), _PARTS)}")
-    if "train" not in data:
-        raise DataError("the data has no 'train' part")
-    pieces = {str(key): _piece(str(key), value) for key, value in data.items()}
-    kinds = {(str(y.dtype).removeprefix("torch."), tuple(y.shape[1:])) for _, y in pieces.values()}
-    if len(kinds) > 1:
-        raise DataError(f"the parts hold targets of different types or shapes: {sorted(kinds)}")
-    _check_targets_stay(kinds.pop()[1], settings)
-    samples: Tensor | Dataset[Any]
-    if all(isinstance(piece, Tensor) for piece, _ in pieces.values()):
-        shapes = {tuple(piece.shape[1:]) for piece, _ in pieces.values() if isinstance(piece, Tensor)}
-        if len(shapes) > 1:
-            raise DataError(f"the parts hold samples of different shapes: {sorted(shapes)}")
-        samples = torch.cat([piece for piece, _ in pieces.values() if isinstance(piece, Tensor)])
-        targets = torch.cat([y for _, y in pieces.values()])
-    else:
-        if settings.size is not None:
-            raise DataError(
-                "preprocessing.size does not apply to a Dataset of your own: let it return images of that size"
-            )
-        samples = ConcatDataset(
-            [TensorDataset(piece, y) if isinstance(piece, Tensor) else piece for piece, y in pieces.values()]
-        )
-        targets = torch.cat([y if _are_classes(y) else torch.zeros(len(y)) for _, y in pieces.values()])
-    parts, start = {}, 0
-    for key, (_, part_targets) in pieces.items():
-        parts[key] = torch.arange(start, start + len(part_targets))
-        start += len(part_targets)
-    known = len(targets) and _are_classes(targets)
-    classes = tuple(str(number) for number in range(int(targets.max()) + 1)) if known else ()
-    source = Source(samples=samples, targets=targets, parts=parts, classes=classes, as_is=True)
+    source = read_mapping(data)
+    if settings.size is not None and not isinstance(source.samples, Tensor):
+        raise DataError("preprocessing.size does not apply to a Dataset of your own: let it return images of that size")
+    _check_targets_stay(tuple(source.targets.shape[1:]), settings)
     return _split(source, settings=settings, seed=seed)
-
-
-def _piece(part: str, value: Any) -> tuple[Tensor | Dataset[Any], Tensor]:
-    """Returns one part of a mapping as samples (or the data set) and targets `(N, ...)`, as `as_splits` tells them.
-
-    Targets of a data set that are no classes are not read: the first one stands for all of them.
-    """
-    if isinstance(value, IterableDataset):
-        raise DataError(f"{part}: an IterableDataset cannot be split; give a map-style Dataset or tensors")
-    if isinstance(value, Dataset):
-        length = len(value)  # type: ignore[arg-type]  # Dataset itself declares no __len__
-        if length:
-            first = as_target(value[0][1], part)
-            if not _are_classes(first[None]):
-                return value, first.expand(length, *first.shape)
-        known = getattr(value, "targets", None)  # torchvision's habit; else each sample is read once
-        labels = known if known is not None else [int(value[i][1]) for i in range(length)]
-        return value, _targets(part, torch.as_tensor(labels, dtype=torch.int64), length)
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise DataError(f"{part} must be a pair (samples, targets) or a Dataset, not {type(value).__name__}")
-    samples = as_tensor(value[0])
-    if samples.dim() < 2:
-        raise DataError(f"{part}: samples need at least two dimensions, got shape {tuple(samples.shape)}")
-    if samples.dtype == torch.uint8 and samples.dim() == 4 and samples.shape[3] in (1, 3) and samples.shape[1] > 4:
-        raise DataError(f"{part}: images must be (N, C, H, W), but the shape {tuple(samples.shape)} looks like NHWC")
-    if samples.dtype != torch.uint8:
-        samples = samples.to(torch.float32)
-        if not bool(torch.isfinite(samples).all()):
-            raise DataError(f"{part}: the samples hold values that are not finite")
-    return samples, _targets(part, value[1], len(samples))
-
-
-def _targets(part: str, values: Any, length: int) -> Tensor:
-    targets = as_target(values, part)
-    if targets.dim() < 1 or len(targets) != length:
-        raise DataError(f"{part}: {length} samples but targets of shape {tuple(targets.shape)}")
-    if length and _are_classes(targets) and int(targets.min()) < 0:
-        raise DataError(f"{part}: classes must be integers from 0 up; give other numbers as floats")
-    return targets
-
-
-def _are_classes(targets: Tensor) -> bool:
-    return targets.dim() == 1 and not targets.is_floating_point()
 
 
 def _check_targets_stay(shape: tuple[int, ...], settings: DataSettings) -> None:
@@ -255,7 +175,7 @@ def _split(source: Source, *, settings: DataSettings, seed: int) -> Splits:
         available = len(parts["train"])
         wanted = settings.calibration or min(512, max(1, available // 4))
         parts |= _carve("calibration", wanted, parts["train"], strata, seed=seed)
-    ordered = {name: _spread(parts[name], strata, generator=_generator(seed, f"order of {name}")) for name in _PARTS}
+    ordered = {name: _spread(parts[name], strata, generator=_generator(seed, f"order of {name}")) for name in PARTS}
     if settings.size is not None and isinstance(source.samples, Tensor):
         source = replace(source, samples=resize(source.samples, settings.size))
     transform = _transform(source, ordered["train"], settings)

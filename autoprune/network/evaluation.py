@@ -1,36 +1,50 @@
 """How good and how fast a network is.
 
-Decides how a network is scored on a split, how BatchNorm statistics are recalibrated, how latency is measured, and
-which number format is the fastest here. Must not know of policies or of training.
+Decides what a task needs to be scored, how a network is scored on a split, how BatchNorm statistics are recalibrated,
+how latency is measured, and which number format is the fastest here. Must not know of policies or of training.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoprune.errors import InputError
 from autoprune.network.samples import Device, Split
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""A function of (what the network returns, classes) that gives the mean over the batch, a scalar tensor."""
+"""A function of (what the network returns, targets) that gives the mean over the batch, a scalar tensor."""
+
+Metric = Callable[[Any, Tensor], Tensor | float]
+"""A function of (what the network returns, targets) that gives the mean over the batch; higher is better, any range."""
+
+
+class Labelled(Protocol):
+    """Data that knows how many classes it has: `Splits`, and any `Split` of them."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 where the targets are no classes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """How a network did on `count` samples.
 
-    `accuracy` is a fraction (or the mean of the user's own metric), `loss` the mean loss (NaN stays NaN), `per_class`
-    the accuracy of each class (NaN where the samples hold none of it).
+    `accuracy` is a fraction, or the mean of the user's own metric, in whatever range; `loss` the mean loss (NaN stays
+    NaN); `per_class` the accuracy of each class (NaN where the samples hold none of it), empty under an own metric.
     """
 
     accuracy: float
@@ -78,17 +92,96 @@ def autocast(device: Device, dtype: torch.dtype | None) -> torch.autocast:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Returns the logits `(N, classes)` of what a network returned: a tensor, an object with `logits`, or a tuple.
+    """Returns the logits `(N, classes)` of what a network returned.
+
+    They are the tensor itself, what is named `logits` in an object or a dict, or the first element of a tuple.
 
     Raises:
         TypeError: It is none of these.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = getattr(output, "logits", output[0] if isinstance(output, tuple | list) and output else None)
+    found = output if isinstance(output, Tensor) else _named_logits(output)
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
     if not isinstance(found, Tensor):
         raise TypeError(f"the network returned {type(output).__name__}, in which there are no logits")
     return found
+
+
+def _named_logits(output: Any) -> Any:
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Returns the tensor that stands for what a network returned, where it need not be logits.
+
+    It is the logits where they have that name, else the first tensor of real numbers in a tuple or a dict, however
+    deep.
+
+    Raises:
+        TypeError: There is none.
+    """
+    found = _first_tensor(output)
+    if found is None:
+        raise TypeError(f"the network returned {type(output).__name__}, in which there is no tensor of real numbers")
+    return found
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    named = _named_logits(output)
+    if isinstance(named, Tensor):
+        return named
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return next((found for found in map(_first_tensor, parts) if found is not None), None)
+
+
+def widened(output: Any) -> Any:
+    """Returns `output` with its real numbers in float32, within tuples, lists and dicts too; anything else as it is.
+
+    An own loss gets this: many losses cannot be differentiated where output and target differ in type.
+    """
+    if isinstance(output, Tensor):
+        return output.float() if output.is_floating_point() else output
+    if isinstance(output, dict):
+        twin = copy.copy(output)  # keeps the class of a dict that has attributes too
+        for key, value in output.items():
+            twin[key] = widened(value)
+        return twin
+    if isinstance(output, tuple | list):
+        values = [widened(value) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    return output
+
+
+def check_task(data: Labelled, *, loss: Loss | None, metric: Metric | None) -> None:
+    """Refuses data without classes where the loss or the metric would be that of classes.
+
+    Raises:
+        InputError: The data has no classes, and an own loss or an own metric is missing.
+    """
+    if data.num_classes:
+        return
+    missing = [name for name, function in (("loss", loss), ("metric", metric)) if function is None]
+    if missing:
+        raise InputError(
+            "the targets are no classes (whole numbers from 0 up, of shape (N,)), so both a loss and a metric of your "
+            f"own are needed: there is no {' and no '.join(missing)}"
+        )
+
+
+def one_number(value: Any, what: str) -> Tensor:
+    """Returns what an own loss or metric gave for a batch, as a scalar tensor.
+
+    Raises:
+        InputError: It is not one number.
+    """
+    number = torch.as_tensor(value)
+    if number.numel() != 1:
+        raise InputError(
+            f"the {what} must be one number a batch, its mean, not a tensor of shape {tuple(number.shape)}"
+        )
+    return number.reshape(())
 
 
 @contextmanager
@@ -112,47 +205,63 @@ def evaluate(
     device: Device = "cpu",
     autocast_dtype: torch.dtype | None = None,
     loss: Loss | None = None,
-    metric: Callable[[Any, Tensor], Tensor | float] | None = None,
+    metric: Metric | None = None,
 ) -> Score:
     """Scores `model` on `split` in evaluation mode, without gradients. The model is moved to `device`.
+
+    Under an own metric nothing is assumed about what the network returns, and the samples are dealt into batches of
+    nearly the same size: R2, say, means nothing on a last batch of one sample.
 
     Args:
         model: The network.
         split: The samples.
-        batch_size: Samples a forward pass.
+        batch_size: Samples a forward pass, at most.
         limit: Only the first `limit` samples of the stored order.
         device: Where it runs.
         autocast_dtype: Type of the forward pass; None: float32.
-        loss: Own loss, the mean over a batch; None: cross-entropy.
+        loss: Own loss, the mean over a batch; None: cross-entropy. It and an own metric get the output in float32.
         metric: Own metric, the mean over a batch, higher is better, in place of the accuracy; None: top-1 accuracy.
 
     Raises:
         ValueError: There is no sample to score.
+        InputError: The split has no classes, and an own loss or metric is missing; or one does not give one number.
     """
+    check_task(split, loss=loss, metric=metric)
     model.to(device)
-    classes = split.num_classes
-    hits = torch.zeros(classes, dtype=torch.int64, device=device)
+    hits = torch.zeros(0 if metric is not None else split.num_classes, dtype=torch.int64, device=device)
     seen = torch.zeros_like(hits)
     total_loss = torch.zeros((), device=device)
     total_metric = torch.zeros((), device=device)
     count = 0
-    with torch.inference_mode(), mode(model, training=False), autocast(device, autocast_dtype):
+    if metric is not None:
+        batch_size = _even(batch_size, len(split) if limit is None else min(limit, len(split)))
+    with torch.inference_mode(), mode(model, training=False):
         for x, y in split.batches(batch_size, device=device, limit=limit):
-            output = model(x)
-            logits = logits_of(output).float()  # (n, classes)
-            value = F.cross_entropy(logits, y) if loss is None else loss(output, y)
-            right = logits.argmax(1) == y
-            seen.scatter_add_(0, y, torch.ones_like(y))
-            hits.scatter_add_(0, y, right.long())
-            total_loss += value.float() * len(y)
-            if metric is not None:
-                total_metric += metric(output, y) * len(y)
+            with autocast(device, autocast_dtype):
+                output = model(x)
+            if loss is not None or metric is not None:
+                output = widened(output)
+            value = (
+                F.cross_entropy(logits_of(output).float(), y) if loss is None else one_number(loss(output, y), "loss")
+            )
+            total_loss += value.to(total_loss) * len(y)
+            if metric is None:
+                right = logits_of(output).argmax(1) == y  # (n,)
+                seen.scatter_add_(0, y, torch.ones_like(y))
+                hits.scatter_add_(0, y, right.long())
+            else:
+                total_metric += one_number(metric(output, y), "metric").to(total_metric) * len(y)
             count += len(y)
     if count == 0:
         raise ValueError(f"there is no sample to score (limit {limit})")
     per_class = hits.double() / seen  # 0 / 0 is NaN
     accuracy = float(total_metric) / count if metric is not None else int(hits.sum()) / count
     return Score(accuracy, float(total_loss) / count, count, tuple(per_class.tolist()))
+
+
+def _even(batch_size: int, count: int) -> int:
+    """Returns the size of the batches when `count` samples are dealt into as few as hold `batch_size` at most."""
+    return math.ceil(count / math.ceil(count / batch_size)) if count and batch_size > 0 else batch_size
 
 
 def recalibrate(
@@ -267,7 +376,7 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
             _wait(x.device)
             start = time.perf_counter()
             with autocast(x.device, precision.autocast_dtype):
-                output = logits_of(model(x))
+                output = first_tensor(model(x))
             if training:
                 model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
                 torch.autograd.backward(output.float().square().mean())

@@ -14,7 +14,7 @@ import numpy as np
 
 from autoprune.cost import CostModel, Form, Term
 from autoprune.network.labels import Labels, Solution
-from autoprune.network.rules import Layer, Product
+from autoprune.network.tape import Layer, Product
 
 
 @dataclass(frozen=True, slots=True)

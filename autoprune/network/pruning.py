@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.calibration import gather
-from autoprune.network.compensation import compensated_tensors
+from autoprune.network.compensation import compensate
 from autoprune.network.criteria import (
     CRITERIA,
     NEEDS_GRADIENTS,
@@ -86,10 +86,7 @@ def prune(
     }
     model = cut(network, selection)
     if selection and inputs:
-        state = dict(model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, tensor in compensated_tensors(network, selection, statistics).items():
-                state[name].copy_(tensor)
+        compensate(network, model, selection, statistics)
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
         refit_sequentially(network, model, selection, targets, seed=seed)
     return model

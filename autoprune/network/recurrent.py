@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from autoprune.network.labels import Labels, Value
-from autoprune.network.rules import Layer, Product, Rule, Tape
+from autoprune.network.tape import Layer, Product, Rule, Tape
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

@@ -125,7 +125,7 @@ def _random_crop(x: Tensor, *, padding: int, generator: Generator) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Samples `(N, ...)` and targets `(N, ...)` in memory; each device gets one copy, made when it is first asked for."""
+    """Samples and targets, each `(N, ...)`, in memory; each device gets one copy, made when it is first asked for."""
 
     samples: Tensor
     targets: Tensor

@@ -32,8 +32,8 @@ from autoprune.network.groups import (
     assemble,
 )
 from autoprune.network.labels import Value
-from autoprune.network.recurrent import RECURRENT_RULES
-from autoprune.network.rules import RULES, Tape, operator_name
+from autoprune.network.rules import RULES, operator_name
+from autoprune.network.tape import Tape
 
 _ALIASES = frozenset(
     [
@@ -283,7 +283,7 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.shape = tape.shapes[0]
     tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)
     name = operator_name(node.target)
-    rule: Callable[..., Any] | None = RULES.get(name) or RECURRENT_RULES.get(name)
+    rule: Callable[..., Any] | None = RULES.get(name)
     if rule is not None:
         try:
             return rule(tape, *args, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autoprune.errors import TrialError
 from autoprune.network.artifacts import model_document, save_model
 from autoprune.network.calibration import Statistics
-from autoprune.network.compensation import compensated_tensors
+from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
 from autoprune.network.evaluation import Loss, Precision, Score, evaluate, measure_latency, recalibrate
@@ -168,13 +168,8 @@ class Workbench:
         recipe, knowledge = self.recipe, self.knowledge
         if recipe.compensation and selection and knowledge.statistics:
             recalibrated = recipe.recalibration_batches > 0
-            tensors = compensated_tensors(
-                self.network, selection, knowledge.statistics, ridge=recipe.ridge, recalibrated=recalibrated
-            )
-            state = dict(model.named_parameters(remove_duplicate=False))
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    state[name].copy_(tensor)
+            ridge, statistics = recipe.ridge, knowledge.statistics
+            compensate(self.network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
             if knowledge.targets is not None and recalibrated:
                 refit_sequentially(
                     self.network, model, selection, knowledge.targets, ridge=recipe.ridge, seed=self.seed

@@ -5,15 +5,14 @@ Decides how a description of a network is shown. Must not know where it comes fr
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from autoprune.report import units
+from autoprune.report.console import text_console, text_of
 
 _NAMES = 3
 
@@ -27,16 +26,7 @@ def render_inspection(data: Mapping[str, Any], *, title: str, console_width: int
         console_width: Columns of the terminal.
         color: Whether escape codes may be used.
     """
-    console = Console(
-        file=io.StringIO(),
-        width=console_width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        no_color=not color,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
+    console = text_console(console_width, color)
     dense = data["dense"]
     shape = " x ".join(str(n) for n in data["input_shape"])
     console.print(
@@ -50,9 +40,7 @@ def render_inspection(data: Mapping[str, Any], *, title: str, console_width: int
         console.print(_frozen(data["frozen"]))
     for note in data["notes"]:
         console.print(f"Note: {note}")
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def _groups(groups: Sequence[Mapping[str, Any]]) -> Table:

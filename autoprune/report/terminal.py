@@ -5,11 +5,9 @@ Decides the words and the columns that fit. Must not print: it returns text.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +15,7 @@ from rich.text import Text
 from autoprune.cost import COSTS, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
 from autoprune.report import units
+from autoprune.report.console import text_console, text_of
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
 
 _SHOWN = (MACS, PARAMS, SIZE)
@@ -32,11 +31,11 @@ def render_front(view: SearchView, *, console_width: int = 120, color: bool = Fa
         console_width: Columns of the terminal. Where they are too few, the savings become a table of their own.
         color: Whether escape codes may be used; plain text otherwise.
     """
-    console = _console(console_width, color)
+    console = text_console(console_width, color)
     front = view.front
     if not front:
         console.print(f"{view.name}: no trial of the rung {view.rung} has finished yet.")
-        return _text(console)
+        return text_of(console)
     costs = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
     count = f"{len(front)} of {len(view.trials)} trials" if len(front) < len(view.trials) else f"{len(front)} trials"
     console.print(Text.assemble((view.name, "bold"), ": the front after the rung ", (view.rung, "bold"), f" ({count})"))
@@ -52,7 +51,7 @@ def render_front(view: SearchView, *, console_width: int = 120, color: bool = Fa
         console.print(_controls(view, costs))
     for line in _closing(view):
         console.print(line)
-    return _text(console)
+    return text_of(console)
 
 
 def render_layers(
@@ -88,31 +87,12 @@ def render_layers(
             _saved(row.params_before, row.params_after),
             style="dim" if untouched else "",
         )
-    console = _console(console_width, color)
+    console = text_console(console_width, color)
     dense = units.percent(view.dense.val_accuracy)
     said = f", trial {trial}: validation accuracy {units.percent(point.val_accuracy)} (dense {dense})"
     console.print(Text.assemble((view.name, "bold"), said))
     console.print(table)
-    return _text(console)
-
-
-def _console(width: int, color: bool) -> Console:
-    return Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        no_color=not color,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
-
-
-def _text(console: Console) -> str:
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+    return text_of(console)
 
 
 def _tested(shown: Sequence[FrontPoint]) -> bool:

@@ -1,0 +1,103 @@
+"""The tape that rules write to while a graph is walked: labels, layers, products.
+
+Decides what is written down about a network. Knows no operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoprune.network.labels import Labels, LabelStore, Value
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One matrix product or convolution: MACs are `factor` times the sizes of `dims`."""
+
+    factor: int
+    dims: tuple[Labels | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A use of a weight that consumes the channels `inputs` and produces the channels `outputs`.
+
+    `kind` is `conv`, `transposed`, `depthwise`, `linear`, `norm` or `embedding`. `in_dim` and `out_dim` are the
+    weight's dimensions; `in_dim` is None where the layer mixes no channels.
+    """
+
+    kind: str
+    weight: str
+    bias: str | None
+    inputs: Labels | None
+    outputs: Labels
+    in_dim: int | None
+    out_dim: int
+    groups: int = 1
+    out_shape: tuple[int, ...] = ()
+    node: str = ""
+    product: int | None = None
+    """Index of the layer's product on the tape; None for a layer that multiplies nothing."""
+    normalised: bool = False
+    """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
+
+
+@dataclass(slots=True)
+class Tape:
+    """What the rules write to."""
+
+    labels: LabelStore = field(default_factory=LabelStore)
+    layers: list[Layer] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    node: str = ""
+    """Name of the node at work."""
+    where: str = ""
+    """Module path of the node at work, for reasons that a person reads."""
+    shape: tuple[int, ...] = ()
+    """Shape of the result (of the first one where there are several)."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    normalised: bool = False
+    """Whether a batch norm reads the result of the node at work."""
+
+    def fixed(self, size: int, reason: str) -> Labels:
+        """Returns labels that are frozen from the start."""
+        labels = self.labels.fresh(size)
+        self.labels.freeze(labels, reason)
+        return labels
+
+    def align(self, a: Labels | None, b: Labels | None, reason: str) -> Labels | None:
+        """Joins two aligned dimensions; where one of them is fixed the other one is frozen for `reason`."""
+        if a is None or b is None:
+            self.labels.freeze(a if a is not None else b, reason)
+            return a if a is not None else b
+        self.labels.join(a, b)
+        return a
+
+    def freeze_all(self, values: Any, reason: str) -> None:
+        """Freezes every label of every tensor in `values`."""
+        if isinstance(values, Value):
+            for labels in values.dims:
+                self.labels.freeze(labels, reason)
+        elif isinstance(values, (list, tuple)):
+            for value in values:
+                self.freeze_all(value, reason)
+
+    def positions(self, labels: Labels, parts: int) -> Labels:
+        """Joins the same position of each of `parts` equal parts; returns the first part."""
+        table = labels.reshape(parts, -1)
+        first: Labels = table[0]
+        for row in table[1:]:
+            self.labels.join(first, row)
+        return first
+
+
+Rule = Callable[..., "Value | tuple[Value, ...]"]
+"""`rule(tape, *arguments)` with tensors replaced by values; raises NotImplementedError for a form it does not cover."""
+
+
+def extent(labels: Labels | None, size: int) -> Labels | int:
+    """Returns a dimension as costs count it: its labels, or its fixed size."""
+    return size if labels is None else labels
