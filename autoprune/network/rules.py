@@ -303,6 +303,48 @@ def matmul(tape: Tape, a: Value, b: Value) -> Value:
     return Value(tape.shape, dims)
 
 
+def attention(tape: Tape, q: Value, k: Value, v: Value, *_: Any, **__: Any) -> Value:
+    """`(..., L, E), (..., S, E), (..., S, V) -> (..., L, V)`.
+
+    The default scale is one over the root of E, so removing query and key channels would change the others' attention.
+    """
+    for value in (q, k):
+        tape.labels.freeze(value.dims[-1], f"the scale of the attention at {tape.where} depends on their number")
+    batch: list[Labels | None] = []
+    for axis in range(len(q.shape) - 2):
+        merged = q.dims[axis]
+        for other in (k.dims[axis], v.dims[axis]):
+            if merged is not None or other is not None:
+                merged = tape.align(merged, other, f"attended at {tape.where} with a tensor of fixed width")
+        batch.append(merged)
+    sizes = tuple(extent(d, n) for d, n in zip(batch, q.shape[:-2], strict=True))
+    for value in (k, v):
+        channels = extent(value.dims[-1], value.shape[-1])
+        tape.products.append(Product(q.shape[-2] * k.shape[-2], (*sizes, channels)))
+    return Value(tape.shape, (*batch, q.dims[-2], v.dims[-1]))
+
+
+def roll(tape: Tape, x: Value, shifts: Any, axes: Any = None) -> Value:
+    """Shifts some dimensions; channels that are shifted by a constant number of places must all stay."""
+    moved = range(len(x.shape)) if not axes else [a % len(x.shape) for a in axes]
+    for axis in moved:
+        tape.labels.freeze(x.dims[axis], f"rolled along channels at {tape.where}")
+    return Value(x.shape, x.dims)
+
+
+def masked_fill(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
+    """Puts a constant where a mask says; the mask's channels, if it has any, are fixed."""
+    return Value(x.shape, x.dims) if tape.shape == x.shape else _plain(tape, x.dims)
+
+
+def index(tape: Tape, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Looks rows up by number in the first dimension; the others keep their labels."""
+    if len(indices) != 1 or not isinstance(indices[0], Value):
+        raise NotImplementedError
+    tape.labels.freeze(x.dims[0], f"looked up by number at {tape.where}")
+    return Value(tape.shape, (*([None] * len(indices[0].shape)), *x.dims[1:]))
+
+
 UNARY = [
     "abs",
     "acos",
@@ -462,6 +504,10 @@ RULES: dict[str, Rule] = {
     "amin": reduce,
     "softmax": normalise_over,
     "log_softmax": normalise_over,
+    "scaled_dot_product_attention": attention,
+    "roll": roll,
+    "masked_fill": masked_fill,
+    "index": index,
     "matmul": matmul,
     "bmm": matmul,
     **dict.fromkeys(("zeros", "ones", "full", "arange", "empty", "rand", "randn", "new_zeros", "new_ones"), shape_only),

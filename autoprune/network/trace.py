@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprune.cost import CostModel
 from autoprune.errors import TraceError, nearest
@@ -33,7 +34,7 @@ from autoprune.network.groups import (
 )
 from autoprune.network.labels import Value
 from autoprune.network.rules import RULES, operator_name
-from autoprune.network.tape import Tape
+from autoprune.network.tape import Product, Tape
 
 _ALIASES = frozenset(
     [
@@ -136,7 +137,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
     with evaluating(model):
         program = _export(model, inputs)
         record, unknown = _run(program, model, inputs[0].shape[0])
-    network = Network(model, inputs, record, assemble(record, {}), {}, _notes(unknown))
+    record, uncounted = _with_uncounted(record, model, inputs)
+    network = Network(model, inputs, record, assemble(record, {}), {}, (*_notes(unknown), *uncounted))
     if verify and network.groups:
         from autoprune.network.verify import verified
 
@@ -147,6 +149,18 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
             f"nothing in {type(model).__name__} can be pruned:\n{reasons or '  it has no layer with channels'}"
         )
     return network
+
+
+def _with_uncounted(record: Record, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Record, list[str]]:
+    """Adds the MACs of operators without a rule as a constant: what they read is frozen, so their cost stays."""
+    from autoprune.network.complexity import count_macs
+
+    rest = count_macs(model, inputs) - assemble(record, {}).cost_model.dense()["macs"]
+    if rest <= 0:
+        return record, []
+    product = Product(rest * record.batch, ())
+    note = f"{rest:,} MACs are spent in operators without a rule; they stay whatever is pruned"
+    return replace(record, products=(*record.products, product)), [note]
 
 
 @contextmanager
@@ -223,7 +237,7 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
         elif node.op == "get_attr":
             env[node] = None
         elif node.op == "output":
-            for value in torch.utils._pytree.tree_leaves(torch.fx.map_arg(node.args, lambda n: env[n])):
+            for value in tree_leaves(torch.fx.map_arg(node.args, lambda n: env[n])):
                 tape.freeze_all(value, "the model's output")
     for name, tensor in state.items():
         if name not in parameters and not _is_alias(tensor, parameters, state):
@@ -289,7 +303,8 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
             return rule(tape, *args, **kwargs)
         except NotImplementedError:
             pass  # the rule does not cover this form of the operator
-    tape.unknown.append(str(node.target))
+    if any(d is not None for value in tree_leaves((args, kwargs)) if isinstance(value, Value) for d in value.dims):
+        tape.unknown.append(str(node.target))
     reason = f"no rule for the operator {node.target} at {tape.where}"
     tape.freeze_all(list(args), reason)
     tape.freeze_all(list(kwargs.values()), reason)
