@@ -17,6 +17,7 @@ from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline
 from autoprune.network.data import as_splits
+from autoprune.network.evaluation import check_task
 from autoprune.space import Space
 
 
@@ -42,8 +43,8 @@ def search(
     Args:
         model: A trained `torch.nn.Module`; it is not changed.
         data: A mapping with `train` and any of `calibration`, `val`, `test`, each `(inputs, targets)` or a torch
-        `Dataset`;
-            what is missing is carved out of `train`.
+            `Dataset`; what is missing is carved out of `train`. Whole-number targets `(N,)` are classes; for any other
+            targets (quantities, masks) both `loss` and `metric` are needed.
         budget: Limits such as `{"macs": 0.5, "params": "1M"}` and the span `front: [0.2, 0.5]`, as in a space file.
         trials: Candidates on the first rung.
         name: Names the studies and the MLflow experiment; by default the model's class.
@@ -75,6 +76,7 @@ def search(
     make_home(folder)
     deadline = None if timeout is None else time.monotonic() + timeout
     splits = as_splits(data, settings=None, seed=space.seed)
+    check_task(splits, loss=loss, metric=metric)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
     ingredients = pipeline.Ingredients(copy.deepcopy(model).eval(), splits, origin, key, loss, metric)

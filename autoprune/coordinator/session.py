@@ -6,6 +6,7 @@ resumes a search that was stopped at any moment.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from autoprune.coordinator.views import (
     storage_path,
     view_of,
 )
+from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
@@ -290,8 +292,11 @@ class Session:
         if studies.read_facts(study) is not None:
             return
         last = plan.rungs[-1].fidelity
+        dense = self.bench.dense_result(last)
+        if not math.isfinite(dense["val_accuracy"]):
+            raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
-        facts = facts_of(self.problem, self.bench.dense_result(last), [rung.fidelity for rung in plan.rungs], stages)
+        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
         studies.write_facts(study, facts)
 
     # --- after ---

@@ -26,7 +26,7 @@ from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, device_name, logits_of, probe_precision
+from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
@@ -114,6 +114,7 @@ def ingredients_of(space: Space, *, cache: Path) -> Ingredients:
     """
     settings = data_settings(space)
     splits = load_data(settings, seed=space.seed, cache_dir=cache / "data")
+    check_task(splits, loss=None, metric=None)
     arguments = dict(space.model.arguments)
     model = build_model(
         name=space.model.name,
@@ -183,7 +184,9 @@ def choose_precision(
 
     It is remembered because a probe is a race: a resumed search must not go on in another format.
     """
-    if recipe.precision == "float32":
+    classes = ingredients.splits.num_classes
+    if recipe.precision == "float32" or (recipe.precision == "auto" and classes == 0):
+        # Without classes outputs are quantities, and bfloat16 keeps no more than three digits of them.
         return Precision(autocast_dtype=None)
     if recipe.precision == "bfloat16":
         return Precision(autocast_dtype=torch.bfloat16)
@@ -280,7 +283,7 @@ def workbench_of(
     path = cache / f"knowledge-{key}.safetensors"
     knowledge = read_knowledge(path, device=device)
     if knowledge is None:
-        note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} images")
+        note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
         knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
     if not recipe.compensation:

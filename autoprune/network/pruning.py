@@ -57,7 +57,7 @@ def prune(
 
     Raises:
         PolicyError: A ratio is outside [0, 1), a group or the criterion is unknown, or the criterion needs batches it
-        did not get.
+            did not get.
     """
     names = [group.name for group in network.groups]
     wanted = dict(ratios) if isinstance(ratios, Mapping) else dict.fromkeys(names, ratios)

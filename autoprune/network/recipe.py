@@ -2,8 +2,8 @@
 
 Stochastic gradient descent with Nesterov momentum (or AdamW), linear warm-up and a cosine to zero, label smoothing, and
 knowledge distillation from the dense network; bfloat16 autocast and channels-last images where they are faster. Decides
-all of that. Under an own loss the teacher's output is matched by its mean squared error: a divergence means something
-for classes alone. Must not know of policies, pruning, trials or where samples come from.
+all of that. Under an own loss the teacher's output is matched by its mean squared error (a divergence means something
+for classes alone), and gradients are clipped. Must not know of policies, pruning, trials or where samples come from.
 
 ResNet-20 on scikit-learn's digits (966 training images of 8x8), batch 64, peak rate 0.1, 25 epochs: 98.4 % on 216
 validation and 98.8 % on 359 test images (mean of seeds 0 to 3; single validations 97.2 to 100 %), 8 to 10 s on one CPU
@@ -107,6 +107,12 @@ class Recipe:
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+_OWN_LOSS_NORM = 1.0
+"""Largest norm of the gradient under an own loss, which may have any scale.
+
+A perceptron on targets around 20, 200 and 2000, weights disturbed by 10 %, mean squared error, rate 0.02, 5 epochs: R2
+0.995, 0.988 and 0.944 on 100 test samples, as the dense network; without it -9.7 and two divergences.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,8 @@ def fine_tune(
         val: Scored after each epoch by `loss` and `metric`, where given.
         on_epoch: Called after each epoch; what it raises ends the training.
         loss: Own loss, the mean over a batch; None: cross-entropy with the recipe's label smoothing. It gets the output
-            in float32. Where it is given, distillation is the mean squared error to the teacher's output.
+            in float32. Where it is given, distillation is the mean squared error to the teacher's output, and
+            gradients are clipped, so that the recipe's rate suits a loss of any scale.
         metric: Own metric for `val`, the mean over a batch, higher is better; None: top-1 accuracy.
 
     Raises:
@@ -233,6 +240,7 @@ def fine_tune(
     model.to(device)
     precision.arrange_model(model)
     optimizer = _OPTIMIZERS[recipe.optimizer](model, recipe, peak)
+    trained = [p for p in model.parameters() if p.requires_grad]
     distillation = recipe.distillation if teacher is not None else None
     taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
     losses: list[float] = []
@@ -268,6 +276,8 @@ def fine_tune(
                         value = distillation.weight * soft + (1 - distillation.weight) * value
                     optimizer.zero_grad(set_to_none=True)
                     torch.autograd.backward(value)
+                    if loss is not None:
+                        nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)
                     optimizer.step()
                     total += value.detach()
                     step += 1

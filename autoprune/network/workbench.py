@@ -203,6 +203,7 @@ class Workbench:
                     precision=self.training_precision,
                     val=self.splits.val if number == 0 and fidelity.epochs >= _CURVE_EPOCHS else None,
                     loss=self.loss,
+                    metric=self.metric,
                 )
             with clock("evaluation"):
                 metrics = self._scored("val", model, fidelity.images)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/coverage.py [--models GLOB] [--output FILE]
 
-For each model (random weights, randomised BatchNorm statistics): trace, prune every group to about half of the MACs, run,
-compare with the masked twin in float32, count MACs with `torch.utils.flop_counter`, save, load, compare. One line a
-model, as it comes.
+For each model (random weights, randomised BatchNorm statistics): trace, prune every group to about half of the MACs,
+run, compare with the masked twin in float32, count MACs with `torch.utils.flop_counter`, save, load, compare. One line
+a model, as it comes.
 """
 
 from __future__ import annotations

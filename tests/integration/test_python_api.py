@@ -213,6 +213,161 @@ def test_search_takes_a_loss_and_a_metric_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / ".autoprune").exists()
 
 
+# Tasks without classes
+
+
+def train(network: nn.Module, x: Tensor, y: Tensor, *, loss: Any, steps: int) -> nn.Module:
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(network(x), y).backward()
+        optimizer.step()
+    return network.eval()
+
+
+class Regression(nn.Module):
+    """A perceptron with one real answer."""
+
+    def __init__(self, *, flat: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return y.squeeze(1) if self.flat else y  # type: ignore[no-any-return]
+
+
+def heights(count: int) -> tuple[Tensor, Tensor]:
+    """Returns tables `(count, 5)` and a smooth real function of them, `(count,)`, with a mean far from 0."""
+    x = torch.randn(count, 5, generator=torch.Generator().manual_seed(3))
+    return x, 20 + 3 * x[:, 0] - 2 * x[:, 1] + x[:, 2].abs()
+
+
+def r2(output: Tensor, target: Tensor) -> Tensor:
+    return 1 - (output - target).square().sum() / (target - target.mean()).square().sum()
+
+
+def negative_squares(output: Tensor, target: Tensor) -> Tensor:
+    return -(output - target).square().mean()
+
+
+FEW = {
+    "trials": 6,
+    "controls": 0,
+    "ladder": [{"rung": "tune", "epochs": 1}, {"rung": "final", "epochs": 3, "trials": 3, "test": True}],
+}
+
+
+@pytest.mark.parametrize(("flat", "metric"), [(True, r2), (False, negative_squares)], ids=["(N,) R2", "(N, 1) -MSE"])
+def test_search_prunes_a_regression_network(flat: bool, metric: Any, tmp_path: Path) -> None:
+    x, y = heights(400)
+    y = y if flat else y[:, None]
+    torch.manual_seed(0)
+    dense = train(Regression(flat=flat), x, y, loss=F.mse_loss, steps=400)
+    test = (x[300:], y[300:])
+    result = run(
+        dense,
+        data={"train": (x[:300], y[:300]), "test": test},
+        budget={"params": 0.7, "front": [0.2, 0.7]},
+        trials=6,
+        loss=F.mse_loss,
+        metric=metric,
+        search=FEW,
+    )
+    assert result.complete
+    assert result.front
+    for point in result.front:
+        small = autoprune.load(result.model_path(point.trial), lambda: Regression(flat=flat))
+        assert (
+            sum(p.numel() for p in small.parameters())
+            == point.costs["params"]
+            <= 0.7 * result.view.dense.costs["params"]
+        )
+        with torch.no_grad():
+            assert metric(small(test[0]), test[1]).item() == pytest.approx(point.test_accuracy, rel=1e-3, abs=1e-3)
+    with torch.no_grad():
+        best = autoprune.load(result.model_path(result.front[-1].trial), lambda: Regression(flat=flat))
+        assert r2(best(test[0]), test[1]) > 0.8
+    pictures(result, tmp_path)
+
+
+def pictures(result: Any, folder: Path) -> None:
+    """Draws the report: an accuracy outside of [0, 1] breaks nothing."""
+    assert 0 <= result.view.hypervolume < float("inf")
+    assert autoprune.report.front_png(result.view, folder / "front.png").stat().st_size > 1000
+    assert "Hypervolume" in autoprune.report.render_front(result.view)
+
+
+class Segmentation(nn.Module):
+    """A small U-Net: down, up again by a transposed convolution, and a skip that is concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, stride=2), nn.ReLU())
+        self.up = nn.ConvTranspose2d(12, 8, 2, stride=2)
+        self.join = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        joined = torch.cat([skip, self.up(self.deep(skip))], 1)
+        return self.head(self.join(joined))  # type: ignore[no-any-return]
+
+
+def rectangles(count: int) -> tuple[Tensor, Tensor]:
+    """Returns noisy 8x8 images of a bright rectangle, and masks `(count, 8, 8)` of where it is."""
+    generator = torch.Generator().manual_seed(4)
+    low, high = (torch.randint(0, 4, (count, 2, 1), generator=generator) + shift for shift in (0, 4))
+    inside = (torch.arange(8) >= low) & (torch.arange(8) <= high)  # (count, 2, 8)
+    mask = (inside[:, 0, :, None] & inside[:, 1, None, :]).long()
+    return mask[:, None].float() + 0.5 * torch.randn(count, 1, 8, 8, generator=generator), mask
+
+
+def iou(output: Tensor, mask: Tensor) -> Tensor:
+    found = output.argmax(1)
+    return (found & mask).sum() / (found | mask).sum()
+
+
+def test_search_prunes_a_segmentation_network(tmp_path: Path) -> None:
+    x, y = rectangles(256)
+    torch.manual_seed(0)
+    dense = train(Segmentation(), x, y, loss=F.cross_entropy, steps=60)
+    test = (x[192:], y[192:])
+    result = run(
+        dense,
+        data={"train": (x[:192], y[:192]), "test": test},
+        budget={"macs": 0.7, "front": [0.3, 0.7]},
+        trials=6,
+        loss=F.cross_entropy,
+        metric=iou,
+        search=FEW,
+    )
+    assert result.complete
+    assert result.front
+    assert {"down.0", "deep.0", "up", "join.0"} <= set(result.view.sizes)
+    for point in result.front:
+        small = autoprune.load(result.model_path(point.trial), Segmentation)
+        assert isinstance(small, Segmentation)
+        assert small.up.out_channels == point.widths["up"]
+        with torch.no_grad():
+            assert iou(small(test[0]), test[1]).item() == pytest.approx(point.test_accuracy, abs=1e-3)
+    assert result.front[-1].val_accuracy > 0.7
+    pictures(result, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"loss": F.mse_loss}, {"metric": r2}], ids=["neither", "loss alone", "metric alone"]
+)
+def test_search_asks_for_both_a_loss_and_a_metric_where_there_are_no_classes(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(autoprune.InputError, match="both a loss and a metric of your own are needed"):
+        run(Regression(flat=True), data={"train": heights(100)}, budget={"params": 0.7}, **given)
+    assert not (tmp_path / ".autoprune/optuna.db").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [

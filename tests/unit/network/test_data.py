@@ -268,8 +268,7 @@ def test_a_factory_may_return_a_mapping_of_arrays(monkeypatch, tmp_path):
         ({"train": labelled(9), "tests": labelled(9)}, "did you mean 'test'"),
         ({"train": labelled(9)[0]}, "pair"),
         ({"train": (torch.zeros(4), torch.zeros(4).long())}, "two dimensions"),
-        ({"train": (torch.zeros(4, 2), torch.zeros(3).long())}, "4 samples but classes of shape"),
-        ({"train": (torch.zeros(4, 2), torch.zeros(4))}, "integers"),
+        ({"train": (torch.zeros(4, 2), torch.zeros(3).long())}, "4 samples but targets of shape"),
         ({"train": (torch.zeros(4, 2), torch.tensor([0, 1, -1, 0]))}, "integers from 0"),
         ({"train": (torch.full((4, 2), torch.nan), torch.tensor([0, 1, 0, 1]))}, "not finite"),
         ({"train": (torch.zeros(0, 2), torch.zeros(0).long())}, "empty"),
@@ -278,12 +277,138 @@ def test_a_factory_may_return_a_mapping_of_arrays(monkeypatch, tmp_path):
         ({"train": Endless()}, "IterableDataset"),
         ({"train": labelled(60), "test": (torch.zeros(4, 2), torch.arange(4) % 3)}, "different shapes"),
         ({"train": (torch.zeros(40, 32, 32, 3, dtype=torch.uint8), torch.arange(40) % 2)}, "looks like NHWC"),
-        ({"train": TensorDataset(torch.zeros(4, 2), torch.zeros(4))}, "only one class"),
+        ({"train": TensorDataset(torch.zeros(4, 2), torch.zeros(4).long())}, "only one class"),
+        ({"train": (torch.zeros(4, 2), torch.tensor([0, 1, torch.nan, 0]))}, "targets hold values that are not finite"),
+        ({"train": (torch.zeros(2, 2), torch.tensor([0, 1e300], dtype=torch.float64))}, "not finite in float32"),
+        ({"train": (torch.zeros(2, 2), torch.zeros(2, dtype=torch.complex64))}, "not complex"),
+        ({"train": (torch.zeros(2, 2), ["cat", "dog"])}, "train: targets must be numbers, not list"),
+        ({"train": (torch.zeros(2, 2), torch.tensor(1.0))}, r"2 samples but targets of shape \(\)"),
+        ({"train": (torch.zeros(4, 2), torch.zeros(4)), "val": (torch.zeros(4, 2), torch.zeros(4).long())}, "types"),
+        ({"train": (torch.zeros(4, 2), torch.zeros(4)), "val": (torch.zeros(4, 2), torch.zeros(4, 1))}, "or shapes"),
+        ({"train": TensorDataset(torch.zeros(4, 2), torch.full((4,), torch.inf))}, "not finite"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_in_plain_words(data, message):
     with pytest.raises(DataError, match=message):
         as_splits(data)
+
+
+# Targets that are no classes
+
+
+def measured(n, shape=(), dtype=torch.float32):
+    """Images that spell their number, and targets that hold it too."""
+    x, _ = labelled(n)
+    return x, torch.arange(n).reshape(n, *[1] * len(shape)).expand(n, *shape).to(dtype)
+
+
+TARGETS = [
+    ((), torch.float64, torch.float32),
+    ((1,), torch.float16, torch.float32),
+    ((2, 3), torch.float32, torch.float32),
+    ((1,), torch.int32, torch.int64),
+    ((4, 4), torch.int16, torch.int64),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "given_out"), TARGETS)
+def test_targets_that_are_no_classes_are_handed_on_beside_their_samples(shape, dtype, given_out):
+    splits = as_splits({"train": measured(300, shape, dtype)}, settings=RAW)
+    assert (splits.classes, splits.num_classes) == ((), 0)
+    for split in parts(splits).values():
+        _, y = whole(split)
+        assert split.num_classes == 0
+        assert y.dtype == given_out
+        assert y.shape[1:] == shape
+        assert y.flatten(1).float().mean(1).tolist() == numbers(split) if shape else y.tolist() == numbers(split)
+    assert sorted(number for split in parts(splits).values() for number in numbers(split)) == list(range(300))
+
+
+def test_targets_that_are_no_classes_are_split_by_the_seed_alone():
+    first, again, other = (as_splits({"train": measured(300)}, settings=RAW, seed=s) for s in (0, 0, 1))
+    for name in PARTS:
+        assert numbers(getattr(first, name)) == numbers(getattr(again, name))
+        assert sorted(numbers(getattr(first, name))) != sorted(numbers(getattr(other, name)))
+    assert {name: len(split) for name, split in parts(first).items()} == {
+        "train": 153,
+        "calibration": 51,
+        "val": 36,
+        "test": 60,
+    }
+
+
+def test_a_mask_may_hold_a_number_that_means_nothing():
+    mask = torch.full((60, 4, 4), -100)
+    _, y = whole(as_splits({"train": (torch.rand(60, 1, 4, 4), mask)}).train)
+    assert y.unique().tolist() == [-100]
+
+
+class Measured(Dataset):
+    """Reads a sample at a time, and counts how often."""
+
+    def __init__(self, x, y, wrap=lambda target: target):
+        self.x, self.y, self.wrap, self.reads = x, y, wrap, 0
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, position):
+        self.reads += 1
+        return self.x[position], self.wrap(self.y[position])
+
+
+def inline(split):
+    return StreamSplit(split.dataset, split.index, split.transform, split.num_classes, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "wrap"),
+    [
+        ((), torch.float32, float),
+        ((), torch.float32, np.float64),
+        ((2,), torch.float32, list),
+        ((4, 4), torch.int64, lambda mask: mask),
+        ((4, 4), torch.uint8, lambda mask: Image.fromarray(mask.numpy())),
+    ],
+    ids=["number", "numpy number", "list", "mask", "picture"],
+)
+def test_the_first_sample_of_a_dataset_tells_that_its_targets_are_no_classes(shape, dtype, wrap):
+    x, y = measured(200, shape, dtype)
+    held = as_splits({"train": (x, y.float() if dtype == torch.float32 else y.long())}, settings=RAW)
+    dataset = Measured(x, y, wrap)
+    streamed = as_splits({"train": dataset}, settings=RAW)
+    assert dataset.reads <= 3  # a large data set is not read through
+    assert (streamed.classes, streamed.num_classes) == ((), 0)
+    for name in PARTS:
+        x, y = whole(inline(getattr(streamed, name)))
+        expected_x, expected_y = whole(getattr(held, name))
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
+        assert y.dtype == expected_y.dtype
+
+
+def test_datasets_and_tensors_without_classes_may_be_mixed():
+    data = {"train": Measured(*measured(100, (2,))), "test": measured(20, (2,), torch.float64)}
+    splits = as_splits(data, settings=RAW)
+    assert whole(inline(splits.test))[1][:, 0].tolist() == numbers(inline(splits.test))
+    with pytest.raises(DataError, match="different types or shapes"):
+        as_splits({**data, "test": labelled(20)})
+
+
+def test_a_target_that_is_not_finite_is_found_when_a_dataset_is_read():
+    x, y = measured(100)
+    y[50] = torch.nan
+    splits = as_splits({"train": Measured(x, y)}, settings=RAW)
+    with pytest.raises(DataError, match="not finite"):
+        [whole(inline(split)) for split in parts(splits).values()]
+
+
+@pytest.mark.parametrize("fields", [{"flip": True}, {"crop_padding": 2}, {"size": 2}])
+def test_images_are_not_moved_away_from_their_masks(fields):
+    settings = DataSettings(mean=(0.0,), std=(1.0,), **fields)
+    with pytest.raises(DataError, match=f"{next(iter(fields))} would move the images but not their targets"):
+        as_splits({"train": measured(60, (4, 4))}, settings=settings)
+    assert as_splits({"train": measured(60)}, settings=settings).num_classes == 0
 
 
 def test_asking_for_more_calibration_samples_than_there_are_is_refused_with_a_number_that_works():

@@ -1,20 +1,25 @@
 """Scores, recalibration, latency and the choice of a number format."""
 
 import math
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
 from torch import nn
 
+from autoprune.errors import InputError
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import (
     Precision,
+    check_task,
     evaluate,
+    first_tensor,
     logits_of,
     measure_latency,
     mode,
     probe_precision,
     recalibrate,
+    widened,
 )
 from autoprune.network.models import build_model
 
@@ -84,6 +89,137 @@ def test_own_loss_and_metric_are_averaged_over_the_samples():
     score = evaluate(Constant(0), split(100), batch_size=40, loss=lambda o, t: o.sum(1).mean() * 0 + 3, metric=metric)
     assert score.loss == pytest.approx(3)
     assert score.accuracy == pytest.approx(sum(n * n for n in seen) / sum(seen))
+    assert score.per_class == ()
+
+
+# Tasks without classes
+
+
+def r2(output, target):
+    return 1 - (output - target).square().sum() / (target - target.mean()).square().sum()
+
+
+def measured(n=101):
+    x = torch.rand(n, 3, generator=torch.Generator().manual_seed(1))
+    return as_splits({"train": (x, 500 + 10 * x.sum(1, keepdim=True))}, settings=DataSettings(calibration=8)).train
+
+
+class Sum(nn.Module):
+    """Gives the true answer but for `bias`, wrapped as the test wants it."""
+
+    def __init__(self, bias=0.0, wrap=lambda answer: answer):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        nn.init.constant_(self.layer.weight, 10.0)
+        nn.init.constant_(self.layer.bias, 500 + bias)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.layer(x))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_an_own_metric_may_have_any_range(scale):
+    def closeness(output, target):
+        return -scale * (output - target).square().mean()
+
+    score = evaluate(Sum(bias=3.0), measured(), loss=nn.functional.mse_loss, metric=closeness)
+    assert score.accuracy == pytest.approx(-9 * scale, rel=1e-3)
+    assert score.loss == pytest.approx(9, rel=1e-3)
+    assert score.per_class == ()
+
+
+Pair = namedtuple("Pair", ["answer", "extra"])
+
+
+@pytest.mark.parametrize(
+    ("wrap", "take"),
+    [
+        (lambda answer: answer, lambda output: output),
+        (lambda answer: (answer, None), lambda output: output[0]),
+        (lambda answer: {"answer": answer, "text": "none"}, lambda output: output["answer"]),
+        (lambda answer: Pair(answer, {"aux": [answer]}), lambda output: output.extra["aux"][0]),
+    ],
+    ids=["tensor", "tuple", "dict", "named tuple"],
+)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_own_functions_get_whatever_the_network_returns_in_float32(wrap, take, dtype):
+    kinds = set()
+
+    def loss(output, target):
+        kinds.add(take(output).dtype)
+        return nn.functional.mse_loss(take(output), target)
+
+    def metric(output, target):
+        kinds.add(take(output).dtype)
+        return r2(take(output), target)
+
+    score = evaluate(Sum(wrap=wrap), measured(), autocast_dtype=dtype, loss=loss, metric=metric)
+    assert kinds == {torch.float32}
+    assert score.accuracy == pytest.approx(1, abs=1e-4 if dtype is None else 0.2)
+
+
+def test_under_an_own_metric_no_batch_is_much_smaller_than_another():
+    data, sizes = measured(), []
+
+    def metric(output, target):
+        sizes.append(len(target))
+        return r2(output, target)
+
+    score = evaluate(Sum(), data, batch_size=len(data) - 1, loss=nn.functional.mse_loss, metric=metric)
+    assert sum(sizes) == len(data) == score.count
+    assert max(sizes) - min(sizes) <= 1
+    assert score.accuracy == pytest.approx(1, abs=1e-4)
+    sizes.clear()
+    assert evaluate(Sum(), data, batch_size=20, limit=21, loss=nn.functional.mse_loss, metric=metric).count == 21
+    assert sizes == [11, 10]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "no loss and no metric"),
+        ({"loss": nn.functional.mse_loss}, "there is no metric"),
+        ({"metric": r2}, "there is no loss"),
+    ],
+    ids=["neither", "loss alone", "metric alone"],
+)
+def test_without_classes_both_a_loss_and_a_metric_are_asked_for(given, words):
+    data = measured()
+    with pytest.raises(InputError, match=words):
+        check_task(data, **{"loss": None, "metric": None, **given})
+    with pytest.raises(InputError, match=words):
+        evaluate(Sum(), data, **given)
+    check_task(data, loss=nn.functional.mse_loss, metric=r2)
+    check_task(split(), loss=None, metric=None)
+
+
+def test_own_functions_that_do_not_give_one_number_are_refused():
+    with pytest.raises(InputError, match=r"the loss must be one number a batch.*\(\d+, 1\)"):
+        evaluate(Sum(), measured(111), loss=lambda o, t: (o - t).square(), metric=r2)
+    with pytest.raises(InputError, match="the metric must be one number a batch"):
+        evaluate(Sum(), measured(), loss=nn.functional.mse_loss, metric=lambda o, t: (o - t).abs())
+
+
+def test_the_first_tensor_is_found_in_tuples_and_dicts_however_deep():
+    value, whole = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    named = type("Output", (), {"logits": value})()
+    nested = OrderedDict(count=whole, maps=[None, (whole, value)], later=torch.ones(3))
+    for output in (value, (value, None), named, {"b": torch.ones(1), "logits": value}, nested):
+        assert first_tensor(output) is value
+    with pytest.raises(TypeError, match="no tensor of real numbers"):
+        first_tensor({"count": whole})
+
+
+def test_widening_leaves_what_is_no_real_number_and_the_given_output_alone():
+    half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.int64)
+    output = {"a": half, "b": Pair(whole, [half, "text"])}
+    wide = widened(output)
+    assert wide["a"].dtype == wide["b"].extra[0].dtype == torch.float32
+    assert isinstance(wide["b"], Pair)
+    assert wide["b"].answer is whole
+    assert wide["b"].extra[1] == "text"
+    assert output["a"] is half
 
 
 def test_evaluation_changes_neither_modes_nor_statistics():
@@ -107,7 +243,7 @@ def test_bfloat16_gives_nearly_the_same_score():
 def test_logits_are_found_in_tensors_tuples_and_named_outputs():
     value = torch.zeros(1, 2)
     named = type("Output", (), {"logits": value})()
-    assert all(logits_of(output) is value for output in (value, (value, None), named))
+    assert all(logits_of(output) is value for output in (value, (value, None), named, {"logits": value}))
     with pytest.raises(TypeError, match="dict"):
         logits_of({"a": value})
 
@@ -201,6 +337,11 @@ class NoHalf(nn.Module):
 class Never(nn.Module):
     def forward(self, x):
         raise RuntimeError("shapes do not fit")
+
+
+def test_the_probe_times_networks_that_return_no_plain_tensor():
+    model = Sum(wrap=lambda answer: {"answer": answer})
+    assert probe_precision(model, torch.rand(4, 3), training=True, seconds=0.05).channels_last
 
 
 def test_the_probe_leaves_out_formats_that_the_network_cannot_run_but_hides_no_other_error():

@@ -138,6 +138,158 @@ def test_a_student_with_full_weight_on_the_teacher_learns_the_teacher_s_answers_
     assert (student(x).argmax(1) == y).double().mean() < 0.2
 
 
+# Own loss and metric
+
+
+def r2(output, target):
+    return 1 - (output - target).square().sum() / (target - target.mean()).square().sum()
+
+
+class Regressor(nn.Module):
+    """A small perceptron with one answer, of shape `(N,)` or `(N, 1)`."""
+
+    def __init__(self, *, flat, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.flat = flat
+
+    def forward(self, x):
+        return self.layers(x)[:, 0] if self.flat else self.layers(x)
+
+
+def measurements(*, flat):
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    y = x[:, 0] - 2 * x[:, 1] + x[:, 2].abs()
+    return as_splits({"train": (x, y if flat else y[:, None])}, settings=DataSettings(calibration=16))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_regression_is_learnt_with_an_own_loss_and_scored_by_an_own_metric(flat, dtype):
+    data, model = measurements(flat=flat), Regressor(flat=flat)
+    before = evaluate(model, data.val, loss=F.mse_loss, metric=r2).accuracy
+    history = fine_tune(
+        model,
+        data.train,
+        recipe=PLAIN,
+        epochs=12,
+        precision=Precision(dtype),
+        val=data.val,
+        loss=F.mse_loss,
+        metric=r2,
+    )
+    assert before < 0.2
+    assert len(history.val_accuracy) == 12
+    assert evaluate(model, data.test, loss=F.mse_loss, metric=r2).accuracy > 0.95
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_the_usual_rate_suits_an_own_loss_of_any_scale(scale):
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    y = scale * (20 + 3 * x[:, :1] - 2 * x[:, 1:2])
+    data = as_splits({"train": (x, y)}, settings=DataSettings(calibration=16))
+    dense = Regressor(flat=False)
+    optimizer = torch.optim.Adam(dense.parameters(), lr=0.01)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.mse_loss(dense(x), y).backward()
+        optimizer.step()
+    model = copy.deepcopy(dense)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
+    before = evaluate(model, data.test, loss=F.mse_loss, metric=r2).accuracy
+    fine_tune(model, data.train, recipe=Recipe(), epochs=5, teacher=dense, loss=F.mse_loss)
+    assert evaluate(model, data.test, loss=F.mse_loss, metric=r2).accuracy > max(0.9, before)
+
+
+class Segmenter(nn.Module):
+    """A small U-Net: one level down and up again by a transposed convolution, with a skip that is concatenated."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.down = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            self.deep = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU())
+            self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
+            self.join = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU())
+            self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        skip = self.down(x)
+        joined = torch.cat([skip, self.up(self.deep(skip))], 1)
+        return {"masks": self.head(self.join(joined))}
+
+
+def drawings(n=200):
+    """Noisy 8x8 pictures of a bright rectangle, and where it is."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = (torch.randint(0, 4, (n, 2, 1), generator=generator) + shift for shift in (0, 4))
+    inside = (torch.arange(8) >= low) & (torch.arange(8) <= high)  # (n, 2, 8)
+    mask = (inside[:, 0, :, None] & inside[:, 1, None, :]).long()
+    x = mask[:, None].float() + 0.5 * torch.randn(n, 1, 8, 8, generator=generator)
+    return as_splits({"train": (x, mask)}, settings=DataSettings(calibration=16))
+
+
+def pixelwise(output, mask):
+    return F.cross_entropy(output["masks"], mask)
+
+
+def iou(output, mask):
+    found = output["masks"].argmax(1)
+    return (found & mask).sum() / (found | mask).sum()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_segmentation_is_learnt_with_an_own_loss_and_scored_by_an_own_metric(dtype):
+    data, model = drawings(), Segmenter()
+    recipe = Recipe(batch_size=32, lr=0.1, distillation=None)
+    fine_tune(model, data.train, recipe=recipe, epochs=12, precision=Precision(dtype), loss=pixelwise)
+    assert evaluate(model, data.test, loss=pixelwise, metric=iou).accuracy > 0.85
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_under_an_own_loss_a_student_learns_the_teacher_s_output_itself(flat):
+    data = measurements(flat=flat)
+    teacher = Regressor(flat=flat, seed=7)
+    fine_tune(teacher, data.train, recipe=PLAIN, epochs=12, loss=lambda o, y: F.mse_loss(o, -y))
+    recipe = Recipe(batch_size=32, distillation=Distillation(weight=1.0), weight_decay=0.0)
+    student = Regressor(flat=flat)
+    fine_tune(student, data.train, recipe=recipe, epochs=12, teacher=teacher, loss=F.mse_loss)
+    x, y = next(data.test.batches(1000))
+    assert r2(student(x), teacher(x)) > 0.9
+    assert r2(student(x), -y) > 0.9
+
+
+def test_under_an_own_loss_the_weight_mixes_it_with_the_squared_error_to_the_first_output():
+    data, teacher = drawings(), Segmenter(3)
+    recipe = Recipe(batch_size=32, distillation=Distillation(weight=0.25, temperature=9.0))
+    first, second = Segmenter(), Segmenter()
+    arguments = {"recipe": recipe, "epochs": 0.01, "loss": pixelwise}
+    history = fine_tune(first, data.train, teacher=teacher, **arguments)
+    plain = fine_tune(second, data.train, **arguments)
+    x, _ = next(data.train.batches(32, shuffle=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        squares = (Segmenter()(x)["masks"] - teacher.eval()(x)["masks"]).square().mean().item()
+    assert history.train_loss[0] == pytest.approx(0.25 * squares + 0.75 * plain.train_loss[0], rel=1e-4)
+
+
+def test_samples_without_classes_are_not_trained_on_without_a_loss_nor_scored_without_a_metric():
+    data, model = measurements(flat=True), Regressor(flat=True)
+    before = copy.deepcopy(model)
+    with pytest.raises(InputError, match="no loss"):
+        fine_tune(model, data.train, recipe=PLAIN, epochs=1)
+    with pytest.raises(InputError, match="there is no metric"):
+        fine_tune(model, data.train, recipe=PLAIN, epochs=1, val=data.val, loss=F.mse_loss)
+    with pytest.raises(InputError, match="the loss must be one number"):
+        fine_tune(model, data.train, recipe=PLAIN, epochs=1, loss=lambda o, y: (o - y).square())
+    assert same(model, before)
+
+
 def test_without_distillation_in_the_recipe_a_teacher_does_not_matter():
     data, first, second = splits(), mlp(), mlp()
     fine_tune(first, data.train, recipe=PLAIN, epochs=1, teacher=mlp(4))
