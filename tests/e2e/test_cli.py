@@ -61,7 +61,9 @@ def run_composed(*arguments: str, cwd: Path, env: dict[str, str] | None = None) 
 
 
 def clean(env: dict[str, str] | None) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOPRUNE_", "MLFLOW_", "FORCE_COLOR"))}
+    # MAKE*: the tests may themselves run under make, and a make below it tells which folder it enters.
+    foreign = ("AUTOPRUNE_", "MLFLOW_", "FORCE_COLOR", "MAKE", "MFLAGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return kept | {"COLUMNS": "120", "NO_COLOR": "1"} | (env or {})
 
 
