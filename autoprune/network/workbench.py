@@ -233,8 +233,14 @@ class Workbench:
         return {f"{split}_accuracy{suffix}": score.accuracy, f"{split}_loss{suffix}": score.loss}
 
     def _latency(self, model: nn.Module) -> dict[str, float]:
+        """Times one sample. On a CPU with one thread, in the coordinator as in a worker, so that numbers compare."""
         example = self.network.example_inputs[0][:1].to(self.device)
-        latency = measure_latency(model, example, device=self.device, repeats=20)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            latency = measure_latency(model, example, device=self.device, repeats=30)
+        finally:
+            torch.set_num_threads(threads)
         return {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms}
 
 
