@@ -189,9 +189,8 @@ class Session:
         )
         starts: tuple[WarmStart, ...] = ()
         if self.space.search.warm_starts:
-            knowledge = self.bench.knowledge
-            scores = {c: {g: s.tolist() for g, s in by.items()} for c, by in knowledge.scores.items()}
-            starts = warm_starts(self.problem, scores, knowledge.tables, count=max(1, min(60, trials // 2)))
+            tables, count = self.bench.knowledge.tables, max(1, min(60, trials // 2))
+            starts = warm_starts(self.problem, self._scores(), tables, count=count)
         return LadderPlan(
             name=self.space.name,
             problem=self.problem,
@@ -203,6 +202,11 @@ class Session:
             seed=self.space.seed,
             workers=workers,
         )
+
+    def _scores(self) -> dict[str, dict[str, list[float]]]:
+        """Returns criterion → group → scores as plain numbers, as the search takes them."""
+        known = self.bench.knowledge.scores
+        return {name: {group: scores.tolist() for group, scores in by.items()} for name, by in known.items()}
 
     def _params(self) -> dict[str, Any]:
         plain = self.space.model_dump(mode="json", by_alias=True)
@@ -269,8 +273,7 @@ class Session:
         count = self.space.search.controls
         if count < 1:
             return None
-        scores = {c: {g: s.tolist() for g, s in by.items()} for c, by in self.bench.knowledge.scores.items()}
-        starts = control_policies(self.problem, scores, count=count)
+        starts = control_policies(self.problem, self._scores(), count=count)
         identities = {self.bench.identity(start.policy) for start in starts}
         last = plan.rungs[-1].fidelity
         rung = RungPlan(replace(last, rung=CONTROLS), len(identities))

@@ -126,12 +126,16 @@ def save_state(
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    path = Path(path)
+    # Bytes, not save_file: that one makes files which only their owner may read.
+    write_whole(Path(path), save(tensors, metadata=dict(metadata or {})))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that it is whole or not there, and never half of it. Folders are made where they are missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Bytes, not save_file: that one makes files which only their owner may read.
-        temporary.write_bytes(save(tensors, metadata=dict(metadata or {})))
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError, InputError, MissingExtraError, nearest
 from autoprune.network.artifacts import DOCUMENT, WEIGHTS, load, read_document
-from autoprune.network.checkpoints import read_state
+from autoprune.network.checkpoints import read_state, write_whole
 from autoprune.network.complexity import count_params
 from autoprune.network.trace import evaluating
 
@@ -35,9 +34,7 @@ def export_safetensors(folder: Path, model: nn.Module, example: Tensor, target: 
     target.mkdir(parents=True, exist_ok=True)
     paths = [target / WEIGHTS, target / DOCUMENT]
     for path in paths:
-        temporary = path.with_name(f".{path.name}.tmp")
-        shutil.copyfile(folder / path.name, temporary)
-        os.replace(temporary, path)
+        write_whole(path, (folder / path.name).read_bytes())
     with evaluating(model):
         x = _sample(example, 3)
         _compare(paths[0], _output(load_like(model, target), x), _output(model, x))

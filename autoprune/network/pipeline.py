@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from autoprune.budget import resolve_budget
 from autoprune.errors import DataError, InputError, nearest
 from autoprune.network.calibration import gather
-from autoprune.network.checkpoints import load_checkpoint, save_state
+from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
@@ -201,10 +201,7 @@ def choose_precision(
     example, _ = next(iter(calibration.batches(min(64, len(calibration)))))
     found = probe_precision(model, example.to(device), device=device, training=training)
     known = {"bfloat16": found.autocast_dtype is not None, "channels_last": found.channels_last}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(known).encode())
     return found
 
 

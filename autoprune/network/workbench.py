@@ -87,7 +87,7 @@ class Workbench:
 
     def identity(self, policy: Policy) -> str:
         """Returns the same text for policies that keep the same channels, whatever criteria chose them."""
-        return digest({name: kept.tolist() for name, kept in self.selection(policy).items()})
+        return _identity(self.selection(policy))
 
     def evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         """Prunes, repairs, fine-tunes and scores one policy.
@@ -147,7 +147,7 @@ class Workbench:
         widths = policy.widths(self.groups)
         result = TrialResult(
             policy=policy,
-            identity=self.identity(policy),
+            identity=_identity(selection),
             fidelity=fidelity,
             widths=widths,
             costs=self.network.cost_model.costs(widths),
@@ -242,6 +242,10 @@ class Workbench:
         finally:
             torch.set_num_threads(threads)
         return {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms}
+
+
+def _identity(selection: Selection) -> str:
+    return digest({name: kept.tolist() for name, kept in selection.items()})
 
 
 def _curves(history: History) -> dict[str, tuple[float, ...]]:
