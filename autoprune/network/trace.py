@@ -137,8 +137,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
     with evaluating(model):
         program = _export(model, inputs)
         record, unknown = _run(program, model, inputs[0].shape[0])
-    record, uncounted = _with_uncounted(record, model, inputs)
-    network = Network(model, inputs, record, assemble(record, {}), {}, (*_notes(unknown), *uncounted))
+    record, assembly, uncounted = _with_uncounted(record, model, inputs)
+    network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
     if verify and network.groups:
         from autoprune.network.verify import verified
 
@@ -151,16 +151,18 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
     return network
 
 
-def _with_uncounted(record: Record, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Record, list[str]]:
+def _with_uncounted(record: Record, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Record, Assembly, list[str]]:
     """Adds the MACs of operators without a rule as a constant: what they read is frozen, so their cost stays."""
     from autoprune.network.complexity import count_macs
 
-    rest = count_macs(model, inputs) - assemble(record, {}).cost_model.dense()["macs"]
+    assembly = assemble(record, {})
+    rest = count_macs(model, inputs) - assembly.cost_model.dense()["macs"]
     if rest <= 0:
-        return record, []
+        return record, assembly, []
     product = Product(rest * record.batch, ())
     note = f"{rest:,} MACs are spent in operators without a rule; they stay whatever is pruned"
-    return replace(record, products=(*record.products, product)), [note]
+    record = replace(record, products=(*record.products, product))
+    return record, assemble(record, {}), [note]
 
 
 @contextmanager
