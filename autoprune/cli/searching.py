@@ -1,0 +1,86 @@
+"""Commands that read a space: search, inspect, validate, schema."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from autoprune.cli.shared import (
+    HOME,
+    HomeOption,
+    JsonOption,
+    SetOption,
+    SpaceArgument,
+    app,
+    default_workers,
+    guarded,
+    load_settings,
+    path_of,
+    seconds,
+    show,
+)
+
+
+@app.command()
+@guarded
+def inspect(
+    space: SpaceArgument = None, as_json: JsonOption = False, overrides: SetOption = None, home: HomeOption = HOME
+) -> None:
+    """Show the pruning groups of a model, what is frozen and why, and what each part costs."""
+    loaded = load_settings(space, overrides)
+    from autoprune.coordinator import inspect_space
+
+    text, data = inspect_space(loaded, home=home)
+    show(text, data, as_json=as_json)
+
+
+@app.command()
+@guarded
+def validate(space: SpaceArgument = None, overrides: SetOption = None) -> None:
+    """Check a space file and the files that it names; report all faults together."""
+    loaded = load_settings(space, overrides, check_files=True)
+    rungs = " -> ".join(rung.rung for rung in loaded.search.ladder)
+    typer.echo(f"{path_of(space)}: valid; search {loaded.name}, {loaded.search.trials} candidates, {rungs}")
+
+
+@app.command()
+@guarded
+def search(
+    space: SpaceArgument = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Candidates on the first rung. Default: the space's.", show_default=False)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Parallel evaluations. Default: by the machine.", show_default=False)
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            parser=seconds, metavar="SECONDS", help="Stop after this time (30m, 2h); the same command resumes."
+        ),
+    ] = None,
+    home: HomeOption = HOME,
+    overrides: SetOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the search, instead of the space's.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Also show before and after, layer by layer.")] = False,
+) -> None:
+    """Search for a Pareto front of accuracy against complexity. Run again, it resumes."""
+    renamed = [f"name={json.dumps(name)}"] if name is not None else []
+    loaded = load_settings(space, [*(overrides or []), *renamed], check_files=True)
+    from autoprune.coordinator import run_search
+
+    outcome = run_search(
+        loaded, home=home, workers=workers or default_workers(loaded), timeout=timeout, trials=trials, summary=summary
+    )
+    typer.echo(outcome.text)
+
+
+@app.command()
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of space files, with a description of every key."""
+    from autoprune.space import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,126 @@
+"""What the commands share: the application, options, error handling, how settings are read and results printed.
+
+Decides the exit status of every error: 0, 2 for bad input, 3 for the tracking server, 130 for Ctrl-C, 1 for anything
+else. Must not import anything heavy at module level.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from autoprune.errors import AutopruneError
+
+if TYPE_CHECKING:
+    from autoprune.space import Space
+
+Params = ParamSpec("Params")
+
+app = typer.Typer(
+    name="autoprune",
+    help="Finds how far each layer of a trained PyTorch model can be pruned, and shows accuracy against complexity.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
+    """Turns the errors of autoprune into a message on stderr and an exit status; bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except AutopruneError as error:
+            typer.echo(f"autoprune: {error}", err=True)
+            raise typer.Exit(error.status) from error
+        except KeyboardInterrupt as error:
+            resumes = "; the same command resumes where it stopped" if command.__name__ == "search" else ""
+            typer.echo(f"\nautoprune: interrupted{resumes}", err=True)
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:  # `autoprune front NAME | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+
+    return run
+
+
+def seconds(text: str | float) -> float:
+    """Reads a duration: a number of seconds, or a number followed by s, m or h.
+
+    Raises:
+        typer.BadParameter: `text` is no such duration or is not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", str(text))
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if value <= 0:
+        raise typer.BadParameter(f"write a positive number of seconds, or 30m or 2h; got {text!r}")
+    return value
+
+
+SpaceArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[SPACE]", help="Space file. Default: the embedded digits example.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in --set recipe.lr=0.01; repeatable."),
+]
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar="AUTOPRUNE_HOME", help="Folder of the studies and of everything cached.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+SearchName = Annotated[str, typer.Argument(help="Name of the search: `name` in its space file.")]
+
+HOME = Path(".autoprune")
+
+
+def path_of(space: Path | None) -> Path:
+    """Returns the space file: the one that was named, or the default."""
+    if space is not None:
+        return space
+    from autoprune.space import default_space_path
+
+    return default_space_path(Path.cwd())
+
+
+def load_settings(space: Path | None, overrides: list[str] | None, *, check_files: bool = False) -> Space:
+    """Reads a space file with the overrides of the command line."""
+    from autoprune.space import load_space
+
+    return load_space(path_of(space), overrides=overrides or [], env=os.environ, check_files=check_files)
+
+
+def default_workers(space: Space) -> int:
+    """Returns one worker a core, at most four: every worker holds a torch of its own; one where a GPU was named."""
+    if space.device.startswith("cuda"):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
+
+
+def show(text: str, data: dict[str, Any], *, as_json: bool) -> None:
+    """Prints text, or the same as JSON."""
+    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """Returns `value` with NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
