@@ -95,6 +95,21 @@ def select_spread(points: Sequence[Point], count: int) -> list[int]:
     return sorted(chosen, key=lambda i: (points[i][1], points[i][0]))
 
 
+def spread_order(values: Sequence[float]) -> list[int]:
+    """Returns the indices of `values` in an order of which any beginning is well spread: the middle one, the ends, then
+    always the one farthest from those before, on a logarithmic scale where all are positive.
+    """
+    if not values:
+        return []
+    scaled = [math.log(v) for v in values] if min(values) > 0 else list(values)
+    middle = (min(scaled) + max(scaled)) / 2
+    order = [min(range(len(scaled)), key=lambda i: (abs(scaled[i] - middle), i))]
+    while len(order) < len(scaled):
+        left = [i for i in range(len(scaled)) if i not in order]
+        order.append(max(left, key=lambda i: (min(abs(scaled[i] - scaled[j]) for j in order), -i)))
+    return order
+
+
 def knee_index(points: Sequence[Point]) -> int | None:
     """Returns the front point farthest below the line through the front's ends, the usual "best for the money"."""
     front = front_indices(points)

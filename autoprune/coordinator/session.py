@@ -201,6 +201,7 @@ class Session:
             sampler=self.space.search.sampler,
             seed=self.space.seed,
             workers=workers,
+            tables=self.bench.knowledge.tables or None,
         )
 
     def _scores(self) -> dict[str, dict[str, list[float]]]:

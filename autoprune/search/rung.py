@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import Protocol
 
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
@@ -33,6 +34,8 @@ REPEATS_BEFORE_END = 25
 """So many repeated proposals in a row mean that the space is exhausted."""
 SAMPLER = "sampler"
 """Origin of the sampler's own proposals."""
+LEARNED = "learned"
+"""Origin of the proposals of the learned additive model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,14 @@ class Work:
     def expired(self) -> bool:
         """Whether nothing more is to be started."""
         return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+class Proposer(Protocol):
+    """Proposes policies from the results so far, beside the sampler."""
+
+    def propose(self, results: Sequence[TrialResult]) -> Policy:
+        """Returns the next proposal, within the budget."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,8 @@ def recover(study: Study, problem: Problem) -> list[Candidate]:
 class Rung:
     """One rung of a ladder, on its stored study.
 
-    With a `mirror` the rung explores: after `queue` the sampler proposes until `total` distinct policies are measured.
+    With a `mirror` the rung explores: after `queue` the sampler proposes until `total` distinct policies are measured,
+    in turn with the `proposer` where there is one.
     Without one it measures `queue` and no more. Where `live` is set a trial is stored when it begins, so that people
     see it running; otherwise it is stored once, when it has ended.
     """
@@ -96,6 +108,7 @@ class Rung:
         queue: Sequence[Candidate],
         mirror: Mirror | None,
         live: bool,
+        proposer: Proposer | None = None,
     ) -> None:
         self._study = study
         self._problem = problem
@@ -103,6 +116,8 @@ class Rung:
         self._queue = deque(queue)
         self._mirror = mirror
         self._live = live
+        self._proposer = proposer
+        self._proposes = True
         trials = records.read_trials(study, problem)
         self._known = {t.identity: (t.number, t.result) for t in records.distinct(trials) if t.result is not None}
         self._broken = {t.identity for t in trials if t.state == "fail" and not t.abandoned} - set(self._known)
@@ -174,6 +189,9 @@ class Rung:
             candidate = self._queue.popleft()
             if self._mirror is not None:
                 trial = self._mirror.adopt(candidate.policy)
+        elif self._mirror is not None and (learned := self._learned(work)) is not None:
+            candidate = learned
+            trial = self._mirror.adopt(candidate.policy)
         elif self._mirror is not None and self._repeats < REPEATS_BEFORE_END:
             policy, trial = self._mirror.propose(at_random=self._repeats >= REPEATS_BEFORE_RANDOM)
             candidate = Candidate(policy, work.identity(policy), SAMPLER, SAMPLER)
@@ -181,6 +199,19 @@ class Rung:
             return None
         number = records.begin(self._study, self._problem, candidate) if self._live else None
         return _Ticket(candidate, number, trial, started)
+
+    def _learned(self, work: Work) -> Candidate | None:
+        """Returns the proposer's next policy where it is its turn and the policy is a new one."""
+        if self._proposer is None:
+            return None
+        self._proposes = not self._proposes
+        if self._proposes:
+            return None
+        policy = self._proposer.propose([result for _, result in self._known.values()])
+        identity = work.identity(policy)
+        if identity in self._known or identity in self._broken or identity in self._followers:
+            return None
+        return Candidate(policy, identity, LEARNED, LEARNED)
 
     def _take_off(self, work: Work, ticket: _Ticket) -> None:
         candidate = ticket.candidate

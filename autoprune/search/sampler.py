@@ -212,7 +212,11 @@ def _qmc(seed: int) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
+AUTO = "auto"
+"""TPE in turn with the learned additive model, where there are error tables."""
+
 SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
+    AUTO: _tpe,
     "tpe": _tpe,
     "nsga2": _nsga2,
     "random": _random,

@@ -233,8 +233,10 @@ class SearchSettings(Section):
     """How the search goes about it."""
 
     trials: int = Field(default=48, ge=1, description="Candidates on the first rung, warm starts included.")
-    sampler: Literal["tpe", "nsga2", "random", "qmc"] = Field(
-        default="tpe", description="Optuna's sampler of the first rung."
+    sampler: Literal["auto", "tpe", "nsga2", "random", "qmc"] = Field(
+        default="auto",
+        description="Who proposes candidates on the first rung after the warm starts: one of Optuna's samplers, or "
+        "auto: TPE in turn with the additive model whose weights are learned from the trials so far.",
     )
     warm_starts: bool = Field(
         default=True, description="The first candidates are uniform, globally ranked and additive-error policies."

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.pareto import dominates, front_indices, hypervolume, knee_index, ranks, select_spread
+from autoprune.pareto import dominates, front_indices, hypervolume, knee_index, ranks, select_spread, spread_order
 
 # A coarse grid makes ties and duplicates, which is where such code goes wrong.
 values = st.integers(0, 24).map(lambda i: i / 16)
@@ -77,3 +77,10 @@ def test_a_crowded_stretch_does_not_crowd_out_an_end() -> None:
 
 def test_the_knee_of_an_elbow_is_its_corner() -> None:
     assert knee_index([(0.9, 0.1), (0.2, 0.2), (0.15, 0.9)]) == 1
+
+
+def test_any_beginning_of_the_spread_order_is_well_spread():
+    values = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert spread_order(values) == [2, 0, 4, 1, 3]
+    assert spread_order([]) == []
+    assert sorted(spread_order([-1.0, 0.0, 3.0])) == [0, 1, 2]

@@ -27,6 +27,7 @@ from autoprune.search import (
     read_results,
     run_ladder,
 )
+from autoprune.search.ladder import rung_deadline
 
 SCREEN, TUNE, FINAL = Fidelity("screen"), Fidelity("tune", 3), Fidelity("final", 8, test=True)
 
@@ -83,7 +84,7 @@ def test_promotion_takes_good_and_well_spread_trials_and_remembers_where_they_co
     dense = problem.cost_model.dense()["macs"]
     screen = [t.result for t in out.rungs["screen"] if t.result]
     chosen = pareto.select_spread([(r.val_error, r.costs["macs"] / dense) for r in screen], 5)
-    assert [trial.origin for trial in out.rungs["tune"]] == chosen
+    assert sorted(trial.origin for trial in out.rungs["tune"]) == sorted(chosen)
     for low, high in (("screen", "tune"), ("tune", "final")):
         for trial in out.rungs[high]:
             parent = out.rungs[low][int(trial.origin)]
@@ -327,6 +328,35 @@ def test_the_deadline_stops_asking_and_the_next_call_goes_on(storage: Any, probl
     assert not out.complete
     assert submit.asked == []
     assert run(storage, plan_for(problem), submit, deadline=time.monotonic() + 600).complete
+
+
+def test_a_search_that_is_cut_short_still_measures_its_best_by_the_last_rung(
+    storage: Any, problem: Problem, submit: Any
+) -> None:
+    """Evaluations take 20 ms; the first rung alone would need four times the time that there is."""
+
+    def slow(policy: Policy, fidelity: Fidelity) -> Future[TrialResult]:
+        time.sleep(0.02)
+        return submit(policy, fidelity)  # type: ignore[no-any-return]
+
+    plan = plan_for(problem, (400, 5, 3), sampler="random")
+    out = run(storage, plan, slow, deadline=time.monotonic() + 2.0)
+    assert not out.complete
+    assert 3 <= len(out.rungs["screen"]) < 400
+    assert len(out.rungs["tune"]) == 5
+    assert len(out.rungs["final"]) == 3
+    again = run(storage, plan_for(problem, (len(out.rungs["screen"]) + 4, 5, 3), sampler="random"), submit)
+    assert again.complete
+
+
+@pytest.mark.parametrize(("index", "share"), [(0, 7.6 / 46.6), (1, 15 / 39), (2, 1.0)])
+def test_the_time_is_shared_by_planned_work_and_the_last_rung_has_the_rest(
+    problem: Problem, index: int, share: float
+) -> None:
+    plan = plan_for(problem, (38, 5, 3))  # 38 * 0.2 + 5 * 3 + 3 * 8 = 46.6 epochs
+    assert rung_deadline(plan, index, 100.0, 200.0) == pytest.approx(100.0 + 100.0 * share)
+    assert rung_deadline(plan, index, 100.0, None) is None
+    assert rung_deadline(plan, index, 300.0, 200.0) == 300.0
 
 
 def test_a_deadline_that_passes_after_the_last_trial_does_no_harm(storage: Any, problem: Problem, submit: Any) -> None:

@@ -1,0 +1,187 @@
+"""The learned additive model: how much each group's table error really matters, found out from the trials so far.
+
+Decides what the tables' solver proposes once trials are known. The tables say how much of a layer's output is lost at
+each width, not what that does to the network's loss. A linear model, `loss = b + Σ_g a_g f_c table_g,c(width)`, with a
+weight for each group and a factor for each criterion, is fitted to a rung's trials; its solution at a budget is the
+next proposal. Knows nothing of Optuna or networks.
+
+We fit the validation loss, not the accuracy: it orders policies alike and has less noise. On ResNet-20 / CIFAR-10 (JPEG
+copy), fitted on 120 trials of one search and tried on those of another one, Kendall's τ between the model and the loss
+of policies at 0.35 to 0.65 of the MACs is 0.86 with learned weights and 0.70 with equal ones.
+
+Source: the per-layer coefficients of Frantar and Alistarh, SPDY, ICML 2022, there found by local search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autoprune.policy import Policy
+from autoprune.results import Problem, TrialResult
+from autoprune.search.additive import AdditiveSolver, best_curves, policy_from_widths
+
+Tables = Mapping[str, Mapping[str, Sequence[float]]]
+"""Group → criterion → error at each width from 0 to the group's size."""
+Array = npt.NDArray[np.float64]
+
+LEAST_TRIALS = 8
+"""With fewer trials the weights are drawn from the prior alone."""
+RIDGE = 3.0
+"""Strength of the pull towards equal weights, in trials: 0.3 to 10 rank alike from 45 trials on, 3 is best before."""
+FACTOR_RIDGE = 5.0
+"""Strength of the pull of the criteria's factors towards 1."""
+_PRIOR_SPREAD = 0.5
+"""Standard deviation of the logarithm of a weight before anything is known."""
+_FLOOR = 0.05
+"""Least weight, relative to the common one: no group is free of charge."""
+_ROUNDS = 3
+_SWEEPS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A fitted model: a weight for each group, a factor for each criterion."""
+
+    groups: Mapping[str, float]
+    factors: Mapping[str, float]
+
+
+class LearnedAdditive:
+    """Proposes the additive problem's solution under weights that are drawn from what the trials leave open.
+
+    Each proposal fits the weights to a bootstrap sample of the trials (Thompson sampling), so that groups whose weight
+    is not known well are explored, and solves at the next budget of a sequence that fills the span evenly. `done` is
+    how many proposals were made before.
+    """
+
+    def __init__(self, problem: Problem, tables: Tables, *, seed: int, done: int = 0) -> None:
+        self._problem = problem
+        self._tables = tables
+        self._solver = AdditiveSolver(problem)
+        self._rng = np.random.default_rng([seed, done])
+        self._number = done
+
+    def propose(self, results: Sequence[TrialResult]) -> Policy:
+        """Returns the next proposal, given the results of the rung so far.
+
+        Raises:
+            BudgetError: No policy meets the budget.
+        """
+        self._number += 1
+        weights = self._draw(results)
+        scaled = {
+            group.name: {
+                name: [weights.groups[group.name] * weights.factors[name] * value for value in curve]
+                for name, curve in self._tables[group.name].items()
+                if name in self._problem.criteria
+            }
+            for group in self._problem.groups
+        }
+        chosen, curves = best_curves(self._problem, scaled)
+        low, high = self._problem.budget.span
+        target = high * (low / high) ** _radical_inverse(self._number) if low < high else high
+        return policy_from_widths(self._problem, self._solver.solve(curves, target), chosen)
+
+    def _draw(self, results: Sequence[TrialResult]) -> Weights:
+        known = [r for r in results if math.isfinite(r.metrics.get("val_loss", math.nan))]
+        if len(known) < LEAST_TRIALS:
+            drawn = np.exp(_PRIOR_SPREAD * self._rng.standard_normal(len(self._problem.groups)))
+            names = [group.name for group in self._problem.groups]
+            return Weights(dict(zip(names, drawn.tolist(), strict=True)), dict.fromkeys(self._problem.criteria, 1.0))
+        counts = self._rng.multinomial(len(known), np.full(len(known), 1.0 / len(known)))
+        return fit_weights(self._problem, self._tables, known, counts=counts.astype(float))
+
+
+def fit_weights(
+    problem: Problem, tables: Tables, results: Sequence[TrialResult], *, counts: Array | None = None
+) -> Weights:
+    """Fits the model to results, each of which counts `counts` times (once where none are given).
+
+    Args:
+        problem: Its groups and criteria.
+        tables: Error curves of every group.
+        results: At least two, with finite validation losses.
+        counts: `(n,)`, not negative.
+
+    Raises:
+        ValueError: There are fewer than two results.
+    """
+    if len(results) < 2:
+        raise ValueError(f"a fit needs at least two results, got {len(results)}")
+    errors, used = _features(problem, tables, results)  # (n, G), (n, G)
+    losses = np.array([result.metrics["val_loss"] for result in results])
+    rows = np.ones(len(results)) if counts is None else counts
+    factors = np.ones(len(problem.criteria))
+    weights = np.ones(len(problem.groups))
+    for _ in range(_ROUNDS):
+        scaled = errors * factors[used]
+        weights, constant = _ridge(scaled, losses, rows, RIDGE)
+        parts = np.stack([(errors * weights * (used == k)).sum(1) for k in range(len(factors))], 1)  # (n, criteria)
+        factors = _factors(parts, losses - constant, rows)
+    names = [group.name for group in problem.groups]
+    return Weights(
+        dict(zip(names, weights.tolist(), strict=True)), dict(zip(problem.criteria, factors.tolist(), strict=True))
+    )
+
+
+def _features(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Returns each result's table errors by group, and the number of the criterion that chose the group's channels."""
+    place = {name: k for k, name in enumerate(problem.criteria)}
+    errors = np.empty((len(results), len(problem.groups)))
+    used = np.empty(errors.shape, dtype=np.int64)
+    for i, result in enumerate(results):
+        for j, group in enumerate(problem.groups):
+            criterion = result.policy.choices[group.name].criterion
+            errors[i, j] = tables[group.name][criterion][result.widths[group.name]]
+            used[i, j] = place[criterion]
+    return errors, used
+
+
+def _ridge(x: Array, y: Array, rows: Array, strength: float) -> tuple[Array, float]:
+    """Returns weights `(G,)`, bounded from below, and the constant of `y ≈ x·a + b`, pulled towards equal weights.
+
+    The pull is towards the slope of `y` over the plain sum of the errors.
+    """
+    total = rows.sum()
+    mean_x, mean_y = rows @ x / total, rows @ y / total
+    x, y = x - mean_x, y - mean_y
+    plain = x.sum(1)
+    common = max(float(rows @ (plain * y)), 1e-12) / max(float(rows @ plain**2), 1e-12)
+    pull = strength * max(float(rows @ x**2 @ np.ones(x.shape[1])) / total / x.shape[1], 1e-18)
+    gram = (x * rows[:, None]).T @ x + pull * np.eye(x.shape[1])
+    weights = _bounded(gram, x.T @ (rows * y) + pull * common, np.full(x.shape[1], common), _FLOOR * common)
+    return weights, float(mean_y - mean_x @ weights)
+
+
+def _factors(parts: Array, y: Array, rows: Array) -> Array:
+    scale = max(float(rows @ parts**2 @ np.ones(parts.shape[1])) / rows.sum() / parts.shape[1], 1e-18)
+    pull = FACTOR_RIDGE * scale
+    gram = (parts * rows[:, None]).T @ parts + pull * np.eye(parts.shape[1])
+    return _bounded(gram, parts.T @ (rows * y) + pull, np.ones(parts.shape[1]), _FLOOR)
+
+
+def _bounded(gram: Array, right: Array, start: Array, floor: float) -> Array:
+    """Minimises `½ aᵀ gram a - rightᵀ a` over `a >= floor` by coordinate descent."""
+    a = start.copy()
+    for _ in range(_SWEEPS):
+        before = a.copy()
+        for k in range(len(a)):
+            a[k] = max(floor, a[k] + (right[k] - gram[k] @ a) / gram[k, k])
+        if np.max(np.abs(a - before)) <= 1e-9 * max(float(np.max(np.abs(a))), 1e-30):
+            break
+    return a
+
+
+def _radical_inverse(number: int) -> float:
+    """Returns the van der Corput sequence in base 2: 1/2, 1/4, 3/4, 1/8, ..."""
+    value, weight = 0.0, 0.5
+    while number:
+        value += weight * (number & 1)
+        number >>= 1
+        weight /= 2
+    return value
