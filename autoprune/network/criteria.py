@@ -18,7 +18,7 @@ from torch import Tensor
 from autoprune.errors import DataError, PolicyError, nearest
 from autoprune.network.calibration import Statistics
 from autoprune.network.compensation import entries_of, layer_moments
-from autoprune.network.groups import Links, PruningGroup
+from autoprune.network.groups import Links, PruningGroup, positions_in
 from autoprune.network.trace import Network, evaluating
 
 Scores = np.ndarray
@@ -61,7 +61,7 @@ _PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurre
 
 
 def _inside(units: np.ndarray, group: PruningGroup) -> np.ndarray:
-    return (units >= group.offset) & (units < group.offset + group.size)
+    return positions_in(units, group) >= 0
 
 
 def _rows(links: Links, weight: Tensor) -> Tensor:
@@ -71,9 +71,10 @@ def _rows(links: Links, weight: Tensor) -> Tensor:
 
 def _by_unit(values: Tensor, units: np.ndarray, group: PruningGroup) -> Scores:
     """Adds up `values` `(m,)` of indices that belong to the same channel: `(n,)`."""
-    inside = _inside(units, group)
+    positions = positions_in(units, group)
+    inside = positions >= 0
     result = np.zeros(group.size)
-    np.add.at(result, units[inside] - group.offset, values.cpu().numpy()[inside])
+    np.add.at(result, positions[inside], values.cpu().numpy()[inside])
     return result
 
 

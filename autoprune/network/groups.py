@@ -7,14 +7,14 @@ nothing of `torch.export` or of how a policy is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autoprune.cost import CostModel, Form, Term
 from autoprune.network.labels import Labels, Solution
-from autoprune.network.tape import Layer, Product
+from autoprune.network.tape import Layer, Product, Query, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,16 @@ class Frozen:
 
 
 IndexMap = dict[str, dict[int, Labels]]
-"""Parameter or buffer → dimension → unit of each index; -1 stays."""
+"""Parameter or buffer → dimension → units of each index.
+
+Units are `(n,)`, one an index, where -1 stays; or `(n, k)` where an index belongs to several channels (a head, and a
+dimension of every head) and stays while all of them do.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """One use of a weight in units instead of labels: `inputs[i]` is the unit of input channel i (-1 stays)."""
+    """One use of a weight in units instead of labels: `inputs[i]` are the units of input channel i (see `IndexMap`)."""
 
     layer: Layer
     module: str
@@ -91,6 +95,8 @@ class Assembly:
     index_map: IndexMap
     links: tuple[Links, ...]
     cost_model: CostModel
+    unit: Labels
+    """The unit of every component that is its own factor; -1 stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,35 @@ class Record:
     parameters: tuple[Parameter, ...]
     live: tuple[tuple[LiveTensor, ...], ...]
     batch: int
+    literals: tuple[Size, ...] = ()
+    queries: tuple[Query, ...] = ()
+    contracted: tuple[Labels, ...] = ()
+
+
+def units_of(solution: Solution, unit: Labels, labels: Labels) -> Labels:
+    """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`."""
+    factors = solution.factors_of(labels)
+    units = np.where(factors < 0, -1, unit[factors])
+    if units.shape[1] == 1:
+        return units[:, 0]
+    units = -np.sort(-units, axis=1)  # what stays goes last
+    used = max(1, int((units >= 0).sum(1).max(initial=0)))
+    return units[:, 0] if used == 1 else units[:, :used]
+
+
+def positions_in(units: Labels, group: PruningGroup) -> Labels:
+    """Returns the position in `group` of every index, -1 where it does not belong to it; `units` as in `IndexMap`."""
+    inside = (units >= group.offset) & (units < group.offset + group.size)
+    positions: Labels = np.where(inside, units - group.offset, -1)
+    return positions if positions.ndim == 1 else positions.max(axis=1)
+
+
+def stays(units: Labels, kept: np.ndarray) -> np.ndarray:
+    """Returns which indices stay, `(n,)`; `units` as in `IndexMap`, `kept` a boolean for each unit."""
+    if not len(kept):
+        return np.ones(len(units), dtype=bool)
+    found = (units < 0) | kept[np.maximum(units, 0)]
+    return found if found.ndim == 1 else found.all(axis=1)
 
 
 def module_of(parameter: str) -> str:
@@ -116,58 +151,75 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     Channels with the same set of places form a group; it is named after its first producer. Groups named in `broken`
     (name → reason) are frozen.
     """
-    component = record.solution.component
+    solution = record.solution
     producers = [
         layer for layer in record.layers if layer.kind in ("conv", "transposed", "linear", "embedding", "recurrent")
     ]
-    signature = _signatures(record)
-    movable = np.ones(record.solution.number, dtype=bool)
-    movable[list(record.solution.frozen)] = False
-    produced = np.zeros(record.solution.number, dtype=bool)
-    for layer in producers:
-        produced[component[layer.outputs]] = True
-    # A channel that nothing consumes and nothing produces (a table, a mask) is no group.
-    candidates = np.flatnonzero(movable & produced)
-    buckets: dict[int, list[int]] = {}
-    for c in candidates.tolist():
-        buckets.setdefault(int(signature[c]), []).append(c)
-    stages = _stages(record.layers)
-    unit = np.full(record.solution.number, -1, dtype=np.int64)
+    unit = np.full(solution.number, -1, dtype=np.int64)
     groups: list[PruningGroup] = []
     reasons: dict[int, str] = {}
+    frozen: list[Frozen] = []
+    stages = _stages(record.layers)
     offset = 0
-    order = _first_producer(producers, component, buckets)
-    names: dict[str, int] = {}
-    for key, first in order:
-        members = np.array(buckets[key], dtype=np.int64)
-        base = module_of(first.weight)
-        names[base] = names.get(base, 0) + 1
-        name = base if names[base] == 1 else f"{base}:{names[base]}"
-        if name in broken:
-            reasons.update(dict.fromkeys(members.tolist(), broken[name]))
-            continue
-        if len(members) < 2:
-            reasons.update(dict.fromkeys(members.tolist(), _alone(int((component[first.outputs] == members[0]).sum()))))
+    for name, first, members in _buckets(record, producers):
+        reason = broken.get(name)
+        if reason is None and len(members) < 2:
+            reason = _alone(int((solution.factors_of(first.outputs) == members[0]).any(axis=1).sum()))
+        if reason is not None:
+            reasons.update(dict.fromkeys(members.tolist(), reason))
+            if ":" in name:
+                frozen.append(Frozen(name, len(members), reason))
             continue
         unit[members] = np.arange(offset, offset + len(members))
         groups.append(_group(record, name, members, (offset, stages[first.weight])))
         offset += len(members)
-    unit_of = unit[component]
+
+    def units(labels: Labels) -> Labels:
+        return units_of(solution, unit, labels)
+
+    whole = _frozen(record, producers, units, reasons)
+    known = {entry.name for entry in whole}
     return Assembly(
         groups=tuple(groups),
-        frozen=_frozen(record, producers, unit_of, reasons),
-        index_map=_index_map(record.parameters, unit_of),
+        # A part of a layer (its heads, the dimensions of its heads) is told apart where the rest of it is free.
+        frozen=(*whole, *(entry for entry in frozen if entry.name.partition(":")[0] not in known)),
+        index_map=_index_map(record.parameters, units),
         links=tuple(
             Links(
                 layer,
                 module_of(layer.weight),
-                None if layer.inputs is None else unit_of[layer.inputs],
-                unit_of[layer.outputs],
+                None if layer.inputs is None else units(layer.inputs),
+                units(layer.outputs),
             )
             for layer in record.layers
         ),
-        cost_model=_cost_model(record, groups, unit_of),
+        cost_model=_cost_model(record, groups, units),
+        unit=unit,
     )
+
+
+def _buckets(record: Record, producers: Sequence[Layer]) -> list[tuple[str, Layer, Labels]]:
+    """Returns name, first producer and components of every set of channels that lie in the same places."""
+    solution = record.solution
+    signature = _signatures(record)
+    movable = np.ones(solution.number, dtype=bool)
+    movable[list(solution.frozen)] = False
+    produced = np.zeros(solution.number, dtype=bool)
+    for layer in producers:
+        factors = solution.factors_of(layer.outputs)
+        produced[factors[factors >= 0]] = True
+    # A channel that nothing consumes and nothing produces (a table, a mask) is no group.
+    buckets: dict[int, list[int]] = {}
+    for c in np.flatnonzero(movable & produced).tolist():
+        buckets.setdefault(int(signature[c]), []).append(c)
+    found: list[tuple[str, Layer, Labels]] = []
+    names: dict[str, int] = {}
+    for key, (first, slot) in _first_producer(producers, solution, buckets).items():
+        base = module_of(first.weight) + ("" if slot is None else (":heads", ":dims")[min(slot, 1)])
+        names[base] = names.get(base, 0) + 1
+        name = base if names[base] == 1 else f"{base}:{names[base]}"
+        found.append((name, first, np.array(buckets[key], dtype=np.int64)))
+    return found
 
 
 def _alone(channels: int) -> str:
@@ -179,7 +231,6 @@ def _alone(channels: int) -> str:
 
 def _signatures(record: Record) -> Labels:
     """Returns a 64-bit sum for each component that is equal for components with the same set of places."""
-    component = record.solution.component
     arrays: dict[tuple[object, ...], Labels] = {}
     for parameter in record.parameters:
         for k, labels in enumerate(parameter.dims):
@@ -195,25 +246,30 @@ def _signatures(record: Record) -> Labels:
                 if not isinstance(dim, int):
                     arrays["live", dim.tobytes()] = dim
     rng = np.random.default_rng(20260101)
-    salts = rng.integers(1, 2**62, size=len(arrays), dtype=np.int64)
+    # The outer and the inner factor of a product are different places.
+    salts = rng.integers(1, 2**62, size=(len(arrays), record.solution.factors.shape[1]), dtype=np.int64)
     signature = np.zeros(record.solution.number, dtype=np.int64)
     with np.errstate(over="ignore"):
-        for salt, labels in zip(salts, arrays.values(), strict=True):
-            np.add.at(signature, component[labels], salt)
+        for row, labels in zip(salts, arrays.values(), strict=True):
+            for salt, column in zip(row, record.solution.factors_of(labels).T, strict=True):
+                np.add.at(signature, column[column >= 0], salt)
     return signature
 
 
 def _first_producer(
-    producers: Sequence[Layer], component: Labels, buckets: dict[int, list[int]]
-) -> list[tuple[int, Layer]]:
+    producers: Sequence[Layer], solution: Solution, buckets: dict[int, list[int]]
+) -> dict[int, tuple[Layer, int | None]]:
+    """Returns the first layer that makes each bucket, and which factor of its outputs the bucket is (None: all)."""
     bucket_of: dict[int, int] = {c: key for key, members in buckets.items() for c in members}
-    seen: dict[int, Layer] = {}
+    seen: dict[int, tuple[Layer, int | None]] = {}
     for layer in producers:
-        for c in component[layer.outputs].tolist():
-            key = bucket_of.get(c)
-            if key is not None and key not in seen:
-                seen[key] = layer
-    return list(seen.items())
+        for row in solution.factors_of(layer.outputs).tolist():
+            several = len(row) > 1 and row[1] >= 0
+            for slot, c in enumerate(row):
+                key = bucket_of.get(c)
+                if key is not None and key not in seen:
+                    seen[key] = (layer, slot if several else None)
+    return seen
 
 
 def _stages(layers: Iterable[Layer]) -> dict[str, str]:
@@ -237,15 +293,15 @@ def _stages(layers: Iterable[Layer]) -> dict[str, str]:
 
 
 def _group(record: Record, name: str, members: Labels, place: tuple[int, str]) -> PruningGroup:
-    component = record.solution.component
-    inside = np.zeros(record.solution.number, dtype=bool)
+    factors_of = record.solution.factors_of
+    inside = np.zeros(record.solution.number + 1, dtype=bool)  # the last one is for a factor that is not there
     inside[members] = True
     made: list[str] = []
     used: list[str] = []
     for layer in record.layers:
-        if layer.kind != "norm" and inside[component[layer.outputs]].any():
+        if layer.kind != "norm" and inside[factors_of(layer.outputs)].any():
             made.append(module_of(layer.weight))
-        if layer.inputs is not None and inside[component[layer.inputs]].any():
+        if layer.inputs is not None and inside[factors_of(layer.inputs)].any():
             used.append(module_of(layer.weight))
     approximate = next(
         (record.solution.approximate[c] for c in members.tolist() if c in record.solution.approximate), None
@@ -261,76 +317,94 @@ def _group(record: Record, name: str, members: Labels, place: tuple[int, str]) -
     )
 
 
-def _frozen(record: Record, producers: Sequence[Layer], unit_of: Labels, reasons: dict[int, str]) -> tuple[Frozen, ...]:
+_Units = Callable[[Labels], Labels]
+
+
+def _frozen(record: Record, producers: Sequence[Layer], units: _Units, reasons: dict[int, str]) -> tuple[Frozen, ...]:
     found: dict[str, Frozen] = {}
     for layer in producers:
-        if (unit_of[layer.outputs] >= 0).any():
+        if (units(layer.outputs) >= 0).any():
             continue
-        components = record.solution.component[layer.outputs].tolist()
-        texts = [record.solution.frozen.get(c) or reasons.get(c) for c in components]
+        factors = record.solution.factors_of(layer.outputs).ravel().tolist()
+        whole = record.solution.component[layer.outputs].tolist()
+        texts = [record.solution.frozen.get(c) or reasons.get(c) for c in (*whole, *factors)]
         reason = next((text for text in texts if text), "its channels are not consumed by any layer")
         name = module_of(layer.weight)
         found.setdefault(name, Frozen(name, len(layer.outputs), reason))
     return tuple(found.values())
 
 
-def _index_map(parameters: Iterable[Parameter], unit_of: Labels) -> IndexMap:
+def _index_map(parameters: Iterable[Parameter], units: _Units) -> IndexMap:
     index_map: IndexMap = {}
     for parameter in parameters:
         for k, labels in enumerate(parameter.dims):
             if labels is not None:
-                units = unit_of[labels]
-                if (units >= 0).any():
-                    index_map.setdefault(parameter.name, {})[k] = units
+                found = units(labels)
+                if (found >= 0).any():
+                    index_map.setdefault(parameter.name, {})[k] = found
     return index_map
 
 
 # --- costs --------------------------------------------------------------------------------------------------------
 
 
-def _cost_model(record: Record, groups: Sequence[PruningGroup], unit_of: Labels) -> CostModel:
-    bounds = np.array([group.offset for group in groups], dtype=np.int64)
-    sizes = np.array([group.size for group in groups], dtype=np.int64)
-    cache: dict[bytes, Form] = {}
+def _cost_model(record: Record, groups: Sequence[PruningGroup], units: _Units) -> CostModel:
+    cache: dict[bytes, tuple[Term, ...]] = {}
 
-    def form(labels: Labels) -> Form:
+    def size(labels: Labels) -> tuple[Term, ...]:
         key = labels.tobytes()
         if key not in cache:
-            units = unit_of[labels]
-            kept = units[units >= 0]
-            index = np.searchsorted(bounds, kept, side="right") - 1
-            counts = np.bincount(index, minlength=len(groups)) if len(groups) else np.empty(0, np.int64)
-            terms = tuple((int(g), int(counts[g] // sizes[g])) for g in np.flatnonzero(counts))
-            cache[key] = Form(int((units < 0).sum()), terms)
+            cache[key] = _size(units(labels), groups)
         return cache[key]
 
-    def term(factor: int, dims: Iterable[Labels | int | None], divide: int = 1) -> Term:
-        forms: list[Form] = []
+    def terms(factor: int, dims: Iterable[Labels | int], divide: int = 1) -> list[Term]:
+        sums = [Term(factor)]
         for dim in dims:
-            if dim is None:
-                continue
-            if isinstance(dim, int):
-                factor *= dim
-                continue
-            one = form(dim)
-            if one.terms:
-                forms.append(one)
-            else:
-                factor *= one.const
-        return Term(factor // divide if factor % divide == 0 else factor, tuple(forms))
+            parts = (Term(dim),) if isinstance(dim, int) else size(dim)
+            sums = [Term(a.factor * b.factor, (*a.forms, *b.forms)) for a in sums for b in parts]
+        return [Term(t.factor // divide if t.factor % divide == 0 else t.factor, t.forms) for t in sums]
 
-    def elements(parameter: Parameter, factor: int) -> Term:
-        return term(factor, [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)])
+    def elements(parameter: Parameter, factor: int) -> list[Term]:
+        return terms(factor, [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)])
 
-    live = [tuple(_merge(term(t.itemsize, t.dims, record.batch) for t in tensors)) for tensors in record.live]
+    batch = record.batch
+    live = [
+        tuple(_merge(term for t in tensors for term in terms(t.itemsize, t.dims, batch))) for tensors in record.live
+    ]
     return CostModel(
         groups=tuple(group.name for group in groups),
         sizes=tuple(group.size for group in groups),
-        macs=_merge(term(p.factor, p.dims, record.batch) for p in record.products),
-        params=_merge(elements(p, 1) for p in record.parameters if p.trainable),
-        size_bytes=_merge(elements(p, p.itemsize) for p in record.parameters),
+        macs=_merge(term for p in record.products for term in terms(p.factor, p.dims, batch)),
+        params=_merge(term for p in record.parameters if p.trainable for term in elements(p, 1)),
+        size_bytes=_merge(term for p in record.parameters for term in elements(p, p.itemsize)),
         live=_largest(live),
     )
+
+
+def _size(units: Labels, groups: Sequence[PruningGroup]) -> tuple[Term, ...]:
+    """Returns the number of indices that stay as a sum: one linear form, and a product for each set of groups whose
+    channels meet in an index.
+    """
+    bounds = np.array([group.offset for group in groups], dtype=np.int64)
+    table = units.reshape(len(units), -1)
+    members = np.where(table < 0, -1, np.searchsorted(bounds, table, side="right") - 1)
+    counts: dict[tuple[int, ...], int] = {}
+    rows, numbers = np.unique(np.sort(members, axis=1), axis=0, return_counts=True)
+    for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+        counts[tuple(g for g in row if g >= 0)] = int(number)
+    linear = Form(
+        counts.get((), 0), tuple((k[0], n // groups[k[0]].size) for k, n in sorted(counts.items()) if len(k) == 1)
+    )
+    found: list[Term] = []
+    if linear.terms:
+        found.append(Term(1, (linear,)))
+    elif linear.const:
+        found.append(Term(linear.const))
+    for key, number in counts.items():
+        if len(key) > 1:
+            repeats = number // math.prod(groups[g].size for g in key)
+            found.append(Term(repeats, tuple(Form(0, ((g, 1),)) for g in key)))
+    return tuple(found)
 
 
 def _merge(terms: Iterable[Term]) -> tuple[Term, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.cost import MACS, PARAMS
+from autoprune.network.groups import stays
 from autoprune.network.labels import Labels
 from autoprune.network.surgery import Selection, unit_mask
 from autoprune.network.trace import Network
@@ -60,7 +61,6 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
     graph.
     """
     kept = unit_mask(network, selection)
-    unit_of = _unit_of(network)
     parameters = {parameter.name: parameter for parameter in network.record.parameters}
     rows: dict[str, dict[str, Any]] = {}
     counted: set[str] = set()
@@ -72,13 +72,13 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
         if layer.product is not None:
             product = network.record.products[layer.product]
             for place, mask in enumerate((np.ones_like(kept), kept)):
-                macs[place] = _product(product.factor, [_size(dim, unit_of, mask) for dim in product.dims])
+                macs[place] = _product(product.factor, [_size(network, dim, mask) for dim in product.dims])
         params = [0, 0]
         for name in filter(None, (layer.weight, layer.bias)):
             parameter = parameters[name]
             dims = [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)]
             for place, mask in enumerate((np.ones_like(kept), kept)):
-                params[place] += _product(1, [_size(dim, unit_of, mask) for dim in dims])
+                params[place] += _product(1, [_size(network, dim, mask) for dim in dims])
         # The gates of a recurrent layer repeat its hidden units: each counts once.
         _, first = np.unique(layer.outputs, return_index=True)
         units = links.outputs[first]
@@ -86,7 +86,7 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
             "module": links.module,
             "kind": layer.kind,
             "width_before": len(units),
-            "width_after": _size(first, links.outputs, kept),
+            "width_after": int(stays(units, kept).sum()),
             "macs_before": macs[0] // network.record.batch,
             "macs_after": macs[1] // network.record.batch,
             "params_before": params[0],
@@ -103,22 +103,10 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _unit_of(network: Network) -> Labels:
-    """Returns the unit of every label, -1 where it stays."""
-    component = network.record.solution.component
-    unit = np.full(network.record.solution.number, -1, dtype=np.int64)
-    for links in network.links:
-        for labels, units in ((links.layer.inputs, links.inputs), (links.layer.outputs, links.outputs)):
-            if labels is not None and units is not None:
-                unit[component[labels]] = units
-    return unit[component]
-
-
-def _size(dim: Labels | int, unit_of: Labels, kept: np.ndarray) -> int:
+def _size(network: Network, dim: Labels | int, kept: np.ndarray) -> int:
     if isinstance(dim, int):
         return dim
-    units = unit_of[dim]
-    return int((units < 0).sum() + kept[units[units >= 0]].sum())
+    return int(stays(network.units_of(dim), kept).sum())
 
 
 def _product(factor: int, sizes: Sequence[int]) -> int:

@@ -2,6 +2,9 @@
 
 Decides how labels are made, joined, frozen and solved. Knows nothing of operators, modules or costs. Joins are
 collected as index arrays and solved once, as the connected components of a sparse graph.
+
+A dimension that is split into two that may both shrink (channels into heads and dimensions of a head) is their
+*product*: an index of it stays where both of its factors stay. A component without factors is its own only one.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class LabelStore:
     _right: list[Labels] = field(default_factory=list)
     _frozen: list[tuple[Labels, str]] = field(default_factory=list)
     _approximate: list[tuple[Labels, str]] = field(default_factory=list)
+    _products: list[tuple[Labels, Labels, Labels]] = field(default_factory=list)
 
     def fresh(self, size: int) -> Labels:
         """Returns `size` labels that nothing else has."""
@@ -79,29 +83,98 @@ class LabelStore:
         if labels is not None and labels.size:
             self._approximate.append((labels.ravel(), reason))
 
+    def multiply(self, whole: Labels, outer: Labels, inner: Labels) -> None:
+        """Says that each index of `whole` stays where its label in `outer` and its label in `inner` both stay.
+
+        Raises:
+            ValueError: The arrays differ in length.
+        """
+        if not whole.shape == outer.shape == inner.shape:
+            raise ValueError(f"{whole.shape} labels cannot be products of {outer.shape} and {inner.shape}")
+        self._products.append((whole.ravel(), outer.ravel(), inner.ravel()))
+
     def solve(self) -> Solution:
-        """Returns the component of every label, and what is frozen or approximate."""
+        """Returns the component of every label, its factors, and what is frozen or approximate."""
         left = np.concatenate(self._left) if self._left else np.empty(0, np.int64)
         right = np.concatenate(self._right) if self._right else np.empty(0, np.int64)
-        graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(self.count, self.count))
-        number, component = connected_components(graph, directed=False)
-        component = component.astype(np.int64)
-        return Solution(
-            component=component,
-            number=int(number),
-            frozen=_reasons(component, self._frozen),
-            approximate=_reasons(component, self._approximate),
-        )
+        empty = (np.empty(0, np.int64),) * 3
+        columns = zip(*self._products, strict=True)
+        whole, *parts = [np.concatenate(c) for c in columns] if self._products else empty
+        while True:
+            graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(self.count, self.count))
+            number, component = connected_components(graph, directed=False)
+            component = component.astype(np.int64)
+            # Two products in one component: their outer factors are one, and so are their inner factors.
+            order = np.argsort(component[whole], kind="stable")
+            same = np.flatnonzero(np.diff(component[whole[order]]) == 0)
+            pairs = [(part[order[same]], part[order[same + 1]]) for part in parts]
+            if all((component[a] == component[b]).all() for a, b in pairs):
+                break
+            left = np.concatenate([left, *(a for a, _ in pairs)])
+            right = np.concatenate([right, *(b for _, b in pairs)])
+        children = {
+            int(c): (int(a), int(b))
+            for c, a, b in zip(component[whole], component[parts[0]], component[parts[1]], strict=True)
+        }
+        frozen = _reasons(component, self._frozen)
+        approximate = _reasons(component, self._approximate)
+        factors = _factors(int(number), children, frozen)
+        for reasons in (frozen, approximate):
+            # What must stay as a whole keeps its factors.
+            for c in [c for c in reasons if c in children]:
+                for factor in factors[c][factors[c] >= 0].tolist():
+                    reasons.setdefault(factor, reasons[c])
+        return Solution(component, int(number), frozen, approximate, factors)
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The component of every label; reasons by component for those that are frozen or approximate."""
+    """The component of every label; reasons by component for those that are frozen or approximate.
+
+    `factors` is `(components, k)`: an index of a component stays where all of these stay (-1 fills up). Most
+    components are their own only factor.
+    """
 
     component: Labels
     number: int
     frozen: dict[int, str]
     approximate: dict[int, str]
+    factors: Labels
+
+    def factors_of(self, labels: Labels) -> Labels:
+        """Returns the `(n, k)` factors of every label, -1 where there are fewer."""
+        found: Labels = self.factors[self.component[labels]]
+        return found
+
+
+def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int, str]) -> Labels:
+    """Returns the `(number, k)` table of factors; a component that would be its own factor is frozen."""
+    found: dict[int, tuple[int, ...]] = {}
+
+    def expand(c: int, above: frozenset[int]) -> tuple[int, ...] | None:
+        if c not in children:
+            return (c,)
+        if c not in found:
+            if c in above:
+                return None
+            parts = [expand(child, above | {c}) for child in children[c]]
+            if any(part is None for part in parts):
+                return None
+            found[c] = tuple(dict.fromkeys(f for part in parts if part is not None for f in part))
+        return found[c]
+
+    rows: list[tuple[int, ...]] = [(c,) for c in range(number)]
+    for c in children:
+        expanded = expand(c, frozenset())
+        if expanded is None:
+            for one in (c, *children[c]):
+                frozen.setdefault(one, "it is split and put together again in another order")
+        else:
+            rows[c] = expanded
+    table = np.full((number, max((len(row) for row in rows), default=1)), -1, dtype=np.int64)
+    for c, row in enumerate(rows):
+        table[c, : len(row)] = row
+    return table
 
 
 def _reasons(component: Labels, entries: list[tuple[Labels, str]]) -> dict[int, str]:

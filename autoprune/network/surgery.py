@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.groups import stays
 from autoprune.network.labels import Labels
 from autoprune.network.recurrent import refresh_recurrent
 from autoprune.network.trace import Network
@@ -48,7 +49,7 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
 
 def kept_indices(units: Labels, kept: np.ndarray) -> Labels:
     """Returns the indices of one parameter dimension that stay; `units` is its row of the index map."""
-    return np.flatnonzero((units < 0) | kept[np.maximum(units, 0)])
+    return np.flatnonzero(stays(units, kept))
 
 
 def cut(network: Network, selection: Selection) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 
 from autoprune.network.compensation import entries_of, layer_moments
 from autoprune.network.criteria import Evidence, Scores
-from autoprune.network.groups import Links, PruningGroup
+from autoprune.network.groups import Links, PruningGroup, positions_in
 
 Tables = dict[str, dict[str, tuple[float, ...]]]
 """Group → criterion → relative error at each width from 0 to the group's size; falls with width, 0 at full width."""
@@ -48,8 +48,8 @@ def _consumer_curve(evidence: Evidence, links: Links, group: PruningGroup, order
     """Returns the relative error of one consumer at widths 0 .. n."""
     assert links.inputs is not None
     moments = evidence.statistics[links.module]
-    position = links.inputs - group.offset
-    inside = (links.inputs >= group.offset) & (position < group.size)
+    position = positions_in(links.inputs, group)
+    inside = position >= 0
     rank = np.empty(group.size, dtype=np.int64)
     rank[order] = np.arange(group.size)
     own = np.flatnonzero(inside)

@@ -44,6 +44,29 @@ class Layer:
     """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A number in a call of `view` and its kin: the size of a dimension with labels, written down in a module."""
+
+    module: str
+    number: int
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Queries of an attention whose scale follows from their width: the rows of a parameter that make them.
+
+    `rows` are positions along the first dimension of `weight` (and `bias`); `width` are the labels of one head's
+    dimensions.
+    """
+
+    weight: str
+    bias: str | None
+    rows: Labels
+    width: Labels
+
+
 @dataclass(slots=True)
 class Tape:
     """What the rules write to."""
@@ -61,6 +84,16 @@ class Tape:
     shapes: tuple[tuple[int, ...], ...] = ()
     normalised: bool = False
     """Whether a batch norm reads the result of the node at work."""
+    sizes: frozenset[int] = frozenset()
+    """Integer attributes of the module at work: a number among them may follow when channels go."""
+    inferred: int | None = None
+    """Axis of the result whose size the call leaves open (-1)."""
+    query: tuple[str, str | None, Labels] | None = None
+    """Weight, bias and rows that make the queries of the attention at work, where they can be told."""
+    queries: list[Query] = field(default_factory=list)
+    contracted: list[Labels] = field(default_factory=list)
+    """Dimensions that a product of activations sums over: no weight consumes them."""
+    literals: list[Size] = field(default_factory=list)
 
     def fixed(self, size: int, reason: str) -> Labels:
         """Returns labels that are frozen from the start."""

@@ -31,8 +31,9 @@ from autoprune.network.groups import (
     PruningGroup,
     Record,
     assemble,
+    units_of,
 )
-from autoprune.network.labels import Value
+from autoprune.network.labels import Labels, Value
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 
@@ -113,6 +114,10 @@ class Network:
             if group.name == name:
                 return group
         raise TraceError(f"no pruning group {name!r}{nearest(name, [g.name for g in self.groups])}")
+
+    def units_of(self, labels: Labels) -> Labels:
+        """Returns the units of labels of the record, as in the index map."""
+        return units_of(self.record.solution, self.assembly.unit, labels)
 
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""
