@@ -1,7 +1,8 @@
 """Pruned models on disk: `model.safetensors` and `policy.json`, never a pickle, and how they come back.
 
 Decides what is written beside the weights so that a pruned model can be rebuilt from its original class without
-tracing: the kept channels, the depthwise layers whose `groups` follow, and how the dense model was built. A folder is
+tracing: the kept channels, the depthwise layers whose `groups` follow, integer attributes such as the number of heads,
+and how the dense model was built. A folder is
 written whole or not at all.
 """
 
@@ -20,8 +21,9 @@ from torch import nn
 from autoprune.errors import CheckpointError
 from autoprune.network.checkpoints import read_state, save_state
 from autoprune.network.inspection import layer_table
+from autoprune.network.literals import set_attributes
 from autoprune.network.models import build_model
-from autoprune.network.surgery import Selection, refresh_attributes
+from autoprune.network.surgery import Selection, attribute_values, refresh_attributes, unit_mask
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
 
@@ -44,6 +46,7 @@ def model_document(
         "policy": policy.to_json() if policy is not None else None,
         "kept": {name: [int(i) for i in kept] for name, kept in selection.items()},
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
+        "attributes": attribute_values(network, unit_mask(network, selection)),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
         "dense_costs": dense,
@@ -144,6 +147,7 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
             if buffer is not None and prefix + name in state:
                 module._buffers[name] = state[prefix + name].to(buffer.dtype)
         refresh_attributes(module, depthwise=module_path in depthwise)
+    set_attributes(model, document.get("attributes", {}))
     return model
 
 

@@ -136,8 +136,8 @@ def stays(units: Labels, kept: np.ndarray) -> np.ndarray:
     """Returns which indices stay, `(n,)`; `units` as in `IndexMap`, `kept` a boolean for each unit."""
     if not len(kept):
         return np.ones(len(units), dtype=bool)
-    found = (units < 0) | kept[np.maximum(units, 0)]
-    return found if found.ndim == 1 else found.all(axis=1)
+    found: np.ndarray = (units < 0) | kept[np.maximum(units, 0)]
+    return found if found.ndim == 1 else np.all(found, axis=1)
 
 
 def module_of(parameter: str) -> str:
@@ -264,11 +264,11 @@ def _first_producer(
     seen: dict[int, tuple[Layer, int | None]] = {}
     for layer in producers:
         for row in solution.factors_of(layer.outputs).tolist():
-            several = len(row) > 1 and row[1] >= 0
-            for slot, c in enumerate(row):
+            free = [c for c in row if c >= 0 and c not in solution.frozen]
+            for slot, c in enumerate(free):
                 key = bucket_of.get(c)
                 if key is not None and key not in seen:
-                    seen[key] = (layer, slot if several else None)
+                    seen[key] = (layer, slot if len(free) > 1 else None)
     return seen
 
 

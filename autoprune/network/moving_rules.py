@@ -75,6 +75,13 @@ def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, 
     )
 
 
+def unbind(tape: Tape, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """Takes a dimension apart into its single indices."""
+    axis = dim % len(x.shape)
+    tape.labels.freeze(x.dims[axis], f"taken apart one by one at {tape.where}")
+    return tuple(Value(shape, x.dims[:axis] + x.dims[axis + 1 :]) for shape in tape.shapes)
+
+
 def slice_(tape: Tape, x: Value, dim: int = 0, *_: Any, **__: Any) -> Value:
     """Cuts a dimension by constant bounds, which stay where they are when channels go."""
     axis = dim % len(x.shape)

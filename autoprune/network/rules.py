@@ -44,6 +44,7 @@ from autoprune.network.moving_rules import (
     select,
     slice_,
     transpose,
+    unbind,
 )
 from autoprune.network.recurrent import RECURRENT_RULES
 from autoprune.network.reshape_rules import reshape
@@ -95,6 +96,7 @@ RULES: dict[str, Rule] = {
     "chunk": chunk,
     "split": chunk,
     "split_with_sizes": chunk,
+    "unbind": unbind,
     "slice": slice_,
     "select": select,
     "pad": pad,

@@ -7,6 +7,7 @@ changed. Knows nothing of how channels are chosen.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.groups import stays
 from autoprune.network.labels import Labels
+from autoprune.network.literals import set_attributes
 from autoprune.network.recurrent import refresh_recurrent
 from autoprune.network.trace import Network
 
@@ -68,7 +70,45 @@ def cut(network: Network, selection: Selection) -> nn.Module:
             if len(index) < tensor.shape[dim]:
                 tensor = tensor.index_select(dim, index)
         smaller[name] = tensor
-    return rebuild(network, smaller)
+    for name, factors in row_factors(network, kept).items():
+        tensor = smaller.get(name, state[name].detach())
+        smaller[name] = tensor * factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
+    model = rebuild(network, smaller)
+    set_attributes(model, attribute_values(network, kept))
+    return model
+
+
+def row_factors(network: Network, kept: np.ndarray) -> dict[str, Tensor]:
+    """Returns the factors of the rows that stay in parameters that make queries: parameter → `(rows,)`.
+
+    An attention that divides by the root of a head's width divides by less when dimensions go; the factors make up for
+    it.
+    """
+    factors: dict[str, Tensor] = {}
+    state = _state(network.model)
+    for query in network.record.queries:
+        stay = stays(network.units_of(query.width), kept)
+        if stay.all():
+            continue
+        ratio = math.sqrt(stay.sum() / len(stay))
+        for name in filter(None, (query.weight, query.bias)):
+            whole = factors.setdefault(name, torch.ones(state[name].shape[0], dtype=torch.float64))
+            whole[torch.from_numpy(query.rows)] = ratio
+    for name, whole in factors.items():
+        units = network.index_map.get(name, {}).get(0)
+        if units is not None:
+            factors[name] = whole[torch.from_numpy(kept_indices(units, kept))]
+    return factors
+
+
+def attribute_values(network: Network, kept: np.ndarray) -> dict[str, dict[str, int]]:
+    """Returns the integer attributes that change: module path → name → new value."""
+    values: dict[str, dict[str, int]] = {}
+    for attribute in network.attributes:
+        stay = stays(attribute.units, kept)
+        if not stay.all():
+            values.setdefault(attribute.module, {})[attribute.name] = int(stay.sum())
+    return values
 
 
 def rebuild(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -126,22 +166,32 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
 def masked_twin(network: Network, selection: Selection) -> nn.Module:
     """Returns a copy of the dense model in which every layer ignores the channels that `selection` leaves out.
 
-    The removed channels are still computed; the weights that consume them are zero. A surgically pruned network must
-    give the same output.
+    The removed channels are still computed; the weights that consume them are zero. Channels that a product of
+    activations sums over (dimensions of queries and keys) have no such weights: those that make them are zero. A
+    surgically pruned network must give the same output.
     """
     kept = unit_mask(network, selection)
     twin = copy.deepcopy(network.model)
     state = _state(twin)
-    with torch.no_grad():
-        for links in network.links:
-            dim = links.layer.in_dim
-            if links.inputs is None or dim is None:
-                continue
-            gone = np.flatnonzero((links.inputs >= 0) & ~kept[np.maximum(links.inputs, 0)])
-            if len(gone):
-                weight = state[links.layer.weight]
-                weight.index_fill_(dim, torch.from_numpy(gone).to(weight.device), 0.0)
+    summed = np.zeros(len(kept), dtype=bool)
+    for labels in network.record.contracted:
+        units = network.units_of(labels)
+        summed[units[units >= 0]] = True
+    for links in network.links:
+        layer = links.layer
+        if links.inputs is not None and layer.in_dim is not None:
+            _zero(state[layer.weight], layer.in_dim, ~stays(links.inputs, kept))
+        gone = ~stays(links.outputs, kept | ~summed)
+        _zero(state[layer.weight], layer.out_dim, gone)
+        if layer.bias is not None:
+            _zero(state[layer.bias], 0, gone)
     return twin
+
+
+def _zero(tensor: Tensor, dim: int, gone: np.ndarray) -> None:
+    if gone.any():
+        with torch.no_grad():
+            tensor.index_fill_(dim, torch.from_numpy(np.flatnonzero(gone)).to(tensor.device), 0.0)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ from autoprune.network.groups import (
     units_of,
 )
 from autoprune.network.labels import Labels, Value
+from autoprune.network.literals import Attribute, following, inferred_axis, width_attributes, written_sizes
+from autoprune.network.queries import query_rows
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 
@@ -103,6 +105,11 @@ class Network:
     def links(self) -> tuple[Links, ...]:
         """Every use of a weight, in the order of the graph."""
         return self.assembly.links
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        """Integer attributes of modules that must follow when channels go."""
+        return following(self.model, [(s.module, s.number, self.units_of(s.labels)) for s in self.record.literals])
 
     def group(self, name: str) -> PruningGroup:
         """Returns the group called `name`.
@@ -228,6 +235,7 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
     }
     parameters: dict[str, Parameter] = {}
     tied: dict[int, Value] = {}
+    widths = {path: frozenset(width_attributes(module).values()) for path, module in model.named_modules()}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = named.get(node.name)
@@ -240,7 +248,9 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
                 # It is not in the state dict, so a saved model could not get its smaller form back.
                 tape.freeze_all(env[node], f"combined with the buffer {name}, which is not saved with the model")
         elif node.op == "call_function":
+            _prepare(tape, node, widths, named)
             env[node] = _call(tape, node, env)
+            tape.literals += written_sizes(node, operator_name(node.target), _module(node), env[node])
         elif node.op == "get_attr":
             env[node] = None
         elif node.op == "output":
@@ -263,6 +273,9 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
         parameters=tuple(parameters.values()),
         live=_live(program.graph, env),
         batch=batch,
+        literals=tuple(tape.literals),
+        queries=tuple(tape.queries),
+        contracted=tuple(tape.contracted),
     )
     return record, tape.unknown
 
@@ -286,6 +299,15 @@ def _placeholder(
     trainable = isinstance(tensor, nn.Parameter)
     parameters[name] = Parameter(name, shape, tensor.element_size(), trainable, dims)
     return Value(shape, dims, name)
+
+
+def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[int]], named: dict[str, str]) -> None:
+    """Tells the tape what the rules of reshaping and of attention need to know about a call."""
+    name = operator_name(node.target)
+    result = node.meta.get("val")
+    tape.sizes = widths.get(_module(node), frozenset())
+    tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
+    tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
 
 
 def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:
@@ -319,12 +341,16 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     return values if isinstance(result, (tuple, list)) else values[0]
 
 
-def _where(node: torch.fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
+def _module(node: torch.fx.Node) -> str:
+    """Returns the path of the module whose forward pass made a node; the root's is empty."""
     path = ""
-    for entry in stack.values():
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
         path = entry[0] if isinstance(entry, tuple) else str(entry)
-    return path or node.name
+    return re.sub(r"@\d+", "", path)  # a module's second call is written with a number
+
+
+def _where(node: torch.fx.Node) -> str:
+    return _module(node) or node.name
 
 
 def _live(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[LiveTensor, ...], ...]:

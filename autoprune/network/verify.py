@@ -7,6 +7,7 @@ first; only where that fails are they halved until the guilty ones are found.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,23 +24,31 @@ more."""
 
 
 def verified(network: Network) -> Network:
-    """Returns the network with every group frozen that does not survive pruning, with the reason."""
-    reasons = _search(network, [group.name for group in network.groups])
-    return network.freeze(reasons) if reasons else network
+    """Returns the network with every group frozen that does not survive pruning, with the reason.
+
+    Groups that must equal their masked twin are compared with it first, then all are tried together.
+    """
+    exact = [group.name for group in network.groups if not group.approximate]
+    for names in (exact, [group.name for group in network.groups]):
+        left = {group.name for group in network.groups}
+        reasons = _search(network, [name for name in names if name in left])
+        network = network.freeze(reasons) if reasons else network
+    return network
 
 
 def _search(network: Network, names: list[str]) -> dict[str, str]:
-    fault = check(network, names)
+    fault = check(network, names) if names else None
     if fault is None:
         return {}
     if len(names) == 1:
         return {names[0]: fault}
-    middle = len(names) // 2
-    found = _search(network, names[:middle]) | _search(network, names[middle:])
+    found: dict[str, str] = {}
+    for part in _parts(names):
+        found |= _search(network, part)
     left = [name for name in names if name not in found]
     if not left or check(network, left) is None:
         return found
-    # Each half is sound and both together are not: add one at a time and freeze those that do not get along.
+    # Each part is sound and all together are not: add one at a time and freeze those that do not get along.
     good: list[str] = []
     for name in left:
         fault = check(network, [*good, name])
@@ -48,6 +57,19 @@ def _search(network: Network, names: list[str]) -> dict[str, str]:
         else:
             found[name] = fault
     return found
+
+
+def _parts(names: list[str]) -> list[list[str]]:
+    """Divides groups by kind where there are several (names that differ in numbers alone), else into halves.
+
+    What breaks the heads of one layer breaks them in every layer, and leaves the hidden widths alone.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    if len(kinds) > 1:
+        return list(kinds.values())
+    return [names[: len(names) // 2], names[len(names) // 2 :]]
 
 
 def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
@@ -66,6 +88,8 @@ def check(network: Network, names: list[str]) -> str | None:
     pruned = cut(network, selection)
     inputs = _informative(network.example_inputs)
     try:
+        # Shapes first: on the meta device a network that does not run fails in no time.
+        counted = count_macs(pruned, network.example_inputs)
         with evaluating(pruned), torch.no_grad():
             output = pruned(*inputs)
     except Exception as error:  # whatever the model's own code raises on unexpected widths
@@ -79,7 +103,7 @@ def check(network: Network, names: list[str]) -> str | None:
         if not difference <= TOLERANCE:
             return f"the pruned network differs from its masked twin (relative error {difference:.1e})"
     widths = {name: len(kept) for name, kept in selection.items()}
-    counted, priced = count_macs(pruned, network.example_inputs), network.cost_model.cost("macs", widths)
+    priced = network.cost_model.cost("macs", widths)
     if counted != priced:
         return f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
     return None
