@@ -16,6 +16,7 @@ from autoprune import report
 from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline
+from autoprune.network.attention import replace_attention
 from autoprune.network.data import as_splits
 from autoprune.network.evaluation import check_task
 from autoprune.space import Space
@@ -79,7 +80,8 @@ def search(
     check_task(splits, loss=loss, metric=metric)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    ingredients = pipeline.Ingredients(copy.deepcopy(model).eval(), splits, origin, key, loss, metric)
+    dense = replace_attention(copy.deepcopy(model)).eval()
+    ingredients = pipeline.Ingredients(dense, splits, origin, key, loss, metric)
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with report.Progress() as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress)

@@ -2,8 +2,8 @@
 
 Decides what is written beside the weights so that a pruned model can be rebuilt from its original class without
 tracing: the kept channels, the depthwise layers whose `groups` follow, integer attributes such as the number of heads,
-and how the dense model was built. A folder is
-written whole or not at all.
+which attention modules were replaced by equivalent ones that may lose heads, and how the dense model was built. A
+folder is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.errors import CheckpointError
+from autoprune.network.attention import replace_attention, replaced
 from autoprune.network.checkpoints import read_state, save_state
 from autoprune.network.inspection import layer_table
 from autoprune.network.literals import set_attributes
@@ -46,6 +47,7 @@ def model_document(
         "policy": policy.to_json() if policy is not None else None,
         "kept": {name: [int(i) for i in kept] for name, kept in selection.items()},
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
+        "replaced": replaced(network.model),
         "attributes": attribute_values(network, unit_mask(network, selection)),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
@@ -124,6 +126,8 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
     Raises:
         CheckpointError: Names do not match, or a tensor is larger than the dense model's.
     """
+    if document.get("replaced"):
+        replace_attention(model)
     state = read_state(folder / WEIGHTS)
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -40,7 +40,7 @@ class Evidence:
         found: dict[str, Links] = {}
         for links in self.network.links:
             if links.layer.kind in kinds and _inside(links.outputs, group).any():
-                found.setdefault(links.layer.weight, links)
+                found.setdefault(f"{links.layer.weight}:{links.layer.start}", links)
         return list(found.values())
 
     def consumers(self, group: PruningGroup) -> list[Links]:
@@ -65,8 +65,9 @@ def _inside(units: np.ndarray, group: PruningGroup) -> np.ndarray:
 
 
 def _rows(links: Links, weight: Tensor) -> Tensor:
-    """Returns the weight as `(outputs, fan-in)` double."""
-    return weight.movedim(links.layer.out_dim, 0).reshape(weight.shape[links.layer.out_dim], -1).double()
+    """Returns the rows of the weight that a layer uses as `(outputs, fan-in)` double."""
+    rows = weight.movedim(links.layer.out_dim, 0).reshape(weight.shape[links.layer.out_dim], -1).double()
+    return rows[links.layer.start : links.layer.start + len(links.outputs)]
 
 
 def _by_unit(values: Tensor, units: np.ndarray, group: PruningGroup) -> Scores:
@@ -161,7 +162,8 @@ def taylor(evidence: Evidence, group: PruningGroup) -> Scores:
         names = [links.layer.weight] + ([links.layer.bias] if links.layer.kind == "norm" and links.layer.bias else [])
         batches = [sum(parts) for parts in zip(*(evidence.gradients[name] for name in names), strict=True)]
         for products in batches:
-            total += _by_unit(torch.as_tensor(products).double(), links.outputs, group) ** 2
+            used = torch.as_tensor(products).double()[links.layer.start : links.layer.start + len(links.outputs)]
+            total += _by_unit(used, links.outputs, group) ** 2
     return _relative(total)
 
 

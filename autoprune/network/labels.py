@@ -29,7 +29,9 @@ class Value:
     shape: tuple[int, ...]
     dims: tuple[Labels | None, ...]
     name: str | None = None
-    """Qualified name of the parameter or buffer that this tensor is, if it is one."""
+    """Qualified name of the parameter or buffer that this tensor is, or is some rows of."""
+    start: int = 0
+    """The first of these rows."""
     constant: bool = False
     """Whether it was made out of nothing but its shape (zeros, ones)."""
 

@@ -120,6 +120,8 @@ def _layer(
             node=tape.node,
             product=len(tape.products) - 1 if kind not in ("norm", "embedding") else None,
             normalised=tape.normalised,
+            start=weight.start,
+            bias_start=bias.start if bias is not None else 0,
         )
     )
 

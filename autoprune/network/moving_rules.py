@@ -69,9 +69,10 @@ def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, 
             tape.labels.join(parts[0], part)
     else:
         tape.labels.freeze(labels, f"split at {tape.where} into parts of fixed, unequal width")
+    name = x.name if axis == 0 else None
     return tuple(
-        Value(shape, (*x.dims[:axis], part, *x.dims[axis + 1 :]))
-        for shape, part in zip(tape.shapes, parts, strict=True)
+        Value(shape, (*x.dims[:axis], part, *x.dims[axis + 1 :]), name, x.start + int(start))
+        for shape, part, start in zip(tape.shapes, parts, bounds, strict=False)
     )
 
 
@@ -113,9 +114,13 @@ def pad(tape: Tape, x: Value, padding: Sequence[int], *_: Any, **__: Any) -> Val
 
 
 def expand(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
-    """Broadcasts dimensions of size 1; leading dimensions are new."""
+    """Broadcasts dimensions of size 1, each to channels of its own; leading dimensions are new."""
     lead = len(tape.shape) - len(x.shape)
-    dims = [None] * lead + [d if x.shape[k] == tape.shape[lead + k] else None for k, d in enumerate(x.dims)]
+    dims: list[Labels | None] = [None] * lead
+    for k, labels in enumerate(x.dims):
+        size = tape.shape[lead + k]
+        # Its indices are all alike, so it is as wide as what it meets.
+        dims.append(labels if x.shape[k] == size else tape.labels.fresh(size) if lead + k else None)
     return Value(tape.shape, tuple(dims))
 
 

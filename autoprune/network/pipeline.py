@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from autoprune.budget import resolve_budget
 from autoprune.errors import DataError, InputError, nearest
+from autoprune.network.attention import prunable
 from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
@@ -134,7 +135,9 @@ def ingredients_of(space: Space, *, cache: Path) -> Ingredients:
     if space.checkpoint is not None:
         load_checkpoint(model, space.checkpoint)
     untrained = space.checkpoint is None and space.model.weights is None
-    return Ingredients(model.eval(), splits, origin, digest([asdict(settings), space.seed]), untrained=untrained)
+    return Ingredients(
+        prunable(model).eval(), splits, origin, digest([asdict(settings), space.seed]), untrained=untrained
+    )
 
 
 def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note: Note) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoprune.network.attention_rules import attention, matmul
+from autoprune.network.attention_rules import attention, matmul, vector_norm
 from autoprune.network.elementwise_rules import (
     BINARY,
     UNARY,
@@ -112,6 +112,7 @@ RULES: dict[str, Rule] = {
     "softmax": normalise_over,
     "log_softmax": normalise_over,
     "scaled_dot_product_attention": attention,
+    "linalg_vector_norm": vector_norm,
     "roll": roll,
     "masked_fill": masked_fill,
     "index": index,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.attention import refresh_multihead
 from autoprune.network.groups import stays
 from autoprune.network.labels import Labels
 from autoprune.network.literals import set_attributes
@@ -157,6 +158,8 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
     elif isinstance(module, nn.GroupNorm):
         if isinstance(weight, Tensor):
             module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.MultiheadAttention):
+        refresh_multihead(module)
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.PReLU):
@@ -179,12 +182,15 @@ def masked_twin(network: Network, selection: Selection) -> nn.Module:
         summed[units[units >= 0]] = True
     for links in network.links:
         layer = links.layer
+        weight = state[layer.weight]
+        if layer.out_dim == 0:  # the rows that this layer uses
+            weight = weight[layer.start : layer.start + len(links.outputs)]
         if links.inputs is not None and layer.in_dim is not None:
-            _zero(state[layer.weight], layer.in_dim, ~stays(links.inputs, kept))
+            _zero(weight, layer.in_dim, ~stays(links.inputs, kept))
         gone = ~stays(links.outputs, kept | ~summed)
-        _zero(state[layer.weight], layer.out_dim, gone)
+        _zero(weight, layer.out_dim, gone)
         if layer.bias is not None:
-            _zero(state[layer.bias], 0, gone)
+            _zero(state[layer.bias][layer.bias_start : layer.bias_start + len(gone)], 0, gone)
     return twin
 
 

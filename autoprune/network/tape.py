@@ -40,6 +40,10 @@ class Layer:
     node: str = ""
     product: int | None = None
     """Index of the layer's product on the tape; None for a layer that multiplies nothing."""
+    start: int = 0
+    """First row of the weight that is used, where a part of it is; `outputs` (or `inputs`) tell how many."""
+    bias_start: int = 0
+    """First entry of the bias that is used."""
     normalised: bool = False
     """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
 

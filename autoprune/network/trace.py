@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.cost import CostModel
 from autoprune.errors import TraceError, nearest
+from autoprune.network.attention import prunable
 from autoprune.network.groups import (
     Assembly,
     Frozen,
@@ -70,7 +71,8 @@ _ALIASES = frozenset(
 class Network:
     """A model that was traced: its pruning groups, what is frozen and why, and its exact cost model.
 
-    `model` is the dense model itself and is never changed. `example_inputs` keep the shapes that it was traced with;
+    `model` is the dense model itself, or a copy of it in which attention modules that cannot lose heads are replaced
+    by equivalent ones; it is never changed. `example_inputs` keep the shapes that it was traced with;
     the first dimension of the first one is the batch, and costs are for one sample.
     """
 
@@ -146,6 +148,7 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
         raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
+    model = prunable(model)
     with evaluating(model):
         program = _export(model, inputs)
         record, unknown = _run(program, model, inputs[0].shape[0])
