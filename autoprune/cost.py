@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeVar
 
 MACS = "macs"
@@ -30,14 +31,18 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The product of `factor` and of all `forms`."""
+    """The product of `factor` and of all `forms`, divided by `divisor`.
+
+    What is computed once for a whole batch costs a sample a fraction, which need not be whole.
+    """
 
     factor: int
     forms: tuple[Form, ...] = ()
+    divisor: int = 1
 
 
 def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
-    total = 0
+    total, shared = 0, Fraction(0)
     for term in terms:
         product = term.factor
         for form in term.forms:
@@ -45,8 +50,11 @@ def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
             for group, coefficient in form.terms:
                 size += coefficient * widths[group]
             product *= size
-        total += product
-    return total
+        if term.divisor == 1:
+            total += product
+        else:
+            shared += Fraction(product, term.divisor)
+    return int(total + shared)
 
 
 @dataclass(frozen=True, slots=True)

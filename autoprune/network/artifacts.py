@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoprune.errors import CheckpointError
@@ -24,7 +25,7 @@ from autoprune.network.checkpoints import read_state, save_state
 from autoprune.network.inspection import layer_table
 from autoprune.network.literals import set_attributes
 from autoprune.network.models import build_model
-from autoprune.network.surgery import Selection, attribute_values, refresh_attributes, unit_mask
+from autoprune.network.surgery import Selection, attribute_values, kept_indices, refresh_attributes, unit_mask
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
 
@@ -49,6 +50,7 @@ def model_document(
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
         "replaced": replaced(network.model),
         "attributes": attribute_values(network, unit_mask(network, selection)),
+        "buffers": _unsaved_buffers(network, selection),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
         "dense_costs": dense,
@@ -136,6 +138,7 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
         lists = {"missing": missing, "unexpected": unexpected, "larger than dense": sorted(larger)}
         detail = "\n".join(f"  {len(names)} {kind}: {', '.join(names[:8])}" for kind, names in lists.items() if names)
         raise CheckpointError(f"{folder} does not belong to {type(model).__name__}:\n{detail}")
+    _cut_buffers(model, document.get("buffers", {}))
     depthwise = set(document.get("depthwise", ()))
     replaced: dict[int, nn.Parameter] = {}
     for module_path, module in model.named_modules():
@@ -153,6 +156,31 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
         refresh_attributes(module, depthwise=module_path in depthwise)
     set_attributes(model, document.get("attributes", {}))
     return model
+
+
+def _unsaved_buffers(network: Network, selection: Selection) -> dict[str, dict[str, list[int]]]:
+    """Returns what stays of the buffers that a state dict leaves out: name → dimension → indices."""
+    kept, saved = unit_mask(network, selection), network.model.state_dict().keys()
+    buffers = {name for name, _ in network.model.named_buffers(remove_duplicate=False)} - saved
+    return {
+        name: {str(dim): kept_indices(units, kept).tolist() for dim, units in dims.items()}
+        for name, dims in network.index_map.items()
+        if name in buffers
+    }
+
+
+def _cut_buffers(model: nn.Module, buffers: Mapping[str, Mapping[str, list[int]]]) -> None:
+    for name, dims in buffers.items():
+        path, _, own = name.rpartition(".")
+        try:
+            buffer = model.get_buffer(name)
+        except AttributeError as error:
+            raise CheckpointError(f"{type(model).__name__} has no buffer {name!r}") from error
+        for dim, indices in dims.items():
+            if max(indices) >= buffer.shape[int(dim)]:
+                raise CheckpointError(f"the buffer {name!r} of {type(model).__name__} is smaller than the saved one's")
+            buffer = buffer.index_select(int(dim), torch.tensor(indices, device=buffer.device))
+        model.get_submodule(path)._buffers[own] = buffer
 
 
 def _larger(saved: tuple[int, ...], dense: tuple[int, ...]) -> bool:

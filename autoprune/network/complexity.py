@@ -23,7 +23,7 @@ def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Returns the multiply-accumulates of one forward pass for one sample, as `torch.utils.flop_counter` counts
     them.
     """
-    twin = copy.deepcopy(model).to("meta")
+    twin = copy.deepcopy(model).to("meta").requires_grad_(False)  # the counter wants gradients of what could have some
     fake = tuple(torch.empty_like(x, device="meta") for x in inputs)
     with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():  # type: ignore[no-untyped-call]
         twin(*fake)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoprune.cost import CostModel, Form, Term
+from autoprune.cost import CostModel
 from autoprune.network.labels import Labels, Solution
+from autoprune.network.pricing import cost_model
 from autoprune.network.tape import Layer, Product, Query, Size
 
 
@@ -193,7 +194,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
             )
             for layer in record.layers
         ),
-        cost_model=_cost_model(record, groups, units),
+        cost_model=cost_model(record, groups, units),
         unit=unit,
     )
 
@@ -343,86 +344,3 @@ def _index_map(parameters: Iterable[Parameter], units: _Units) -> IndexMap:
                 if (found >= 0).any():
                     index_map.setdefault(parameter.name, {})[k] = found
     return index_map
-
-
-# --- costs --------------------------------------------------------------------------------------------------------
-
-
-def _cost_model(record: Record, groups: Sequence[PruningGroup], units: _Units) -> CostModel:
-    cache: dict[bytes, tuple[Term, ...]] = {}
-
-    def size(labels: Labels) -> tuple[Term, ...]:
-        key = labels.tobytes()
-        if key not in cache:
-            cache[key] = _size(units(labels), groups)
-        return cache[key]
-
-    def terms(factor: int, dims: Iterable[Labels | int], divide: int = 1) -> list[Term]:
-        sums = [Term(factor)]
-        for dim in dims:
-            parts = (Term(dim),) if isinstance(dim, int) else size(dim)
-            sums = [Term(a.factor * b.factor, (*a.forms, *b.forms)) for a in sums for b in parts]
-        return [Term(t.factor // divide if t.factor % divide == 0 else t.factor, t.forms) for t in sums]
-
-    def elements(parameter: Parameter, factor: int) -> list[Term]:
-        return terms(factor, [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)])
-
-    batch = record.batch
-    live = [
-        tuple(_merge(term for t in tensors for term in terms(t.itemsize, t.dims, batch))) for tensors in record.live
-    ]
-    return CostModel(
-        groups=tuple(group.name for group in groups),
-        sizes=tuple(group.size for group in groups),
-        macs=_merge(term for p in record.products for term in terms(p.factor, p.dims, batch)),
-        params=_merge(term for p in record.parameters if p.trainable for term in elements(p, 1)),
-        size_bytes=_merge(term for p in record.parameters for term in elements(p, p.itemsize)),
-        live=_largest(live),
-    )
-
-
-def _size(units: Labels, groups: Sequence[PruningGroup]) -> tuple[Term, ...]:
-    """Returns the number of indices that stay as a sum: one linear form, and a product for each set of groups whose
-    channels meet in an index.
-    """
-    bounds = np.array([group.offset for group in groups], dtype=np.int64)
-    table = units.reshape(len(units), -1)
-    members = np.where(table < 0, -1, np.searchsorted(bounds, table, side="right") - 1)
-    counts: dict[tuple[int, ...], int] = {}
-    rows, numbers = np.unique(np.sort(members, axis=1), axis=0, return_counts=True)
-    for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
-        counts[tuple(g for g in row if g >= 0)] = int(number)
-    linear = Form(
-        counts.get((), 0), tuple((k[0], n // groups[k[0]].size) for k, n in sorted(counts.items()) if len(k) == 1)
-    )
-    found: list[Term] = []
-    if linear.terms:
-        found.append(Term(1, (linear,)))
-    elif linear.const:
-        found.append(Term(linear.const))
-    for key, number in counts.items():
-        if len(key) > 1:
-            repeats = number // math.prod(groups[g].size for g in key)
-            found.append(Term(repeats, tuple(Form(0, ((g, 1),)) for g in key)))
-    return tuple(found)
-
-
-def _merge(terms: Iterable[Term]) -> tuple[Term, ...]:
-    """Adds up terms with the same forms."""
-    sums: dict[tuple[Form, ...], int] = {}
-    for term in terms:
-        forms = tuple(sorted(term.forms, key=lambda f: (f.terms, f.const)))
-        sums[forms] = sums.get(forms, 0) + term.factor
-    return tuple(Term(factor, forms) for forms, factor in sums.items() if factor)
-
-
-def _largest(points: Sequence[tuple[Term, ...]]) -> tuple[tuple[Term, ...], ...]:
-    """Drops points of the graph whose sum can never be the largest: each of their terms is exceeded in another
-    point.
-    """
-    kept: list[dict[tuple[Form, ...], int]] = []
-    for terms in sorted({frozenset(p) for p in points}, key=lambda p: -sum(t.factor for t in p)):
-        table = {t.forms: t.factor for t in terms}
-        if not any(all(other.get(forms, 0) >= factor for forms, factor in table.items()) for other in kept):
-            kept.append(table)
-    return tuple(tuple(Term(factor, forms) for forms, factor in table.items()) for table in kept)

@@ -156,23 +156,19 @@ def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int
     def expand(c: int, above: frozenset[int]) -> tuple[int, ...] | None:
         if c not in children:
             return (c,)
+        if c in above:
+            return None
         if c not in found:
-            if c in above:
-                return None
             parts = [expand(child, above | {c}) for child in children[c]]
-            if any(part is None for part in parts):
-                return None
-            found[c] = tuple(dict.fromkeys(f for part in parts if part is not None for f in part))
+            whole = [part for part in parts if part is not None]
+            if len(whole) < len(parts):
+                for one in (c, *children[c]):
+                    frozen.setdefault(one, "it is split and put together again in another order")
+                whole = [(c,)]
+            found[c] = tuple(dict.fromkeys(factor for part in whole for factor in part))
         return found[c]
 
-    rows: list[tuple[int, ...]] = [(c,) for c in range(number)]
-    for c in children:
-        expanded = expand(c, frozenset())
-        if expanded is None:
-            for one in (c, *children[c]):
-                frozen.setdefault(one, "it is split and put together again in another order")
-        else:
-            rows[c] = expanded
+    rows: list[tuple[int, ...]] = [expand(c, frozenset()) or (c,) for c in range(number)]
     table = np.full((number, max((len(row) for row in rows), default=1)), -1, dtype=np.int64)
     for c, row in enumerate(rows):
         table[c, : len(row)] = row

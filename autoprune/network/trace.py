@@ -247,9 +247,6 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
             env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
             if tensor is not None:
                 tied[id(tensor)] = env[node]
-            if name in signature.non_persistent_buffers:
-                # It is not in the state dict, so a saved model could not get its smaller form back.
-                tape.freeze_all(env[node], f"combined with the buffer {name}, which is not saved with the model")
         elif node.op == "call_function":
             _prepare(tape, node, widths, named)
             env[node] = _call(tape, node, env)

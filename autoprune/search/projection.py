@@ -231,7 +231,7 @@ def _share(model: CostModel, name: str, sums: Sequence[tuple[Term, ...]]) -> Cos
     new = {place: i for i, place in enumerate(used)}
     moved = tuple(
         tuple(
-            Term(term.factor, tuple(Form(f.const, tuple((new[p], k) for p, k in f.terms)) for f in term.forms))
+            replace(term, forms=tuple(Form(f.const, tuple((new[p], k) for p, k in f.terms)) for f in term.forms))
             for term in terms
         )
         for terms in sums
