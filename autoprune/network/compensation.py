@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from autoprune.network.calibration import Moments, Statistics
 from autoprune.network.groups import Links
 from autoprune.network.labels import Labels
-from autoprune.network.surgery import Selection, kept_indices, unit_mask
+from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network
 
 
@@ -54,6 +54,9 @@ def compensated_tensors(
         tensors[links.layer.weight] = refitted.index_select(0, rows)
         if bias is not None and links.layer.bias is not None:
             tensors[links.layer.bias] = (bias + shift).index_select(0, rows)
+    for name, factors in row_factors(network, kept).items():
+        if name in tensors:
+            tensors[name] *= factors.to(tensors[name]).view(-1, *[1] * (tensors[name].ndim - 1))
     return tensors
 
 

@@ -115,6 +115,11 @@ class Record:
     contracted: tuple[Labels, ...] = ()
 
 
+def module_named(name: str) -> str:
+    """Returns the module part of a name of a group or of a frozen layer: without `:heads` and the like."""
+    return name.partition(":")[0]
+
+
 def units_of(solution: Solution, unit: Labels, labels: Labels) -> Labels:
     """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`."""
     factors = solution.factors_of(labels)
@@ -183,7 +188,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     return Assembly(
         groups=tuple(groups),
         # A part of a layer (its heads, the dimensions of its heads) is told apart where the rest of it is free.
-        frozen=(*whole, *(entry for entry in frozen if entry.name.partition(":")[0] not in known)),
+        frozen=(*whole, *(f for f in (*frozen, *_fixed_parts(record, producers)) if module_named(f.name) not in known)),
         index_map=_index_map(record.parameters, units),
         links=tuple(
             Links(
@@ -333,6 +338,22 @@ def _frozen(record: Record, producers: Sequence[Layer], units: _Units, reasons: 
         name = module_of(layer.weight)
         found.setdefault(name, Frozen(name, len(layer.outputs), reason))
     return tuple(found.values())
+
+
+def _fixed_parts(record: Record, producers: Sequence[Layer]) -> list[Frozen]:
+    """Returns the factors (heads, dimensions of heads) of the layers' outputs that stay, with the reason."""
+    found: dict[str, Frozen] = {}
+    reasons = record.solution.frozen
+    for layer in producers:
+        factors = record.solution.factors_of(layer.outputs)
+        if layer.outputs.size == 0 or factors.shape[1] < 2 or (factors[:, 1] < 0).any():
+            continue
+        slots = [np.unique(column[column >= 0]) for column in factors.T]
+        for place, part in enumerate(s for s in slots if len(s) and len(s) <= len(layer.outputs) // 2):
+            if all(c in reasons for c in part.tolist()):
+                name = f"{module_of(layer.weight)}:{'heads' if place == 0 else 'dims'}"
+                found.setdefault(name, Frozen(name, len(part), reasons[int(part[0])]))
+    return list(found.values())
 
 
 def _index_map(parameters: Iterable[Parameter], units: _Units) -> IndexMap:

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autoprune.network.calibration import MAX_ENTRIES, sample_patches
 from autoprune.network.groups import Links
-from autoprune.network.surgery import Selection, kept_indices, unit_mask
+from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network, evaluating
 
 ROWS = 8192
@@ -110,6 +110,7 @@ def refit_sequentially(
     kept = unit_mask(network, selection)
     layers = refittable_layers(network)
     modules = dict(model.named_modules())
+    scales = row_factors(network, kept)
     dense_biases = {path: links.layer.bias for path, links in layers.items()}
 
     def hook(path: str) -> RemovableHandle:
@@ -124,6 +125,10 @@ def refit_sequentially(
                 wanted = wanted[:, :, index[: len(index) // wanted.shape[0]] % per_group]
             name = dense_biases[path]
             bias = None if name is None else network.model.get_parameter(name).detach().index_select(0, index)
+            scale = scales.get(links.layer.weight)
+            if scale is not None:  # the queries of an attention are wanted in the scale of their new width
+                wanted = wanted * scale.to(wanted)
+                bias = None if bias is None else bias * scale.to(bias)
             _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge)
 
         handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)

@@ -206,6 +206,8 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Export
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         raise TraceError(_why(model, error, printed.getvalue())) from error
     sys.stderr.write(printed.getvalue())
+    # What nothing reads (averages of attention weights) must not keep channels in the network.
+    program.graph.eliminate_dead_code()
     return program
 
 

@@ -4,14 +4,17 @@ import copy
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.errors import TraceError
+from autoprune.errors import CheckpointError, TraceError
 from autoprune.network import trace
+from autoprune.network.artifacts import model_document, save_model, shrink_to
 from autoprune.network.complexity import count_macs
+from autoprune.network.surgery import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -214,12 +217,24 @@ def test_what_the_forward_pass_never_reads_stays_and_is_counted(exact):
     assert "extra.weight" not in network.index_map
 
 
-def test_a_buffer_that_is_not_saved_freezes_its_channels():
-    """It could not be restored from the file that the pruned model is saved to."""
-    model = Calling(lambda m, x: m.head(F.relu(m.conv(x) * m.scale).mean((2, 3))))
-    model.register_buffer("scale", torch.rand(8, 1, 1), persistent=False)
-    with pytest.raises(TraceError, match=r"conv \(8\): .*scale.* not saved"):
-        trace(model, X)
+def test_a_buffer_that_is_not_saved_loses_its_channels_and_is_cut_again_on_loading(exact, tmp_path):
+    """The state dict leaves it out, so what stays of it is written in the document."""
+
+    def build():
+        model = Calling(lambda m, x: m.head(F.relu(m.conv(x) * m.scale).mean((2, 3))))
+        model.register_buffer("scale", torch.arange(1.0, 9.0).view(8, 1, 1), persistent=False)
+        return model
+
+    network = exact(build(), X)
+    selection = {"conv": np.array([1, 4, 6])}
+    small = cut(network, selection)
+    assert small.scale.flatten().tolist() == [2.0, 5.0, 7.0]
+    document = model_document(network, None, selection, {}, {})
+    back = shrink_to(build(), save_model(tmp_path / "m", small, document), document).eval()
+    with torch.no_grad():
+        assert torch.equal(back(X), small.eval()(X))
+    with pytest.raises(CheckpointError, match="has no buffer 'scale'"):
+        shrink_to(Calling(lambda m, x: x), tmp_path / "m", document)
 
 
 def test_costs_are_for_one_sample():
