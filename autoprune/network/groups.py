@@ -15,7 +15,7 @@ import numpy as np
 from autoprune.cost import CostModel
 from autoprune.network.labels import Labels, Solution
 from autoprune.network.pricing import cost_model
-from autoprune.network.tape import Layer, Product, Query, Size
+from autoprune.network.tape import TAKEN_APART, Layer, Product, Query, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,8 @@ def _frozen(record: Record, producers: Sequence[Layer], units: _Units, reasons: 
         factors = record.solution.factors_of(layer.outputs).ravel().tolist()
         whole = record.solution.component[layer.outputs].tolist()
         texts = [record.solution.frozen.get(c) or reasons.get(c) for c in (*whole, *factors)]
-        reason = next((text for text in texts if text), "its channels are not consumed by any layer")
+        told = sorted((text for text in texts if text), key=lambda text: text.startswith(TAKEN_APART))
+        reason = told[0] if told else "its channels are not consumed by any layer"
         name = module_of(layer.weight)
         found.setdefault(name, Frozen(name, len(layer.outputs), reason))
     return tuple(found.values())
@@ -350,7 +351,7 @@ def _fixed_parts(record: Record, producers: Sequence[Layer]) -> list[Frozen]:
             continue
         slots = [np.unique(column[column >= 0]) for column in factors.T]
         for place, part in enumerate(s for s in slots if len(s) and len(s) <= len(layer.outputs) // 2):
-            if all(c in reasons for c in part.tolist()):
+            if all(c in reasons and not reasons[c].startswith(TAKEN_APART) for c in part.tolist()):
                 name = f"{module_of(layer.weight)}:{'heads' if place == 0 else 'dims'}"
                 found.setdefault(name, Frozen(name, len(part), reasons[int(part[0])]))
     return list(found.values())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.network.labels import Labels, Value
-from autoprune.network.tape import Tape
+from autoprune.network.tape import TAKEN_APART, Tape
 
 
 def permute(tape: Tape, x: Value, order: Sequence[int]) -> Value:
@@ -79,7 +79,7 @@ def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, 
 def unbind(tape: Tape, x: Value, dim: int = 0) -> tuple[Value, ...]:
     """Takes a dimension apart into its single indices."""
     axis = dim % len(x.shape)
-    tape.labels.freeze(x.dims[axis], f"taken apart one by one at {tape.where}")
+    tape.labels.freeze(x.dims[axis], f"{TAKEN_APART} at {tape.where}")
     return tuple(Value(shape, x.dims[:axis] + x.dims[axis + 1 :]) for shape in tape.shapes)
 
 

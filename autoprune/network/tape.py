@@ -11,6 +11,9 @@ from typing import Any
 
 from autoprune.network.labels import Labels, LabelStore, Value
 
+TAKEN_APART = "taken apart one by one"
+"""Why the 3 of a packed query, key and value stays: true, and never what a person asks about."""
+
 
 @dataclass(frozen=True, slots=True)
 class Product:

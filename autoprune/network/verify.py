@@ -6,13 +6,15 @@ first; only where that fails are they halved until the guilty ones are found.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoprune.network.complexity import count_macs
 from autoprune.network.surgery import Selection, cut, masked_twin
@@ -28,30 +30,42 @@ def verified(network: Network) -> Network:
 
     Groups that must equal their masked twin are compared with it first, then all are tried together.
     """
+    shapes = on_meta(network)
     exact = [group.name for group in network.groups if not group.approximate]
     for names in (exact, [group.name for group in network.groups]):
         left = {group.name for group in network.groups}
-        reasons = _search(network, [name for name in names if name in left])
-        network = network.freeze(reasons) if reasons else network
+        reasons = _search(network, [name for name in names if name in left], shapes)
+        if reasons:
+            network, shapes = network.freeze(reasons), shapes.freeze(reasons)
     return network
 
 
-def _search(network: Network, names: list[str]) -> dict[str, str]:
-    fault = check(network, names) if names else None
+def on_meta(network: Network) -> Network:
+    """Returns the network without its numbers: shapes alone, in which what does not run fails in no time."""
+    memo: dict[int, object] = {}  # `Module.to` would untie tied parameters
+    for parameter in network.model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in network.model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return replace(network, model=copy.deepcopy(network.model, memo))
+
+
+def _search(network: Network, names: list[str], shapes: Network) -> dict[str, str]:
+    fault = check(network, names, shapes) if names else None
     if fault is None:
         return {}
     if len(names) == 1:
         return {names[0]: fault}
     found: dict[str, str] = {}
     for part in _parts(names):
-        found |= _search(network, part)
+        found |= _search(network, part, shapes)
     left = [name for name in names if name not in found]
-    if not left or check(network, left) is None:
+    if not left or check(network, left, shapes) is None:
         return found
     # Each part is sound and all together are not: add one at a time and freeze those that do not get along.
     good: list[str] = []
     for name in left:
-        fault = check(network, [*good, name])
+        fault = check(network, [*good, name], shapes)
         if fault is None:
             good.append(name)
         else:
@@ -82,14 +96,16 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
     }
 
 
-def check(network: Network, names: list[str]) -> str | None:
-    """Prunes the named groups on a copy; returns what is wrong, or None where all is well."""
+def check(network: Network, names: list[str], shapes: Network | None = None) -> str | None:
+    """Prunes the named groups on a copy; returns what is wrong, or None where all is well.
+
+    `shapes` is what `on_meta` returns, where it is at hand.
+    """
     selection = halved(network, names)
-    pruned = cut(network, selection)
     inputs = _informative(network.example_inputs)
     try:
-        # Shapes first: on the meta device a network that does not run fails in no time.
-        counted = count_macs(pruned, network.example_inputs)
+        counted = count_macs(cut(shapes or on_meta(network), selection), network.example_inputs)
+        pruned = cut(network, selection)
         with evaluating(pruned), torch.no_grad():
             output = pruned(*inputs)
     except Exception as error:  # whatever the model's own code raises on unexpected widths
