@@ -109,3 +109,18 @@ def test_rows_looked_up_by_number_stay_and_rolled_space_does_no_harm() -> None:
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert relative_error(small(x), twin(x)) < 1e-5
+
+
+def test_a_vision_transformer_costs_its_closed_form_at_every_width() -> None:
+    network = trace(vit().eval(), torch.randn(2, 3, 32, 32))
+    patches, tokens, blocks = 16, 17, 2
+
+    def macs(residual: int, heads: int, dims: int, hidden: int) -> int:
+        inner = heads * dims
+        block = tokens * (4 * residual * inner + 2 * residual * hidden) + 2 * tokens**2 * inner
+        return patches * residual * 3 * 8 * 8 + blocks * block + residual * 10
+
+    assert network.cost_model.dense()["macs"] == macs(64, 4, 16, 128)
+    widths = {":heads": 3, ":dims": 7, ".mlp.0": 50, "conv_proj": 40}
+    chosen = {g.name: next(n for end, n in widths.items() if g.name.endswith(end)) for g in network.groups}
+    assert network.cost_model.cost("macs", chosen) == macs(40, 3, 7, 50)
