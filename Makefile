@@ -1,7 +1,7 @@
 # autoprune: `make help` lists the targets. Each is one line; `.venv` is made on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help search inspect validate front export schema dashboard mlflow-ui test test-all check format clean
+.PHONY: help search inspect validate front export schema dashboard mlflow-ui test test-all coverage check format clean
 .DELETE_ON_ERROR:
 
 SPACE ?=
@@ -51,6 +51,9 @@ test: $(READY) ## run the default tests
 test-all: $(READY) ## run all tests, the slow ones included
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q
 
+coverage: $(READY) ## every torchvision and 100 timm models, beside Torch-Pruning; resumes: MODELS=glob ARGS=--skip-onnx
+	nice .venv/bin/python tests/benchmarks/coverage.py --resume $(if $(MODELS),--models '$(MODELS)') $(ARGS)
+
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
 
@@ -61,4 +64,4 @@ clean: ## remove caches and builds; searches (.autoprune) and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis && find autoprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,dev]' && touch $@
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,timm,dev]' && touch $@

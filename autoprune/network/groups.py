@@ -117,9 +117,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     (name → reason) are frozen.
     """
     component = record.solution.component
-    producers = [
-        layer for layer in record.layers if layer.kind in ("conv", "transposed", "linear", "embedding", "recurrent")
-    ]
+    producers = [layer for layer in record.layers if layer.kind not in ("norm", "depthwise")]
     signature = _signatures(record)
     movable = np.ones(record.solution.number, dtype=bool)
     movable[list(record.solution.frozen)] = False

@@ -6,6 +6,7 @@ Decides which channel an index of the new shape belongs to. Knows nothing of mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ def _segment(tape: Tape, x: Value, src: tuple[int, int], dst: tuple[int, int], d
         inner = math.prod(x.shape[m] for m in sources if m > k)
         outer = math.prod(x.shape[m] for m in sources if m < k)
         dims[targets[0]] = np.tile(np.repeat(labels, inner), outer)
+    elif len(sources) == 1 and (found := repeated(x.dims[sources[0]], [tape.shape[k] for k in targets])) is not None:
+        place, labels = found
+        dims[targets[place]] = labels
     elif len(sources) == 1:
         # A split (B, g*c) -> (B, g, c): the innermost part shrinks, so the same position of every part is one channel.
         labels = x.dims[sources[0]]
@@ -60,3 +64,18 @@ def _segment(tape: Tape, x: Value, src: tuple[int, int], dst: tuple[int, int], d
     else:
         for k in labelled:
             tape.labels.freeze(x.dims[k], f"{tape.where} reshapes channels together with another dimension")
+
+
+def repeated(labels: Labels | None, sizes: Sequence[int]) -> tuple[int, Labels] | None:
+    """Finds the one part of a split dimension along which its labels change, if they repeat along all others.
+
+    So a flattened `C*H*W` that is unflattened again finds its channels back. Returns the part and its labels.
+    """
+    if labels is None:
+        return None
+    table = labels.reshape(tuple(sizes))
+    changing = [k for k in range(table.ndim) if (table != table.take([0], axis=k)).any()]
+    if len(changing) != 1:
+        return None
+    line = np.moveaxis(table, changing[0], 0).reshape(sizes[changing[0]], -1)[:, 0]
+    return changing[0], line
