@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.errors import TraceError
 from autoprune.network import trace
 from autoprune.network.rules import RULES, operator_name
 
