@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoprune.network.attention_rules import matmul as _matmul
+from autoprune.network.elementwise_rules import elementwise
 from autoprune.network.labels import Labels, Value
 from autoprune.network.tape import Layer, Product, Tape, extent
 
@@ -35,8 +36,6 @@ def matmul(tape: Tape, a: Value, b: Value) -> Value:
 
 def addmm(tape: Tape, bias: Value, a: Value, b: Value, *_: Any, **__: Any) -> Value:
     """`bias + a @ b`, batched or not."""
-    from autoprune.network.elementwise_rules import elementwise
-
     product = matmul(tape, a, b)
     if len(product.shape) != len(tape.shape):
         raise NotImplementedError

@@ -78,11 +78,6 @@ def copy(tape: Tape, x: Value, source: Any = None, *_: Any, **__: Any) -> Value:
     return elementwise(tape, x, source) if isinstance(source, Value) else same(tape, x)
 
 
-def like(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
-    """A constant tensor of the shape of `x`, whatever that is: it has the channels of `x`."""
-    return same(tape, x)
-
-
 def shape_only(tape: Tape, *_: Any, **__: Any) -> Value:
     """Makes a tensor out of nothing but a shape."""
     return Value(tape.shape, (None,) * len(tape.shape), constant=True)
@@ -175,8 +170,6 @@ UNARY = [
     "signbit",
     "deg2rad",
     "rad2deg",
-    "float",
-    "requires_grad",
 ]
 
 

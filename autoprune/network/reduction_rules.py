@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from autoprune.network.elementwise_rules import elementwise
 from autoprune.network.labels import Labels, Value
+from autoprune.network.layer_rules import layer_norm
 from autoprune.network.tape import Rule, Tape
 
 
@@ -47,8 +49,6 @@ def _axes(axes: Any, rank: int) -> set[int]:
 
 def extremum(tape: Tape, x: Value, *args: Any, **kwargs: Any) -> Value | tuple[Value, ...]:
     """Largest or smallest: of one tensor along a dimension, of all of it, or of two tensors element by element."""
-    from autoprune.network.elementwise_rules import elementwise
-
     other = kwargs.get("other", args[0] if args else None)
     if isinstance(other, Value):
         return elementwise(tape, x, other)
@@ -73,8 +73,6 @@ def along(at: int, what: str) -> Rule:
 
 def rms_norm(tape: Tape, x: Value, shape: Sequence[int], weight: Value | None = None, *_: Any, **__: Any) -> Value:
     """Divides by the root mean square of the last dimensions: removing a channel shifts it for the others."""
-    from autoprune.network.layer_rules import layer_norm
-
     return layer_norm(tape, x, shape, weight, None, kind="RMSNorm")
 
 

@@ -17,7 +17,6 @@ from autoprune.network.elementwise_rules import (
     UNARY,
     copy,
     elementwise,
-    like,
     prelu,
     same,
     shape_only,
@@ -73,7 +72,7 @@ from autoprune.network.tape import Rule
 RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY, same),
     **dict.fromkeys(BINARY, elementwise),
-    **dict.fromkeys(LIKE, like),
+    **dict.fromkeys(LIKE, same),
     **REDUCTIONS,
     **RECURRENT_RULES,
     "copy": copy,
