@@ -67,6 +67,7 @@ def _totals(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "reload equal": lambda r: _ours(r).get("reload", 1) <= 1e-5,
         "ONNX equal": lambda r: _ours(r).get("onnx") == "equal",
         "ONNX not tried": lambda r: bool(_ours(r).get("runs")) and "onnx" not in _ours(r),
+        "Torch-Pruning: tried": lambda r: bool(_peer(r)),
         "Torch-Pruning: runs": lambda r: bool(_peer(r).get("runs")),
         "Torch-Pruning: runs, at most 60 % of the MACs": lambda r: (
             _peer(r).get("macs_kept", 1) <= 0.6 and bool(_peer(r).get("runs"))
