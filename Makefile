@@ -1,7 +1,7 @@
 # autoprune: `make help` lists the targets. Each is one line; `.venv` is made on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help search inspect validate front export schema dashboard mlflow-ui test test-all coverage check format clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' Makefile)
 .DELETE_ON_ERROR:
 
 SPACE ?=
@@ -12,6 +12,7 @@ NAME ?=
 TRIAL ?=
 FORMAT ?= safetensors
 PORT ?= 8080
+BENCH ?=
 PYTHON ?= python3
 export AUTOPRUNE_DATA ?= $(or $(wildcard ../shared/data),data)
 
@@ -53,6 +54,12 @@ test-all: $(READY) ## run all tests, the slow ones included
 
 coverage: $(READY) ## every torchvision and 100 timm models, beside Torch-Pruning; resumes: MODELS=glob ARGS=--skip-onnx
 	nice .venv/bin/python tests/benchmarks/coverage.py --resume $(if $(MODELS),--models '$(MODELS)') $(ARGS)
+
+bench: $(READY) ## compare fronts with the peers' (hours; needs AUTOPRUNE_DATA): BENCH="--seeds 1 --networks resnet20"
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py $(BENCH)
+
+bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py --quick $(BENCH)
 
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
