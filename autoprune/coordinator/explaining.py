@@ -1,0 +1,82 @@
+"""Trials explained and compared, from what is stored: no model and no data are read.
+
+Decides which stored values an explanation and a comparison are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autoprune import report
+from autoprune.coordinator.commands import terminal
+from autoprune.coordinator.views import Shown, StoredSearch, read_search, view_of
+from autoprune.cost import COSTS, MACS
+from autoprune.errors import InputError, StudyError
+from autoprune.prices import Explanation, explain
+
+
+def explain_trial(name: str, *, home: Path, trial: int) -> tuple[str, dict[str, Any]]:
+    """Returns why a trial's groups have their widths, as text and as JSON values.
+
+    Raises:
+        StudyError: There is no such search or trial, or the search was made before error tables were stored.
+    """
+    stored = read_search(name, home=home)
+    shown = stored.find(trial)
+    view, point = view_of(stored), _point(shown)
+    why = explanation_of(stored, shown)
+    width, color = terminal()
+    text = report.render_explanation(view, point, why, console_width=width, color=color)
+    return text.rstrip("\n"), report.explanation_json(view, point, why)
+
+
+def explanation_of(stored: StoredSearch, shown: Shown) -> Explanation:
+    """Explains one trial by the search's error tables and cost model.
+
+    Errors are weighed against the cost on the front's axis, or against MACs where that is no sum over widths.
+
+    Raises:
+        StudyError: The tables are missing.
+    """
+    background = stored.background
+    if background is None:
+        raise StudyError(
+            f"{stored.name} was made by a version that stored no error tables; run the same search again: it repeats"
+            " nothing and adds them"
+        )
+    primary = str(stored.facts["primary"])
+    cost = primary if primary in COSTS else MACS
+    try:
+        return explain(shown.result.policy, background.groups, background.model, background.curves, cost=cost)
+    except ValueError as error:
+        raise StudyError(f"trial {shown.number} of {stored.name} cannot be explained: {error}") from error
+
+
+def compare_trials(name: str, *, home: Path, trials: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    """Returns trials side by side, as text and as JSON values.
+
+    Raises:
+        StudyError: There is no such search or trial.
+        InputError: Fewer than two different trials are named.
+    """
+    numbers = list(dict.fromkeys(trials))
+    if len(numbers) < 2:
+        raise InputError(f"name at least two different trials to compare, got {', '.join(map(str, trials)) or 'none'}")
+    stored = read_search(name, home=home)
+    view = view_of(stored)
+    compared = [compared_of(stored.find(number)) for number in numbers]
+    width, color = terminal()
+    text = report.render_comparison(view, compared, console_width=width, color=color)
+    return text.rstrip("\n"), report.comparison_json(view, compared)
+
+
+def compared_of(shown: Shown) -> report.Compared:
+    """Returns a trial as the comparison takes it."""
+    criteria = {group: choice.criterion for group, choice in shown.result.policy.choices.items()}
+    return report.Compared(_point(shown), shown.rung, criteria)
+
+
+def _point(shown: Shown) -> report.FrontPoint:
+    return report.point_of(shown.result, trial=shown.number, origin=shown.source)

@@ -1,0 +1,231 @@
+"""Pictures of how a search went: sensitivities, how rungs rank, where the time went, latency.
+
+Decides colours, axes and what a mark says when it is pointed at. Must not know where the values come from.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoprune.prices import Curves
+from autoprune.report import units
+from autoprune.report.figures import CONTROL, DENSE, FRONT, GRID, INK, TRIAL, layout
+from autoprune.report.view import SearchView
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_DEPTH = ((0.0, "#00796b"), (0.5, "#f9a825"), (1.0, "#c2185b"))
+_STAGES = ("#c2185b", "#00796b", "#f9a825", "#5c6bc0", "#8d6e63", "#78909c", "#26a69a", "#ab47bc")
+_LEAST_ERROR = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class RungTime:
+    """Where the time of a rung went.
+
+    `trials` counts the evaluations (a result that was taken over is none), `seconds` adds up their stages, and `span`
+    is the wall time from the rung's first trial to its last end; None where nobody knows.
+    """
+
+    rung: str
+    trials: int
+    failed: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    span: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RungPair:
+    """Two rungs in a row: what both measured, as (trial, first accuracy, second accuracy), and the audit's numbers."""
+
+    first: str
+    second: str
+    points: tuple[tuple[int, float, float], ...]
+    tau: float | None
+    regret: float | None
+    warning: str | None = None
+
+
+def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], widths: Mapping[str, int] | None = None) -> go.Figure:
+    """Returns the error of every group against the fraction of its channels that is removed; a button a criterion.
+
+    Args:
+        curves: Group → criterion → error curve.
+        sizes: Dense widths, in the network's order, which colours the lines.
+        widths: A policy's widths, marked on the lines.
+    """
+    import plotly.graph_objects as go
+
+    names = [name for name in sizes if curves.get(name)]
+    criteria = list(dict.fromkeys(c for name in names for c in curves[name]))
+    figure = go.Figure()
+    for criterion in criteria:
+        for place, name in enumerate(names):
+            curve = curves[name].get(criterion)
+            if curve is None:
+                continue
+            removed = [100.0 * (1.0 - width / sizes[name]) for width in curve.widths]
+            errors = [max(error, _LEAST_ERROR) for error in curve.errors]
+            said = f"{html.escape(name)}<br>%{{x:.0f}}% of {sizes[name]} channels removed<br>error %{{y:.3g}}"
+            line = {"color": _along(place / max(1, len(names) - 1)), "width": 1.8}
+            common: dict[str, Any] = {"name": html.escape(name), "visible": criterion == criteria[0], "meta": criterion}
+            hover = f"{said}<extra></extra>"
+            figure.add_trace(go.Scatter(x=removed, y=errors, mode="lines", line=line, hovertemplate=hover, **common))
+            if widths is not None and name in widths:
+                mark = {"color": line["color"], "size": 8, "line": {"width": 1, "color": "white"}}
+                x, y = 100.0 * (1.0 - widths[name] / sizes[name]), max(curve.at(widths[name]), _LEAST_ERROR)
+                figure.add_trace(
+                    go.Scatter(
+                        x=[x], y=[y], mode="markers", marker=mark, hovertemplate=hover, showlegend=False, **common
+                    )
+                )
+    buttons = [
+        {
+            "label": criterion,
+            "method": "restyle",
+            "args": [{"visible": [trace.meta == criterion for trace in figure.data]}],
+        }
+        for criterion in criteria
+    ]
+    figure.update_layout(**layout("error of each pruning group", height=560))
+    if len(buttons) > 1:
+        menu = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.12, "yanchor": "bottom"}
+        figure.update_layout(updatemenus=[{**menu, "buttons": buttons, "showactive": True}], margin={"t": 100})
+    if len(names) > 16:
+        figure.update_layout(showlegend=False)
+    figure.update_xaxes(title_text="channels removed (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
+    title = "error (part of the consumers' output power)"
+    figure.update_yaxes(title_text=title, type="log", exponentformat="power", gridcolor=GRID, zeroline=False, dtick=1)
+    return figure
+
+
+def audit_figure(pair: RungPair) -> go.Figure:
+    """Returns what two rungs measured of the same policies: the first across, the second upwards."""
+    import plotly.graph_objects as go
+
+    said = [
+        f"trial {number} of {html.escape(pair.first)}<br>{html.escape(pair.first)} {units.percent(a, 2)}"
+        f"<br>{html.escape(pair.second)} {units.percent(b, 2)}"
+        for number, a, b in pair.points
+    ]
+    figure = go.Figure(
+        go.Scatter(
+            x=[100.0 * a for _, a, _ in pair.points],
+            y=[100.0 * b for _, _, b in pair.points],
+            mode="markers",
+            marker={"color": FRONT, "size": 9, "opacity": 0.8},
+            customdata=said,
+            hovertemplate="%{customdata}<extra></extra>",
+            name="policies",
+        )
+    )
+    figure.update_layout(**layout(f"{html.escape(pair.first)} against {html.escape(pair.second)}", height=400))
+    axis = {"ticksuffix": "%", "gridcolor": GRID, "zeroline": False}
+    figure.update_xaxes(title_text=f"validation accuracy on {html.escape(pair.first)} (%)", **axis)
+    figure.update_yaxes(title_text=f"validation accuracy on {html.escape(pair.second)} (%)", **axis)
+    return figure
+
+
+def time_figure(times: Sequence[RungTime]) -> go.Figure:
+    """Returns the seconds that each rung's evaluations took, by stage."""
+    import plotly.graph_objects as go
+
+    stages = sorted(
+        {stage for time in times for stage in time.seconds},
+        key=lambda stage: -sum(time.seconds.get(stage, 0.0) for time in times),
+    )
+    figure = go.Figure()
+    for place, stage in enumerate(stages):
+        name = html.escape(stage.replace("_", " "))
+        figure.add_trace(
+            go.Bar(
+                y=[html.escape(time.rung) for time in times],
+                x=[time.seconds.get(stage, 0.0) for time in times],
+                customdata=[units.seconds(time.seconds.get(stage, 0.0)) for time in times],
+                orientation="h",
+                name=name,
+                marker={"color": _STAGES[place % len(_STAGES)]},
+                hovertemplate=f"%{{y}}, {name}: %{{customdata}}<extra></extra>",
+            )
+        )
+    figure.update_layout(**layout("time by rung and stage", height=190 + 42 * len(times)), barmode="stack", bargap=0.35)
+    figure.update_xaxes(title_text="time of all evaluations (s)", gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(title_text="rung", autorange="reversed", showgrid=False)
+    return figure
+
+
+def latency_figure(view: SearchView) -> go.Figure:
+    """Returns the measured latency of every trial: against the predicted one where there is one, else against cost.
+
+    A bar is the spread (the distance of the quartiles) of the repeated measurements.
+    """
+    import plotly.graph_objects as go
+
+    predicted = [p for p in view.trials if "latency_predicted_ms" in p.metrics and _latency(p) is not None]
+    measured = predicted or [p for p in view.trials if _latency(p) is not None]
+    on_front = {id(p) for p in view.front}
+
+    def across(point: Any) -> float:
+        return float(point.metrics["latency_predicted_ms"]) if predicted else 100.0 * view.fraction(point)
+
+    def marks(points: Sequence[Any], name: str, marker: dict[str, Any]) -> go.Scatter:
+        spread = [0.5 * p.metrics.get("latency_spread_ms", 0.0) for p in points]
+        return go.Scatter(
+            x=[across(p) for p in points],
+            y=[p.metrics["latency_ms"] for p in points],
+            error_y={"array": spread, "color": TRIAL, "thickness": 1.2, "width": 3},
+            mode="markers",
+            name=name,
+            marker=marker,
+            customdata=[html.escape("dense network" if p is view.dense else f"trial {p.name}") for p in points],
+            hovertemplate="%{customdata}: %{y:.3g} ms<extra></extra>",
+        )
+
+    figure = go.Figure()
+    others = [p for p in measured if id(p) not in on_front]
+    if others:
+        figure.add_trace(marks(others, "other trials", {"color": TRIAL, "size": 8}))
+    figure.add_trace(marks([p for p in measured if id(p) in on_front], "front", {"color": FRONT, "size": 10}))
+    if "latency_ms" in view.dense.metrics and (not predicted or "latency_predicted_ms" in view.dense.metrics):
+        star = {"color": DENSE, "size": 15, "symbol": "star", "line": {"width": 1, "color": INK}}
+        figure.add_trace(marks([view.dense], "dense network", star))
+    figure.update_layout(**layout("measured latency", height=430))
+    if predicted:
+        most = max(max(across(p), p.metrics["latency_ms"]) for p in measured)
+        line = {"color": CONTROL, "dash": "dot", "width": 1.2}
+        figure.add_trace(
+            go.Scatter(x=[0, most], y=[0, most], mode="lines", line=line, name="as predicted", hoverinfo="skip")
+        )
+        figure.update_xaxes(title_text="predicted latency (ms)", gridcolor=GRID, zeroline=False)
+    else:
+        figure.update_xaxes(title_text=f"{units.AXES[view.primary]} (% of dense)", ticksuffix="%", gridcolor=GRID)
+    figure.update_yaxes(title_text="measured latency (ms)", rangemode="tozero", gridcolor=GRID, zeroline=False)
+    return figure
+
+
+def has_latency(view: SearchView) -> bool:
+    """Whether any trial's latency was measured."""
+    return any(_latency(point) is not None for point in view.trials)
+
+
+def _latency(point: Any) -> float | None:
+    value = point.metrics.get("latency_ms", math.nan)
+    return float(value) if math.isfinite(value) else None
+
+
+def _along(part: float) -> str:
+    """Returns the colour at `part` of the way from the network's first group to its last."""
+    for (low, first), (high, second) in itertools.pairwise(_DEPTH):
+        if part <= high:
+            share = (part - low) / (high - low)
+            mixed = [
+                round(int(first[i : i + 2], 16) * (1 - share) + int(second[i : i + 2], 16) * share) for i in (1, 3, 5)
+            ]
+            return "#" + "".join(f"{value:02x}" for value in mixed)
+    return _DEPTH[-1][1]
