@@ -34,6 +34,9 @@ validate: $(READY) ## check a space file: SPACE=
 front: $(READY) ## show the front that a search has found: NAME=
 	@$(RUN) front $(or $(NAME),digits-resnet20)
 
+report: $(READY) ## write everything about a search into one HTML file: NAME=
+	@$(RUN) report $(or $(NAME),digits-resnet20)
+
 export: $(READY) ## write a pruned model to exports/: NAME= TRIAL= FORMAT=safetensors|pt2|onnx
 	$(RUN) export $(or $(NAME),digits-resnet20) --trial $(or $(TRIAL),$(error name a trial of the front: make export TRIAL=17)) --format $(FORMAT)
 

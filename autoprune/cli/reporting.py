@@ -15,7 +15,7 @@ from autoprune.cli.shared import HOME, HomeOption, JsonOption, SearchName, app, 
 def report(
     name: SearchName,
     output: Annotated[
-        Path | None, typer.Option(help="File to write. Default: NAME-report.html.", show_default=False)
+        Path | None, typer.Option(help="File to write. Default: exports/NAME-report.html.", show_default=False)
     ] = None,
     home: HomeOption = HOME,
 ) -> None:

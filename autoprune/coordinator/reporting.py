@@ -15,8 +15,9 @@ from pathlib import Path
 from autoprune import report
 from autoprune.coordinator.background import Background
 from autoprune.coordinator.explaining import explanation_of
-from autoprune.coordinator.views import CONTROLS, StoredSearch, audits_of, read_search, results_of, view_of
-from autoprune.errors import InputError
+from autoprune.coordinator.views import CONTROLS, Shown, StoredSearch, audits_of, read_search, results_of, view_of
+from autoprune.errors import InputError, StudyError
+from autoprune.prices import Explanation
 from autoprune.report import PageData, RungPair, RungTime, SearchView, units
 
 _MISSING = (
@@ -33,7 +34,7 @@ def write_report(name: str, *, home: Path, output: Path | None = None) -> Path:
         InputError: The file cannot be written.
     """
     stored = read_search(name, home=home)
-    path = output or Path(f"{name}-report.html")
+    path = output or Path("exports") / f"{name}-report.html"
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     text = page_of(stored, view_of(stored))
@@ -49,12 +50,13 @@ def page_of(stored: StoredSearch, view: SearchView) -> str:
     """Returns the report of a search as the text of an HTML file."""
     background = stored.background
     chosen = [stored.find(p.trial) for _, p in report.chosen_points(view) if p.trial is not None]
-    explanations = {s.number: explanation_of(stored, s) for s in chosen} if background is not None else {}
+    explanations, unexplained = _explained(stored, chosen)
     data = PageData(
         view=view,
         about=_about(stored, view),
         curves=background.curves if background is not None else {},
         explanations=explanations,
+        unexplained=unexplained,
         policies={s.number: s.result.policy.id for s in chosen},
         pairs=_pairs(stored),
         times=_times(stored),
@@ -68,6 +70,18 @@ def page_of(stored: StoredSearch, view: SearchView) -> str:
         missing=_MISSING if background is None else "",
     )
     return report.render_page(data)
+
+
+def _explained(stored: StoredSearch, chosen: Sequence[Shown]) -> tuple[dict[int, Explanation], dict[int, str]]:
+    """Returns the explanations of the chosen trials, and the reasons of those that have none."""
+    found: dict[int, Explanation] = {}
+    reasons: dict[int, str] = {}
+    for shown in chosen:
+        try:
+            found[shown.number] = explanation_of(stored, shown)
+        except StudyError as error:  # a report without this part is better than none; the page says why
+            reasons[shown.number] = str(error)
+    return found, reasons
 
 
 def _about(stored: StoredSearch, view: SearchView) -> tuple[tuple[str, str], ...]:

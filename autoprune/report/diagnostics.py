@@ -8,11 +8,12 @@ from __future__ import annotations
 import html
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from autoprune.prices import Curves
+from autoprune.prices import Curves, Explanation
 from autoprune.report import units
 from autoprune.report.figures import CONTROL, DENSE, FRONT, GRID, INK, TRIAL, layout
 from autoprune.report.view import SearchView
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 _DEPTH = ((0.0, "#00796b"), (0.5, "#f9a825"), (1.0, "#c2185b"))
 _STAGES = ("#c2185b", "#00796b", "#f9a825", "#5c6bc0", "#8d6e63", "#78909c", "#26a69a", "#ab47bc")
-_LEAST_ERROR = 1e-6
+_LEGEND = 16
+"""More groups than this have no legend: pointing at a line names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,57 +54,57 @@ class RungPair:
     warning: str | None = None
 
 
-def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], widths: Mapping[str, int] | None = None) -> go.Figure:
+def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], marked: Explanation | None = None) -> go.Figure:
     """Returns the error of every group against the fraction of its channels that is removed; a button a criterion.
 
     Args:
         curves: Group → criterion → error curve.
         sizes: Dense widths, in the network's order, which colours the lines.
-        widths: A policy's widths, marked on the lines.
+        marked: An explained policy, whose widths are marked on the lines of the criteria that it uses.
     """
     import plotly.graph_objects as go
 
     names = [name for name in sizes if curves.get(name)]
-    criteria = list(dict.fromkeys(c for name in names for c in curves[name]))
+    marks = {row.group: row for row in marked.groups if row.width < row.size} if marked is not None else {}
+    used = Counter(row.criterion for row in marks.values())
+    criteria = sorted(dict.fromkeys(c for name in names for c in curves[name]), key=lambda c: -used[c])
     figure = go.Figure()
     for criterion in criteria:
         for place, name in enumerate(names):
-            curve = curves[name].get(criterion)
+            curve, size = curves[name].get(criterion), sizes[name]
             if curve is None:
                 continue
-            removed = [100.0 * (1.0 - width / sizes[name]) for width in curve.widths]
-            errors = [max(error, _LEAST_ERROR) for error in curve.errors]
-            said = f"{html.escape(name)}<br>%{{x:.0f}}% of {sizes[name]} channels removed<br>error %{{y:.3g}}"
-            line = {"color": _along(place / max(1, len(names) - 1)), "width": 1.8}
-            common: dict[str, Any] = {"name": html.escape(name), "visible": criterion == criteria[0], "meta": criterion}
-            hover = f"{said}<extra></extra>"
-            figure.add_trace(go.Scatter(x=removed, y=errors, mode="lines", line=line, hovertemplate=hover, **common))
-            if widths is not None and name in widths:
-                mark = {"color": line["color"], "size": 8, "line": {"width": 1, "color": "white"}}
-                x, y = 100.0 * (1.0 - widths[name] / sizes[name]), max(curve.at(widths[name]), _LEAST_ERROR)
-                figure.add_trace(
-                    go.Scatter(
-                        x=[x], y=[y], mode="markers", marker=mark, hovertemplate=hover, showlegend=False, **common
-                    )
-                )
-    buttons = [
-        {
-            "label": criterion,
-            "method": "restyle",
-            "args": [{"visible": [trace.meta == criterion for trace in figure.data]}],
-        }
-        for criterion in criteria
-    ]
-    figure.update_layout(**layout("error of each pruning group", height=560))
-    if len(buttons) > 1:
-        menu = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.12, "yanchor": "bottom"}
-        figure.update_layout(updatemenus=[{**menu, "buttons": buttons, "showactive": True}], margin={"t": 100})
-    if len(names) > 16:
-        figure.update_layout(showlegend=False)
+            color = _along(place / max(1, len(names) - 1))
+            said = f"{html.escape(name)}<br>%{{x:.0f}}% of {size} channels removed<br>error %{{y:.3g}}<extra></extra>"
+            common = {"name": html.escape(name), "visible": criterion == criteria[0], "meta": criterion}
+            # A logarithmic axis has no place for an error of nothing, at full width.
+            known = [(w, e) for w, e in zip(curve.widths, curve.errors, strict=True) if e > 0]
+            x, y = [100.0 * (1.0 - w / size) for w, _ in known], [e for _, e in known]
+            line = {"color": color, "width": 1.8}
+            figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=line, hovertemplate=said, **common))
+            row = marks.get(name)
+            if row is not None and row.criterion == criterion and row.error > 0:
+                ring = {"color": color, "size": 9, "line": {"width": 1.2, "color": "white"}}
+                x, y = [100.0 * (1.0 - row.width / size)], [row.error]
+                mark = go.Scatter(x=x, y=y, mode="markers", marker=ring, hovertemplate=said, **common)
+                figure.add_trace(mark.update(showlegend=False))
+    figure.update_layout(**layout("error of each pruning group", height=560), showlegend=len(names) <= _LEGEND)
+    if len(criteria) > 1:
+        figure.update_layout(updatemenus=[_buttons(figure, criteria)], margin={"t": 100})
     figure.update_xaxes(title_text="channels removed (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
-    title = "error (part of the consumers' output power)"
+    title = "error (part of the consumers' output)"
     figure.update_yaxes(title_text=title, type="log", exponentformat="power", gridcolor=GRID, zeroline=False, dtick=1)
     return figure
+
+
+def _buttons(figure: go.Figure, criteria: Sequence[str]) -> dict[str, Any]:
+    """Returns a row of buttons that show the lines of one criterion each."""
+    buttons = [
+        {"label": c, "method": "restyle", "args": [{"visible": [trace.meta == c for trace in figure.data]}]}
+        for c in criteria
+    ]
+    place = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.12, "yanchor": "bottom"}
+    return {**place, "buttons": buttons, "showactive": True}
 
 
 def audit_figure(pair: RungPair) -> go.Figure:
@@ -205,6 +207,7 @@ def latency_figure(view: SearchView) -> go.Figure:
         figure.update_xaxes(title_text="predicted latency (ms)", gridcolor=GRID, zeroline=False)
     else:
         figure.update_xaxes(title_text=f"{units.AXES[view.primary]} (% of dense)", ticksuffix="%", gridcolor=GRID)
+        figure.update_xaxes(zeroline=False)
     figure.update_yaxes(title_text="measured latency (ms)", rangemode="tozero", gridcolor=GRID, zeroline=False)
     return figure
 

@@ -146,6 +146,8 @@ def _times(step: Step | None, price: float) -> str:
     times = step.price / price if price > 0 else math.inf
     if times >= 100:
         return "over 100 times the going"
+    if 0.95 <= times <= 1.05:
+        return "about the going"
     return f"{times:.2g} times the going" if times >= 0.01 else "less than 0.01 times the going"
 
 

@@ -29,6 +29,8 @@ INK = "#263238"
 GRID = "#e6eaee"
 _SCALE = ((0.0, "#fff4f7"), (0.25, "#f6bdd0"), (0.5, "#e2739b"), (0.75, "#c2185b"), (1.0, "#6a0d33"))
 _LONGEST_NAME = 34
+_NUMBERED = 20
+"""A heat map of more columns has no room for numbers."""
 _WIDE = 12.0
 """Costs that differ by more than this factor are drawn on a logarithmic axis: else small networks lie on a heap."""
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -74,7 +76,9 @@ def front_figure(view: SearchView) -> go.Figure:
     figure.update_xaxes(title_text=_cost_axis(view), ticksuffix="%", gridcolor=GRID, zeroline=False)
     if _is_wide(view):
         figure.update_xaxes(type="log", tickvals=list(_TICKS), ticktext=[f"{tick:g}%" for tick in _TICKS])
-    figure.update_yaxes(title_text="validation accuracy (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
+    title = "accuracy (%): validation, and test" if tested else "validation accuracy (%)"
+    figure.update_yaxes(title_text=title, ticksuffix="%", gridcolor=GRID, zeroline=False)
+    _leave_out_far_below(figure, view)
     return figure
 
 
@@ -96,8 +100,10 @@ def widths_figure(view: SearchView) -> go.Figure:
             z=kept,
             x=list(range(len(columns))),
             y=list(range(len(names))),
-            text=said,
-            hovertemplate="%{text}<br>%{z:.0f}% kept<extra></extra>",
+            text=[[str(p.widths.get(name, size)) for p in view.front] for name, size in view.sizes.items()],
+            texttemplate="%{text}" if len(columns) <= _NUMBERED else None,
+            customdata=said,
+            hovertemplate="%{customdata}<br>%{z:.0f}% kept<extra></extra>",
             colorscale=[list(stop) for stop in _SCALE],
             zmin=0,
             zmax=100,
@@ -245,6 +251,23 @@ def _tested(view: SearchView, chosen: Sequence[FrontPoint]) -> go.Scatter:
     )
 
 
+def _leave_out_far_below(figure: go.Figure, view: SearchView) -> None:
+    """Ends the picture below the front where other trials lie so far below that they would press it flat; says so."""
+    near = [100.0 * p.val_accuracy for p in (*view.front, *view.controls, view.dense)]
+    near += [100.0 * p.test_accuracy for p in view.front if p.test_accuracy is not None]
+    near = [value for value in near if math.isfinite(value)]
+    if len(near) < 2:
+        return
+    span = max(near) - min(near)
+    floor = min(near) - max(0.5 * span, 1.0)
+    below = [p for p in view.trials if 100.0 * p.val_accuracy < floor]
+    if below:
+        figure.update_yaxes(range=[floor, max(near) + max(0.12 * span, 0.5)])
+        trials = "1 trial lies" if len(below) == 1 else f"{len(below)} trials lie"
+        place = {"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 0, "yanchor": "bottom"}
+        figure.add_annotation(text=f"{trials} below the picture (double-click shows all)", showarrow=False, **place)
+
+
 def _said(view: SearchView, point: FrontPoint) -> str:
     name = point.origin if point.trial is None else f"trial {point.trial}"
     if point is view.dense:
@@ -332,7 +355,7 @@ def layout(title: str, *, height: int = 620) -> dict[str, Any]:
         "title": {"text": title, "x": 0.02, "font": {"size": 18}},
         "template": "plotly_white",
         "font": {"family": "Inter, Helvetica, Arial, sans-serif", "color": INK, "size": 13},
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.16, "x": 0},
+        "legend": {"orientation": "h", "yanchor": "top", "y": -66.0 / (height - 160), "x": 0, "traceorder": "normal"},
         "hoverlabel": {"bgcolor": "white", "bordercolor": GRID, "font": {"color": INK, "size": 12}, "align": "left"},
         "margin": {"l": 80, "r": 40, "t": 70, "b": 90},
         "height": height,

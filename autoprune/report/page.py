@@ -63,15 +63,17 @@ class FailureRow:
 class PageData:
     """Everything that the report tells.
 
-    `about` holds readable pairs for the head of the page, `explanations` one for each chosen point, by trial, and
-    `policies` their policies' ids. `settings` is the text of the space file, and `commands` what reproduces the search
-    (command, what it does). What an older search did not store is empty, and `missing` says why.
+    `about` holds readable pairs for the head of the page, `explanations` one for each chosen point, by trial,
+    `unexplained` why there is none, and `policies` their policies' ids. `settings` is the text of the space file, and
+    `commands` what reproduces the search (command, what it does). What an older search did not store is empty, and
+    `missing` says why.
     """
 
     view: SearchView
     about: tuple[tuple[str, str], ...]
     curves: Curves = field(default_factory=dict)
     explanations: Mapping[int, Explanation] = field(default_factory=dict)
+    unexplained: Mapping[int, str] = field(default_factory=dict)
     policies: Mapping[int, str] = field(default_factory=dict)
     pairs: tuple[RungPair, ...] = ()
     times: tuple[RungTime, ...] = ()
@@ -128,7 +130,8 @@ def _figures(data: PageData) -> dict[str, go.Figure | None]:
     if view.front:
         figures["figure-widths"] = widths_figure(view).update_layout(meta={"tall": True})
     if data.curves:
-        figures["figure-sensitivity"] = sensitivity_figure(data.curves, view.sizes, knee.widths if knee else None)
+        marked = data.explanations.get(knee.trial) if knee is not None and knee.trial is not None else None
+        figures["figure-sensitivity"] = sensitivity_figure(data.curves, view.sizes, marked)
     if has_latency(view):
         figures["figure-latency"] = latency_figure(view)
     for number, pair in enumerate(data.pairs):
@@ -144,7 +147,7 @@ def _parts(data: PageData, figures: Mapping[str, Any]) -> dict[str, str]:
     parts = {"Front": sections.front(view)}
     if chosen:
         parts["Chosen points"] = sections.chosen(view, chosen)
-        parts["Why these widths"] = sections.why(chosen, data.explanations, data.missing)
+        parts["Why these widths"] = sections.why(chosen, data.explanations, data.unexplained)
         parts["Widths"] = sections.widths(view)
     parts["Sensitivity"] = sections.sensitivity(data.curves, view, data.missing)
     parts["Latency"] = sections.latency(view, drawn="figure-latency" in figures)

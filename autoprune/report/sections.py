@@ -61,27 +61,29 @@ def chosen(view: SearchView, points: Chosen) -> str:
     return _section("Chosen points", f"<div class='cards'>{cards}</div>{_table(heads, rows)}")
 
 
-def why(points: Chosen, explanations: Mapping[int, Explanation], missing: str) -> str:
-    """Returns for each chosen point why its groups have their widths."""
+def why(points: Chosen, explanations: Mapping[int, Explanation], unexplained: Mapping[int, str]) -> str:
+    """Returns for each chosen point why its groups have their widths, or why nobody can tell."""
     if not explanations:
-        return _section("Why these widths", f"<p class='note'>{_e(missing or 'No trial can be explained.')}</p>")
-    label = next(iter(explanations.values())).cost
+        reasons = list(dict.fromkeys(unexplained.values())) or ["No trial can be explained."]
+        return _section("Why these widths", "".join(f"<p class='note'>{_e(reason)}</p>" for reason in reasons))
+    label = units.LABELS[next(iter(explanations.values())).cost]
     parts = [
         "<p class='note'>The error of a group is the part of its consumers' output that refitting cannot bring back. A"
-        f" price is the error added for each percent of the dense network's {_e(units.LABELS[label])} saved by one step"
+        f" price is the error added for each percent of the dense network's {_e(label)} saved by one step"
         " down, or taken away for each percent spent by one step up. Groups share layers, so their parts add up to more"
         " than 100%.</p>"
     ]
-    opened = {what: "knee" in what for what, _ in points}
-    if not any(opened.values()):
-        opened = {points[-1][0]: True}
+    shown = next((what for what, _ in points if "knee" in what), points[-1][0])
     for what, point in points:
+        title = f"Trial {_e(point.name)}: {_e(what)}"
         found = explanations.get(point.trial) if point.trial is not None else None
-        if found is not None:
-            title = f"Trial {_e(point.name)}: {_e(what)}"
-            state = " open" if opened.get(what) else ""
-            text = "".join(f"<p>{_e(line)}</p>" for line in summary(found))
-            parts.append(f"<details{state}><summary>{title}</summary>{text}{_prices(found)}</details>")
+        if found is None:
+            reason = unexplained.get(point.trial, "") if point.trial is not None else ""
+            parts.append(f"<p class='note'>{title} cannot be explained. {_e(reason)}</p>")
+            continue
+        text = "".join(f"<p>{_e(line)}</p>" for line in summary(found))
+        state = " open" if what == shown else ""
+        parts.append(f"<details{state}><summary>{title}</summary>{text}{_prices(found)}</details>")
     return _section("Why these widths", "".join(parts))
 
 
@@ -98,7 +100,9 @@ def sensitivity(curves: Curves, view: SearchView, missing: str) -> str:
     marked = view.knee or (view.front[-1] if view.front else None)
     marks = f" The marks are the widths of trial {_e(marked.name)}." if marked is not None else ""
     text = "What each pruning group loses as its channels go, after its consumers are refitted, without fine-tuning."
-    text += f" Lines run from the network's first groups (green) to its last (pink).{marks}"
+    text += (
+        f" Lines run from the network's first groups (green) to its last (pink).{marks} At full width nothing is lost."
+    )
     return _section("Sensitivity", f"<p class='note'>{text}</p>{_figure('figure-sensitivity')}")
 
 
@@ -234,7 +238,7 @@ def _card(view: SearchView, what: str, point: FrontPoint) -> str:
 
 def _prices(found: Explanation) -> str:
     label = units.LABELS[found.cost]
-    heads = ["group", "keeps", "uniform", "error", f"part of {label}", "price down", "price up", "why"]
+    heads = ["group", "keeps", "uniform", "error", f"part of {label}", "price down", "price up"]
     rows = []
     for row in found.groups:
         shade = {CHEAP: "good", DEAR: "bad"}.get(row.verdict, "")
@@ -247,10 +251,9 @@ def _prices(found: Explanation) -> str:
             f"<span class='{shade if row.verdict == CHEAP else ''}'>{price_text(row.down)}</span>",
             f"<span class='{shade if row.verdict == DEAR else ''}'>{price_text(row.up)}</span>",
         ]
-        said = sentence(found, row)
-        inner = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f"<tr>{inner}<td class='wrap'>{_e(said[0].upper() + said[1:])}</td></tr>")
-    return _table(heads, rows, last_left=True)
+        said = f"<td colspan='{len(heads)}'><div class='say'>{_e(sentence(found, row))}</div></td>"
+        rows += [_row(cells, mark="told"), f"<tr>{said}</tr>"]
+    return _table(heads, rows)
 
 
 def _kept(width: int, size: int) -> str:
@@ -298,11 +301,8 @@ def _figure(name: str) -> str:
     return f"<div class='figure' id='{name}'></div>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[str], *, last_left: bool = False) -> str:
-    cells = [f"<th>{_e(head)}</th>" for head in heads]
-    if last_left:
-        cells[-1] = f"<th class='left'>{_e(heads[-1])}</th>"
-    head = "".join(cells)
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{_e(head)}</th>" for head in heads)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
