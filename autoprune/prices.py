@@ -52,6 +52,10 @@ class ErrorCurve:
         part = (width - low) / (high - low)
         return self.errors[place - 1] * (1.0 - part) + self.errors[place] * part
 
+    def scaled(self, factor: float) -> ErrorCurve:
+        """Returns the curve with all errors multiplied by `factor`."""
+        return ErrorCurve(self.widths, tuple(factor * error for error in self.errors))
+
 
 Curves = Mapping[str, Mapping[str, ErrorCurve]]
 """Group → criterion → error curve."""
@@ -61,8 +65,8 @@ Curves = Mapping[str, Mapping[str, ErrorCurve]]
 class Step:
     """The next feasible width in one direction.
 
-    `error` is by how much the error changes (down: rises), `cost` by how much the cost changes. `price` is the change
-    of the error for each percent of the dense cost; None where the step does not change the cost.
+    `error` is by how much the weighted error changes (down: rises), `cost` by how much the cost changes. `price` is
+    the change of the error for each percent of the dense cost; None where the step does not change the cost.
     """
 
     width: int
@@ -75,6 +79,7 @@ class Step:
 class GroupPrice:
     """Why a group has its width.
 
+    `error` is as the table has it; `weight` is how much it matters, which prices take into account.
     `share` is the part of the pruned network's cost in which the group takes part; groups share layers, so shares add
     up to more than one; None for a cost that has no shares. `uniform` is what a uniform policy of the same cost keeps.
     `verdict` is `cheap` (a step down costs less than the going price: it could be narrower), `dear` (a step up brings
@@ -87,6 +92,7 @@ class GroupPrice:
     width: int
     criterion: str
     error: float
+    weight: float
     share: float | None
     down: Step | None
     up: Step | None
@@ -96,8 +102,11 @@ class GroupPrice:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a policy has its widths. `price` is the going price: the error for each percent of the dense cost at which
-    the fewest groups would want another width; None where no step of any group changes the cost.
+    """Why a policy has its widths.
+
+    `error` and `uniform_error` are sums of weighted errors. `price` is the going price: the error for each percent of
+    the dense cost at which the fewest groups would want another width; None where no step of any group changes the
+    cost.
     """
 
     cost: str
@@ -110,7 +119,15 @@ class Explanation:
     groups: tuple[GroupPrice, ...]
 
 
-def explain(policy: Policy, groups: Sequence[Group], model: CostModel, curves: Curves, *, cost: str) -> Explanation:
+def explain(
+    policy: Policy,
+    groups: Sequence[Group],
+    model: CostModel,
+    curves: Curves,
+    *,
+    cost: str,
+    weights: Mapping[str, float] | None = None,
+) -> Explanation:
     """Explains the widths of `policy` by what each group's channels are worth.
 
     Args:
@@ -119,13 +136,16 @@ def explain(policy: Policy, groups: Sequence[Group], model: CostModel, curves: C
         model: Prices widths.
         curves: The error curve of every group by every criterion that the policy names.
         cost: The name of the cost that errors are weighed against.
+        weights: How much each group's error matters; None, and for groups that it leaves out: 1.
 
     Raises:
         PolicyError: The policy does not fit the groups.
         ValueError: A group has no curve by the criterion that the policy names.
     """
     widths = policy.widths(groups)
-    chosen = {group.name: _curve(curves, group.name, policy.choices[group.name].criterion) for group in groups}
+    raw = {group.name: _curve(curves, group.name, policy.choices[group.name].criterion) for group in groups}
+    matters = {group.name: (weights or {}).get(group.name, 1.0) for group in groups}
+    chosen = {name: curve.scaled(matters[name]) for name, curve in raw.items()}
     dense, total = model.cost(cost, {}), model.cost(cost, widths)
     uniform = _uniform(groups, model, cost, total)
     steps = {group.name: _steps(group, widths, chosen[group.name], model, cost) for group in groups}
@@ -145,7 +165,8 @@ def explain(policy: Policy, groups: Sequence[Group], model: CostModel, curves: C
                 size=group.size,
                 width=widths[group.name],
                 criterion=policy.choices[group.name].criterion,
-                error=chosen[group.name].at(widths[group.name]),
+                error=raw[group.name].at(widths[group.name]),
+                weight=matters[group.name],
                 share=share,
                 down=down,
                 up=up,
@@ -157,7 +178,7 @@ def explain(policy: Policy, groups: Sequence[Group], model: CostModel, curves: C
         cost=cost,
         dense=dense,
         total=total,
-        error=sum(row.error for row in rows),
+        error=sum(row.weight * row.error for row in rows),
         price=price,
         uniform_total=model.cost(cost, uniform),
         uniform_error=sum(chosen[name].at(width) for name, width in uniform.items()),

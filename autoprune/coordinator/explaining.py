@@ -5,16 +5,22 @@ Decides which stored values an explanation and a comparison are made of.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from autoprune import report
+from autoprune.budget import Budget
 from autoprune.coordinator.commands import terminal
-from autoprune.coordinator.views import Shown, StoredSearch, read_search, view_of
+from autoprune.coordinator.views import Shown, StoredSearch, read_search, results_of, view_of
 from autoprune.cost import COSTS, MACS
 from autoprune.errors import InputError, StudyError
+from autoprune.policy import Policy
 from autoprune.prices import Explanation, explain
+from autoprune.results import Problem
+from autoprune.search.learned import LEAST_TRIALS, fit_weights
 
 
 def explain_trial(name: str, *, home: Path, trial: int) -> tuple[str, dict[str, Any]]:
@@ -48,10 +54,45 @@ def explanation_of(stored: StoredSearch, shown: Shown) -> Explanation:
         )
     primary = str(stored.facts["primary"])
     cost = primary if primary in COSTS else MACS
+    policy, groups = shown.result.policy, background.groups
     try:
-        return explain(shown.result.policy, background.groups, background.model, background.curves, cost=cost)
+        weights = learned_weights(stored, policy)
+        return explain(policy, groups, background.model, background.curves, cost=cost, weights=weights)
     except ValueError as error:
         raise StudyError(f"trial {shown.number} of {stored.name} cannot be explained: {error}") from error
+
+
+def learned_weights(stored: StoredSearch, policy: Policy) -> dict[str, float] | None:
+    """Returns how much the error of each group matters under a policy's criteria, as the trials teach; 1 on average.
+
+    They are fitted to the validation losses of the first rung, which has the most trials; None where these are fewer
+    than a fit takes. The fit reads stored curves, so it can differ a little from the search's own.
+
+    Raises:
+        ValueError: A trial used a criterion of which no curve is stored.
+    """
+    background = stored.background
+    results = [r for r in results_of(stored, stored.order[0]) if math.isfinite(r.metrics.get("val_loss", math.nan))]
+    if background is None or len(results) < LEAST_TRIALS:
+        return None
+    criteria = tuple(dict.fromkeys(name for by in background.curves.values() for name in by))
+    budget = Budget(dict(stored.facts["limits"]), str(stored.facts["primary"]), (0.0, 1.0))
+    problem = Problem(background.groups, background.model, budget, criteria)
+    used = {c.criterion for r in results for c in r.policy.choices.values()}
+    missing = sorted(used.difference(criteria))
+    if missing or any(group.name not in background.curves for group in background.groups):
+        raise ValueError(f"error curves of {', '.join(missing) or 'some groups'} are not stored")
+    tables = {
+        group.name: {
+            name: [curve.at(width) for width in range(group.size + 1)]
+            for name, curve in background.curves[group.name].items()
+        }
+        for group in background.groups
+    }
+    fitted = fit_weights(problem, tables, results)
+    matters = {name: weight * fitted.factors[policy.choices[name].criterion] for name, weight in fitted.groups.items()}
+    mean = fmean(matters.values())
+    return {name: value / mean for name, value in matters.items()} if mean > 0 else None
 
 
 def compare_trials(name: str, *, home: Path, trials: Sequence[int]) -> tuple[str, dict[str, Any]]:

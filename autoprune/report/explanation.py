@@ -18,6 +18,8 @@ from autoprune.report.console import text_console, text_of
 from autoprune.report.view import FrontPoint, SearchView
 
 SCHEMA = 1
+_LIGHT, _HEAVY = 0.6, 1.5
+"""A weight beyond these is worth a sentence."""
 MARKS = {CHEAP: "▼", DEAR: "▲", BALANCED: "", FIXED: "", FREE: ""}
 """Beside a group that the tables would give another width: narrower, wider."""
 
@@ -65,6 +67,7 @@ def explanation_json(view: SearchView, point: FrontPoint, why: Explanation) -> d
                 "uniform_width": row.uniform,
                 "criterion": row.criterion,
                 "error": row.error,
+                "weight": row.weight,
                 "share": row.share,
                 "down": _step_json(row.down),
                 "up": _step_json(row.up),
@@ -85,9 +88,18 @@ def summary(why: Explanation) -> list[str]:
         f"Keeps {kept} at a total error of {number(why.error)}; a uniform policy of {other} has"
         f" {number(why.uniform_error)}. Errors are the tables': after refitting, before any fine-tuning."
     ]
+    if weighted(why):
+        lines.append(
+            "Each group's error is weighted by how much it matters, as this search's trials teach (1 on average)."
+        )
     if why.price is not None:
         lines.append(f"The going price is an error of {number(why.price)} for each percent of the dense {label}.")
     return lines
+
+
+def weighted(why: Explanation) -> bool:
+    """Whether the groups' errors matter differently."""
+    return any(row.weight != 1.0 for row in why.groups)
 
 
 def sentence(why: Explanation, row: GroupPrice) -> str:
@@ -100,7 +112,9 @@ def sentence(why: Explanation, row: GroupPrice) -> str:
     else:
         more = row.width - row.uniform
         kept += f", {abs(more)} {'more' if more > 0 else 'fewer'} than a uniform policy of the same cost"
-    return f"{kept}: {_reason(why, row)}."
+    unusual = row.weight <= _LIGHT or row.weight >= _HEAVY
+    matters = f" Its error matters {row.weight:.2g} times the average." if unusual else ""
+    return f"{kept}: {_reason(why, row)}.{matters}"
 
 
 def _reason(why: Explanation, row: GroupPrice) -> str:
@@ -171,6 +185,8 @@ def _table(why: Explanation) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("criterion", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
+    if weighted(why):
+        table.add_column("weight", justify="right", no_wrap=True)
     table.add_column(f"part of {label}", justify="right", no_wrap=True)
     table.add_column("price down", justify="right", no_wrap=True)
     table.add_column("price up", justify="right", no_wrap=True)
@@ -183,6 +199,7 @@ def _table(why: Explanation) -> Table:
             str(row.uniform),
             row.criterion,
             number(row.error),
+            *([f"{row.weight:.2f}"] if weighted(why) else []),
             "–" if row.share is None else units.percent(row.share, 0),
             price_text(row.down),
             price_text(row.up),

@@ -14,7 +14,7 @@ from autoprune.cost import COSTS
 from autoprune.prices import CHEAP, DEAR, Curves, Explanation
 from autoprune.report import units
 from autoprune.report.diagnostics import RungPair, RungTime
-from autoprune.report.explanation import number, price_text, sentence, summary
+from autoprune.report.explanation import number, price_text, sentence, summary, weighted
 from autoprune.report.view import FrontPoint, SearchView
 
 Chosen = Sequence[tuple[str, FrontPoint]]
@@ -238,7 +238,9 @@ def _card(view: SearchView, what: str, point: FrontPoint) -> str:
 
 def _prices(found: Explanation) -> str:
     label = units.LABELS[found.cost]
-    heads = ["group", "keeps", "uniform", "error", f"part of {label}", "price down", "price up"]
+    weights = weighted(found)
+    heads = ["group", "keeps", "uniform", "error", *(["weight"] if weights else [])]
+    heads += [f"part of {label}", "price down", "price up"]
     rows = []
     for row in found.groups:
         shade = {CHEAP: "good", DEAR: "bad"}.get(row.verdict, "")
@@ -247,6 +249,7 @@ def _prices(found: Explanation) -> str:
             f"{row.width} <span class='unit'>of {row.size}</span>",
             str(row.uniform),
             number(row.error),
+            *([f"{row.weight:.2f}"] if weights else []),
             "–" if row.share is None else units.percent(row.share, 0),
             f"<span class='{shade if row.verdict == CHEAP else ''}'>{price_text(row.down)}</span>",
             f"<span class='{shade if row.verdict == DEAR else ''}'>{price_text(row.up)}</span>",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from autoprune.coordinator.reporting import write_report
 from autoprune.coordinator.views import facts_of, read_search, storage_path
 from autoprune.cost import CostModel, Form, Term
 from autoprune.errors import InputError, StudyError
-from autoprune.policy import Group, feasible_widths, uniform_policy
+from autoprune.policy import Choice, Group, Policy, feasible_widths, uniform_policy
 from autoprune.results import Fidelity, Problem, TrialResult
 from autoprune.search.records import Candidate, add_complete, add_failed
 
@@ -138,6 +139,26 @@ def test_a_search_without_tables_cannot_be_explained_and_says_what_to_do(home: P
     give_background(home, curves={})
     with pytest.raises(StudyError, match="trial 1 of small cannot be explained: there is no error curve"):
         explain_trial("small", home=home, trial=1)
+
+
+def test_errors_are_weighted_as_the_trials_teach(home: Path) -> None:
+    give_background(home)
+    known = problem()
+    study = studies.load_rung(studies.open_storage(storage_path(home)), "small", "tune")
+    rng = random.Random(0)
+    for _ in range(40):
+        ratios = {name: rng.uniform(0.1, 0.85) for name in SIZES}
+        policy = Policy({g.name: Choice("obs", g.ratio(g.width(ratios[g.name]))) for g in known.groups})
+        widths = policy.widths(known.groups)
+        errors = {name: tables()[name]["obs"][width] for name, width in widths.items()}
+        metrics = {"val_accuracy": 0.5, "val_loss": 0.2 + 3.0 * errors["first"] + 1.0 * errors["second"]}
+        result = TrialResult(policy, policy.id, Fidelity("tune", epochs=1), widths, known.costs(policy), metrics)
+        candidate = Candidate(policy, policy.id, "sampler", "sampler")
+        add_complete(study, known, candidate, result=result, reused=None, started=datetime.datetime.now(), notes={})
+    _, data = explain_trial("small", home=home, trial=1)
+    first, second = data["groups"]
+    assert first["weight"] + second["weight"] == pytest.approx(2.0)
+    assert 2.0 < first["weight"] / second["weight"] < 4.0
 
 
 def test_trials_are_compared_by_their_numbers(home: Path) -> None:

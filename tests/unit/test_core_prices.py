@@ -51,6 +51,16 @@ def test_prices_shares_and_the_uniform_policy_equal_the_hand_computed_numbers() 
     assert why.uniform_error == pytest.approx(0.5 * 4 + 0.1 * 4)
 
 
+def test_weights_scale_prices_and_totals_and_leave_the_errors_of_the_tables() -> None:
+    why = explained(8, 4, line(0.5), line(0.1), weights={"b": 5.0})
+    a, b = why.groups
+    assert (a.weight, b.weight) == (1.0, 5.0)
+    assert b.error == pytest.approx(0.6)
+    assert b.down.price == pytest.approx(a.down.price) == pytest.approx(0.1)
+    assert why.error == pytest.approx(1.0 + 5 * 0.6)
+    assert why.uniform_error == pytest.approx(0.5 * 4 + 5 * 0.1 * 4)
+
+
 def test_a_group_that_is_dear_to_narrow_should_be_wider_and_a_cheap_one_narrower() -> None:
     why = explained(5, 5, line(0.5), line(0.1))
     assert [row.verdict for row in why.groups] == [DEAR, CHEAP]

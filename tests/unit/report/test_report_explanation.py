@@ -25,7 +25,7 @@ DOWN, UP = Step(11, 0.2, -50, 0.3), Step(13, -0.1, 50, 0.1)
 
 
 def row(verdict: str = BALANCED, **changes: object) -> GroupPrice:
-    known = GroupPrice("layer1.conv", 16, 12, "obs", 0.25, 0.4, DOWN, UP, 10, verdict)
+    known = GroupPrice("layer1.conv", 16, 12, "obs", 0.25, 1.0, 0.4, DOWN, UP, 10, verdict)
     return replace(known, **changes)  # type: ignore[arg-type]
 
 
@@ -63,6 +63,16 @@ def test_the_cheapest_quarter_is_named_as_such_where_there_are_enough_groups() -
     assert ["cheapest quarter" in text for text in found] == [True] * 2 + [False] * 6
     assert ["dearest quarter" in text for text in found] == [False] * 6 + [True] * 2
     assert "cheapest quarter" not in sentence(why(*rows[:4]), rows[0])
+
+
+def test_weights_are_a_column_where_there_are_any_and_unusual_ones_a_sentence(view: SearchView) -> None:
+    heavy, usual = row(weight=1.7), row(group="layer2.conv", weight=0.9)
+    assert sentence(why(), heavy).endswith(" Its error matters 1.7 times the average.")
+    assert "average" not in sentence(why(), usual)
+    text = render_explanation(view, view.trials[1], why(heavy, usual))
+    assert "weight" in text
+    assert "as this search's trials teach" in text
+    assert "weight" not in render_explanation(view, view.trials[1], why())
 
 
 def test_the_text_holds_a_row_and_a_sentence_a_group(view: SearchView) -> None:

@@ -33,7 +33,7 @@ CURVES = {name: {"obs": CURVE, "l2": CURVE} for name in ("layer1.conv", "layer2.
 
 
 def why(group: str = "layer1.conv") -> Explanation:
-    row = GroupPrice(group, 16, 8, "obs", 0.1, 0.5, None, None, 8, BALANCED)
+    row = GroupPrice(group, 16, 8, "obs", 0.1, 1.0, 0.5, None, None, 8, BALANCED)
     return Explanation("macs", 1_000_000, 500_000, 0.1, None, 500_000, 0.1, (row,))
 
 
