@@ -178,10 +178,11 @@ def latency_figure(view: SearchView) -> go.Figure:
 
     def marks(points: Sequence[Any], name: str, marker: dict[str, Any]) -> go.Scatter:
         spread = [0.5 * p.metrics.get("latency_spread_ms", 0.0) for p in points]
+        below = [min(bar, p.metrics["latency_ms"]) for bar, p in zip(spread, points, strict=True)]
         return go.Scatter(
             x=[across(p) for p in points],
             y=[p.metrics["latency_ms"] for p in points],
-            error_y={"array": spread, "color": TRIAL, "thickness": 1.2, "width": 3},
+            error_y={"array": spread, "arrayminus": below, "color": TRIAL, "thickness": 1.2, "width": 3},
             mode="markers",
             name=name,
             marker=marker,
@@ -208,7 +209,9 @@ def latency_figure(view: SearchView) -> go.Figure:
     else:
         figure.update_xaxes(title_text=f"{units.AXES[view.primary]} (% of dense)", ticksuffix="%", gridcolor=GRID)
         figure.update_xaxes(zeroline=False)
-    figure.update_yaxes(title_text="measured latency (ms)", rangemode="tozero", gridcolor=GRID, zeroline=False)
+    # A bar may run off the picture: on a busy machine a spread is many times the median.
+    top = 1.3 * max(value for trace in figure.data for value in trace.y)
+    figure.update_yaxes(title_text="measured latency (ms)", range=[0, top], gridcolor=GRID, zeroline=False)
     return figure
 
 
