@@ -155,22 +155,19 @@ def explain(
     )
     rows = []
     for group in groups:
-        down, up = steps[group.name]
-        share = None
-        if cost != MEMORY and total > 0:
-            share = model.share(cost, group.name).cost(cost, widths) / total
+        name, (down, up) = group.name, steps[group.name]
         rows.append(
             GroupPrice(
-                group=group.name,
+                group=name,
                 size=group.size,
-                width=widths[group.name],
-                criterion=policy.choices[group.name].criterion,
-                error=raw[group.name].at(widths[group.name]),
-                weight=matters[group.name],
-                share=share,
+                width=widths[name],
+                criterion=policy.choices[name].criterion,
+                error=raw[name].at(widths[name]),
+                weight=matters[name],
+                share=_share(model, cost, name, widths),
                 down=down,
                 up=up,
-                uniform=uniform[group.name],
+                uniform=uniform[name],
                 verdict=_verdict(group, down, up, price),
             )
         )
@@ -204,6 +201,12 @@ def _curve(curves: Curves, group: str, criterion: str) -> ErrorCurve:
         return curves[group][criterion]
     except KeyError as error:
         raise ValueError(f"there is no error curve of the group {group!r} by the criterion {criterion!r}") from error
+
+
+def _share(model: CostModel, cost: str, group: str, widths: Mapping[str, int]) -> float | None:
+    """Returns the part of the cost in which a group takes part; None for a cost that has no shares, or is nothing."""
+    total = model.cost(cost, widths)
+    return None if cost == MEMORY or total <= 0 else model.share(cost, group).cost(cost, widths) / total
 
 
 def _steps(
