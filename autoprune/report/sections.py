@@ -56,7 +56,7 @@ def chosen(view: SearchView, points: Chosen) -> str:
     heads = ["group", "dense", *(f"trial {p.name}: {what}" for what, p in points)]
     rows = []
     for group, size in view.sizes.items():
-        cells = [_e(group), str(size), *(_kept(p.widths.get(group, size), size) for _, p in points)]
+        cells = [_name(group), str(size), *(_kept(p.widths.get(group, size), size) for _, p in points)]
         rows.append(_row(cells))
     return _section("Chosen points", f"<div class='cards'>{cards}</div>{_table(heads, rows)}")
 
@@ -245,7 +245,7 @@ def _prices(found: Explanation) -> str:
     for row in found.groups:
         shade = {CHEAP: "good", DEAR: "bad"}.get(row.verdict, "")
         cells = [
-            _e(row.group),
+            _name(row.group),
             f"{row.width} <span class='unit'>of {row.size}</span>",
             str(row.uniform),
             number(row.error),
@@ -316,6 +316,11 @@ def _row(cells: Sequence[str], mark: str = "") -> str:
 
 def _anchor(name: str) -> str:
     return name.lower().replace(" ", "-")
+
+
+def _name(group: str) -> str:
+    """Returns a group's name, which may be broken after each dot where the screen is narrow."""
+    return _e(group).replace(".", ".<wbr>")
 
 
 def _e(text: str) -> str:

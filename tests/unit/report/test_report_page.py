@@ -56,7 +56,7 @@ def page_data(view: SearchView, **changes: Any) -> PageData:
 class Elements(HTMLParser):
     """Checks that elements are closed in order, and collects them."""
 
-    EMPTY = frozenset({"meta", "link", "br", "img", "input", "hr"})
+    EMPTY = frozenset({"meta", "link", "br", "wbr", "img", "input", "hr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
