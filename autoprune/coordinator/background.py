@@ -116,24 +116,31 @@ def unpack(data: Mapping[str, Any]) -> Background:
     )
 
 
-def curves_of(
-    problem: Problem, tables: Mapping[str, Mapping[str, Sequence[float]]]
-) -> dict[str, dict[str, ErrorCurve]]:
+Table = Sequence[float] | Mapping[int, float]
+"""Error by width: at each width from 0 to the group's size, or at those that the group may take."""
+
+
+def curves_of(problem: Problem, tables: Mapping[str, Mapping[str, Table]]) -> dict[str, dict[str, ErrorCurve]]:
     """Returns the error curves of the groups that the search may prune, at their feasible widths and at full width.
 
     Args:
         problem: Groups and criteria.
-        tables: Group → criterion → error at each width from 0 to the group's size.
+        tables: Group → criterion → error by width.
     """
     found: dict[str, dict[str, ErrorCurve]] = {}
     for group in problem.groups:
         widths = sorted({*_thinned(group.widths), group.size})
         found[group.name] = {
-            criterion: ErrorCurve(tuple(widths), tuple(float(f"{table[w]:.{_DIGITS}g}") for w in widths))
+            criterion: _curve(table, widths)
             for criterion, table in tables.get(group.name, {}).items()
             if criterion in problem.criteria
         }
     return found
+
+
+def _curve(table: Table, widths: Sequence[int]) -> ErrorCurve:
+    known = [w for w in widths if w in table] if isinstance(table, Mapping) else list(widths)
+    return ErrorCurve(tuple(known), tuple(float(f"{table[w]:.{_DIGITS}g}") for w in known))
 
 
 def _thinned(widths: Sequence[int]) -> list[int]:

@@ -18,9 +18,23 @@ from autoprune.coordinator.views import Shown, StoredSearch, read_search, result
 from autoprune.cost import COSTS, MACS
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Policy
-from autoprune.prices import Explanation, explain
+from autoprune.prices import ErrorCurve, Explanation, explain
 from autoprune.results import Problem
 from autoprune.search.learned import LEAST_TRIALS, fit_weights
+
+
+class _ByWidth(Sequence[float]):
+    """An error curve as the search reads it: the error at each width from 0 to the group's size, on demand."""
+
+    def __init__(self, curve: ErrorCurve, size: int) -> None:
+        self._curve = curve
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size + 1
+
+    def __getitem__(self, width: Any) -> Any:
+        return self._curve.at(width)
 
 
 def explain_trial(name: str, *, home: Path, trial: int) -> tuple[str, dict[str, Any]]:
@@ -83,10 +97,7 @@ def learned_weights(stored: StoredSearch, policy: Policy) -> dict[str, float] | 
     if missing or any(group.name not in background.curves for group in background.groups):
         raise ValueError(f"error curves of {', '.join(missing) or 'some groups'} are not stored")
     tables = {
-        group.name: {
-            name: [curve.at(width) for width in range(group.size + 1)]
-            for name, curve in background.curves[group.name].items()
-        }
+        group.name: {name: _ByWidth(curve, group.size) for name, curve in background.curves[group.name].items()}
         for group in background.groups
     }
     fitted = fit_weights(problem, tables, results)

@@ -116,6 +116,15 @@ def test_curves_are_kept_at_feasible_widths_and_thinned_with_both_ends() -> None
         assert wide.at(width) == pytest.approx(tables()["second"]["obs"][width], abs=2e-4)
 
 
+def test_a_table_of_the_widths_that_a_group_may_take_is_as_good_as_one_of_all() -> None:
+    feasible = {g.name: set(g.widths) for g in problem().groups}
+    some = {
+        name: {c: {w: e for w, e in enumerate(curve) if w in feasible[name]} for c, curve in by.items()}
+        for name, by in tables().items()
+    }
+    assert curves_of(problem(), some) == curves_of(problem(), tables())
+
+
 def test_the_background_is_not_among_the_attributes_that_the_dashboard_shows(home: Path) -> None:
     give_background(home)
     study = optuna.load_study(study_name="small.tune", storage=f"sqlite:///{storage_path(home)}")
