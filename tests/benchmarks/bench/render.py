@@ -173,11 +173,10 @@ def render(folder: Path, options: argparse.Namespace) -> None:
     found = read(folder, options.epochs)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "numpy"))
     what = (
-        f"CIFAR-10 (JPEG copy), {options.seeds} seed(s), {options.seconds:.0f} s of search where a contender takes "
-        "a time (thrice for ResNet-56), 2,000 validation images a candidate, 512 calibration images; "
-        f"test: the 5,000 images that no search sees; {options.epochs} epochs of fine-tuning with distillation for everybody. "
-        f"Reference point of the hypervolume: error {REFERENCE[0]}, MACs {REFERENCE[1]}. Spread: standard deviation over "
-        "seeds."
+        f"CIFAR-10 (JPEG copy), {options.seeds} seed(s), {options.seconds:.0f} s of search where a contender takes a "
+        "time (thrice for ResNet-56), 2,000 validation images a candidate, 512 calibration images; test: the 5,000 "
+        f"images that no search sees; {options.epochs} epochs of fine-tuning with distillation for everybody. Reference "
+        f"point of the hypervolume: error {REFERENCE[0]}, MACs {REFERENCE[1]}. Spread: standard deviation over seeds."
     )
     where = (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.jobs} contenders at a time, "
