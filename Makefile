@@ -1,7 +1,7 @@
 # autoprune: `make help` lists the targets. Each is one line; `.venv` is made on first use.
 
 .DEFAULT_GOAL := help
-.PHONY: help search inspect validate front export schema dashboard mlflow-ui test test-all check format clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' Makefile)
 .DELETE_ON_ERROR:
 
 SPACE ?=
@@ -12,6 +12,7 @@ NAME ?=
 TRIAL ?=
 FORMAT ?= safetensors
 PORT ?= 8080
+BENCH ?=
 PYTHON ?= python3
 export AUTOPRUNE_DATA ?= $(or $(wildcard ../shared/data),data)
 
@@ -33,6 +34,9 @@ validate: $(READY) ## check a space file: SPACE=
 front: $(READY) ## show the front that a search has found: NAME=
 	@$(RUN) front $(or $(NAME),digits-resnet20)
 
+report: $(READY) ## write everything about a search into one HTML file: NAME=
+	@$(RUN) report $(or $(NAME),digits-resnet20)
+
 export: $(READY) ## write a pruned model to exports/: NAME= TRIAL= FORMAT=safetensors|pt2|onnx
 	$(RUN) export $(or $(NAME),digits-resnet20) --trial $(or $(TRIAL),$(error name a trial of the front: make export TRIAL=17)) --format $(FORMAT)
 
@@ -51,6 +55,15 @@ test: $(READY) ## run the default tests
 test-all: $(READY) ## run all tests, the slow ones included
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q
 
+coverage: $(READY) ## every torchvision and 100 timm models, beside Torch-Pruning; resumes: MODELS=glob ARGS=--skip-onnx
+	nice .venv/bin/python tests/benchmarks/coverage.py --resume $(if $(MODELS),--models '$(MODELS)') $(ARGS)
+
+bench: $(READY) ## compare fronts with the peers' (hours; needs AUTOPRUNE_DATA): BENCH="--seeds 1 --networks resnet20"
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py $(BENCH)
+
+bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py --quick $(BENCH)
+
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
 
@@ -61,4 +74,4 @@ clean: ## remove caches and builds; searches (.autoprune) and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis && find autoprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,dev]' && touch $@
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,timm,dev]' && touch $@

@@ -15,26 +15,35 @@ if TYPE_CHECKING:
     from autoprune.coordinator.commands import export_trial as export_trial
     from autoprune.coordinator.commands import inspect_space as inspect_space
     from autoprune.coordinator.commands import show_front as show_front
+    from autoprune.coordinator.explaining import compare_trials as compare_trials
+    from autoprune.coordinator.explaining import explain_trial as explain_trial
+    from autoprune.coordinator.reporting import write_report as write_report
     from autoprune.coordinator.session import SearchOutcome as SearchOutcome
     from autoprune.coordinator.session import run_search as run_search
 
 _HOMES = {
     "SearchOutcome": "session",
+    "compare_trials": "explaining",
     "dashboard_command": "commands",
+    "explain_trial": "explaining",
     "export_trial": "commands",
     "inspect_space": "commands",
     "run_search": "session",
     "search": "api",
     "show_front": "commands",
+    "write_report": "reporting",
 }
 __all__ = [
     "SearchOutcome",
+    "compare_trials",
     "dashboard_command",
+    "explain_trial",
     "export_trial",
     "inspect_space",
     "run_search",
     "search",
     "show_front",
+    "write_report",
 ]
 
 

@@ -23,6 +23,15 @@ def terminal() -> tuple[int, bool]:
     return max(60, shutil.get_terminal_size((120, 40)).columns), True
 
 
+def _has_unicode() -> bool:
+    """Whether the terminal can write the characters of a picture."""
+    try:
+        "●╌┊│".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def show_front(name: str, *, home: Path, layers: int | None = None) -> tuple[str, dict[str, Any]]:
     """Returns the front of a search as text and as JSON values; with `layers`, that trial's layers too.
 
@@ -33,6 +42,8 @@ def show_front(name: str, *, home: Path, layers: int | None = None) -> tuple[str
     view = view_of(stored)
     width, color = terminal()
     text = report.render_front(view, console_width=width, color=color)
+    if sys.stdout.isatty():
+        text += "\n" + report.plot_front(view, width=width, unicode=_has_unicode())
     data = report.front_json(view)
     if layers is not None:
         rows = layer_rows(stored, layers)

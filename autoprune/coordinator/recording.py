@@ -16,6 +16,7 @@ from typing import Any
 
 import autoprune.search as studies
 from autoprune import report, tracking
+from autoprune.coordinator.reporting import page_of
 from autoprune.coordinator.views import CONTROLS, StoredSearch
 from autoprune.report import SearchView
 from autoprune.results import Problem
@@ -88,7 +89,7 @@ class Records:
         study = studies.study_name(self.name, stored.shown_rung)
         keys = [tracking.trial_key(study, s.own) for s in members]
         folders = {key: stored.folder(member.result) for key, member in zip(keys, members, strict=True)}
-        files = front_files(view)
+        files = front_files(view) | {"report.html": page_of(stored, view)}
         numbers = {"hypervolume": view.hypervolume, "front_size": float(len(view.front))}
         if view.controls:
             numbers["controls_hypervolume"] = view.controls_hypervolume

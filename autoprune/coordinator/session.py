@@ -6,6 +6,7 @@ resumes a search that was stopped at any moment.
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import shlex
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import autoprune.search as studies
-from autoprune import report
+from autoprune import report, tracking
+from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.views import (
@@ -35,6 +37,7 @@ from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
+from autoprune.network.evaluation import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
@@ -293,6 +296,8 @@ class Session:
 
     def _write_facts(self, plan: LadderPlan) -> None:
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
+        if studies.read_background(study) is None:  # a search of an older version gets it when it is resumed
+            studies.write_background(study, pack(self._background()))
         if studies.read_facts(study) is not None:
             return
         last = plan.rungs[-1].fidelity
@@ -302,6 +307,25 @@ class Session:
         stages = {group.name: group.stage for group in self.network.groups}
         facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
         studies.write_facts(study, facts)
+
+    def _background(self) -> Background:
+        splits, origin, data = self.bench.splits, self.bench.origin, self.space.data
+        python = not (origin.get("name") or origin.get("factory"))
+        return Background(
+            groups=self.problem.groups,
+            model=self.problem.cost_model,
+            curves=curves_of(self.problem, self.bench.knowledge.tables),
+            settings=self.space.to_yaml(),
+            python=python,
+            samples={name: len(getattr(splits, name)) for name in ("train", "calibration", "val", "test")},
+            classes=splits.num_classes,
+            accuracy=self.bench.metric is None and splits.num_classes > 0,
+            origin=str(origin.get("name") or origin.get("factory") or origin.get("class")),
+            data="given in Python" if python else str(data.name or data.factory),
+            device=device_name(self.bench.device),
+            environment=tracking.environment_tags(),
+            began=datetime.datetime.now().astimezone(),
+        )
 
     # --- after ---
 

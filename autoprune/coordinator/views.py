@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import autoprune.search as studies
 from autoprune import report
+from autoprune.coordinator.background import Background, unpack
 from autoprune.errors import StudyError
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import StoredTrial
+from autoprune.search import Audit, Failure, StoredTrial
 
 CONTROLS = "controls"
 """The rung of the controls: uniform and global policies under the last rung's recipe."""
@@ -56,12 +57,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class StoredSearch:
-    """A search as its storage holds it."""
+    """A search as its storage holds it. `background` is None for a search that was made before it was stored."""
 
     name: str
     facts: Mapping[str, Any]
     rungs: Mapping[str, tuple[StoredTrial, ...]]
     home: Path
+    failures: Mapping[str, tuple[Failure, ...]] = field(default_factory=dict)
+    background: Background | None = None
 
     @property
     def order(self) -> list[str]:
@@ -89,6 +92,20 @@ class StoredSearch:
             for t in studies.distinct(self.rungs.get(rung, ()))
             if t.result is not None
         ]
+
+    def find(self, number: int) -> Shown:
+        """Returns the trial that people call `number`, as the last rung that finished it shows it.
+
+        Raises:
+            StudyError: There is no such trial.
+        """
+        rungs = list(dict.fromkeys([self.shown_rung, self.picked_rung]))
+        known = [shown for rung in rungs for shown in self.shown(rung)]
+        found = next((shown for shown in known if shown.number == number), None)
+        if found is None:
+            numbers = ", ".join(str(n) for n in sorted({shown.number for shown in known}))
+            raise StudyError(f"{self.name} has no finished trial {number}; finished: {numbers or 'none'}")
+        return found
 
     def model_path(self, number: int) -> Path:
         """Returns the folder with the model of the trial that people call `number`.
@@ -158,12 +175,15 @@ def read_search(name: str, *, home: Path) -> StoredSearch:
     if facts is None:
         raise StudyError(f"the search {name!r} has not begun yet")
     trials = {rung: tuple(studies.read_results(study)) for rung, study in opened.items()}
-    return StoredSearch(name, facts, trials, home)
+    failures = {rung: tuple(studies.read_failures(study)) for rung, study in opened.items()}
+    packed = next((b for study in opened.values() if (b := studies.read_background(study)) is not None), None)
+    background = None if packed is None else unpack(packed)
+    return StoredSearch(name, facts, trials, home, failures, background)
 
 
 def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
     """Returns the view of a search's shown rung, controls included where they ran the same recipe."""
-    facts = stored.facts
+    facts, background = stored.facts, stored.background
     metrics = dict(facts["dense_metrics"])
     shown = stored.shown()
     dense = FrontPoint(
@@ -189,6 +209,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         primary=facts["primary"],
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
+        samples=background.samples if background is not None and background.accuracy else {},
         notes=(*audit_notes(stored), *notes),
     )
 
@@ -196,9 +217,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
 def audit_notes(stored: StoredSearch) -> list[str]:
     """Returns a sentence for every two rungs in a row: how well the first one ranks what the second one measured."""
     notes = []
-    for first, second in zip(stored.order, stored.order[1:], strict=False):
-        results = [[t.result for t in stored.rungs.get(rung, ()) if t.result is not None] for rung in (first, second)]
-        audit = studies.audit(*results)
+    for first, second, audit in audits_of(stored):
         if audit.tau is None or audit.regret is None:
             continue
         notes.append(
@@ -208,3 +227,16 @@ def audit_notes(stored: StoredSearch) -> list[str]:
         if audit.warning:
             notes.append(f"Warning: {audit.warning}")
     return notes
+
+
+def audits_of(stored: StoredSearch) -> list[tuple[str, str, Audit]]:
+    """Returns the audit of every two rungs in a row, with their names."""
+    return [
+        (first, second, studies.audit(results_of(stored, first), results_of(stored, second)))
+        for first, second in zip(stored.order, stored.order[1:], strict=False)
+    ]
+
+
+def results_of(stored: StoredSearch, rung: str) -> list[TrialResult]:
+    """Returns the results of a rung."""
+    return [trial.result for trial in stored.rungs.get(rung, ()) if trial.result is not None]

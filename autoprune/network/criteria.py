@@ -57,7 +57,7 @@ class Evidence:
 
 
 Criterion = Callable[[Evidence, PruningGroup], Scores]
-_PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent")
+_PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent", "computed", "product")
 
 
 def _inside(units: np.ndarray, group: PruningGroup) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rules of operators that work element by element or over space: activations, sums, pooling, reductions.
+"""Rules of operators that work element by element or over space: activations, sums, pooling, resizing.
 
 Decides how aligned dimensions live and die together. Knows nothing of modules, groups or costs.
 """
@@ -13,11 +13,14 @@ from autoprune.network.tape import Rule, Tape
 
 
 def _plain(tape: Tape, dims: Sequence[Labels | None]) -> Value:
-    """The result at hand with `dims`; a dimension whose size changed loses its labels."""
-    return Value(
-        tape.shape,
-        tuple(d if d is not None and len(d) == n else None for d, n in zip(dims, tape.shape, strict=True)),
-    )
+    """The result at hand with `dims`; a dimension whose size changed is frozen and loses its labels."""
+    kept: list[Labels | None] = []
+    for labels, size in zip(dims, tape.shape, strict=True):
+        fits = labels is not None and len(labels) == size
+        if not fits:
+            tape.labels.freeze(labels, f"resized at {tape.where}")
+        kept.append(labels if fits else None)
+    return Value(tape.shape, tuple(kept))
 
 
 def elementwise(tape: Tape, *args: Any, **_: Any) -> Value:
@@ -70,27 +73,9 @@ def prelu(tape: Tape, x: Value, weight: Value) -> Value:
     return Value(x.shape, x.dims)
 
 
-def masked_fill(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
-    """Puts a constant where a mask says; the mask's channels, if it has any, are fixed."""
-    return Value(x.shape, x.dims) if tape.shape == x.shape else _plain(tape, x.dims)
-
-
-def reduce(tape: Tape, x: Value, axes: Any = None, keepdim: bool = False, *_: Any, **__: Any) -> Value:
-    """Mean, sum, maximum over some dimensions; a reduction over channels mixes them without a weight."""
-    if axes is None or axes == []:
-        axes = list(range(len(x.shape)))
-    gone = {a % len(x.shape) for a in ([axes] if isinstance(axes, int) else axes)}
-    for axis in gone:
-        tape.labels.freeze(x.dims[axis], f"reduced over channels at {tape.where}")
-    if len(tape.shape) == len(x.shape):
-        return Value(tape.shape, tuple(None if k in gone else d for k, d in enumerate(x.dims)))
-    return Value(tape.shape, tuple(d for k, d in enumerate(x.dims) if k not in gone))
-
-
-def normalise_over(tape: Tape, x: Value, dim: int = -1, *_: Any, **__: Any) -> Value:
-    """Softmax and its kin: channels that are normalised together must all stay."""
-    tape.labels.freeze(x.dims[dim], f"normalised over channels at {tape.where}")
-    return Value(x.shape, x.dims)
+def copy(tape: Tape, x: Value, source: Any = None, *_: Any, **__: Any) -> Value:
+    """Writes `source` into `x`, which may be a view of a larger tensor: the channels of both are the same."""
+    return elementwise(tape, x, source) if isinstance(source, Value) else same(tape, x)
 
 
 def shape_only(tape: Tape, *_: Any, **__: Any) -> Value:
@@ -112,7 +97,6 @@ UNARY = [
     "clamp_max",
     "clone",
     "contiguous",
-    "copy",
     "cos",
     "detach",
     "dropout",
@@ -163,8 +147,29 @@ UNARY = [
     "type_as",
     "alias",
     "bitwise_not",
-    "zeros_like",
-    "ones_like",
+    "erfc",
+    "erfinv",
+    "exp2",
+    "log2",
+    "log10",
+    "sinh",
+    "cosh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "frac",
+    "trunc",
+    "sinc",
+    "digamma",
+    "lgamma",
+    "fill",
+    "zero",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "signbit",
+    "deg2rad",
+    "rad2deg",
 ]
 
 
@@ -197,4 +202,22 @@ BINARY = [
     "bitwise_or",
     "bitwise_xor",
     "floor_divide",
+    "true_divide",
+    "divide",
+    "multiply",
+    "subtract",
+    "greater",
+    "less",
+    "logaddexp",
+    "logaddexp2",
+    "xlogy",
+    "hypot",
+    "copysign",
+    "heaviside",
+    "fmax",
+    "fmin",
+    "float_power",
+    "masked_fill",
 ]
+
+LIKE = ["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"]

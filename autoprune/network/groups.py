@@ -158,9 +158,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     (name → reason) are frozen.
     """
     solution = record.solution
-    producers = [
-        layer for layer in record.layers if layer.kind in ("conv", "transposed", "linear", "embedding", "recurrent")
-    ]
+    producers = [layer for layer in record.layers if layer.kind not in ("norm", "depthwise")]
     unit = np.full(solution.number, -1, dtype=np.int64)
     groups: list[PruningGroup] = []
     reasons: dict[int, str] = {}

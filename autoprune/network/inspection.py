@@ -21,6 +21,7 @@ from autoprune.policy import Group
 def describe(network: Network, groups: Sequence[Group]) -> dict[str, Any]:
     """Returns groups, frozen layers, notes and dense costs as plain JSON values.
 
+    `narrowest` are the costs with every one of `groups` at its smallest width: no budget below them can be met.
     A group's `macs_share` and `params_share` are the parts of the dense cost in which it takes part; several groups
     share a layer, so they add up to more than one.
     """
@@ -46,9 +47,11 @@ def describe(network: Network, groups: Sequence[Group]) -> dict[str, Any]:
                 "approximate": group.approximate,
             }
         )
+    narrowest = {group.name: group.widths[0] for group in groups}
     return {
         "schema": 1,
         "dense": dense,
+        "narrowest": network.cost_model.costs(narrowest),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
         "groups": rows,
         "frozen": [{"name": f.name, "size": f.size, "reason": f.reason} for f in network.frozen],

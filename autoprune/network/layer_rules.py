@@ -32,65 +32,97 @@ def transposed_convolution(
 
 def _conv(tape: Tape, x: Value, weight: Value, bias: Value | None, *, groups: int, transposed: bool) -> Value:
     rank = len(weight.shape) - 2
-    channel_axis = len(x.shape) - rank - 1
-    channels, w_in, w_out = x.dims[channel_axis], weight.dims[1], weight.dims[0]
-    if transposed:
-        w_in, w_out = w_out, w_in
+    axis = len(x.shape) - rank - 1
     for kernel in weight.dims[2:]:
         tape.labels.freeze(kernel, "kernel size")
-    out_size = tape.shape[channel_axis]
-    in_per_group = x.shape[channel_axis] // groups
-    # Dimensions of size 1 carry no labels: a one-channel input, a depthwise weight, a single output channel.
-    inputs: Labels | None = None
-    in_dim: int | None = 0 if transposed else 1
-    kind = "transposed" if transposed else "conv"
-    if groups == 1:
-        if w_in is not None:
-            tape.align(w_in, channels, f"{tape.where} reads the model's input or a tensor of fixed width")
-            inputs = w_in
-        outputs = w_out
-    elif groups == x.shape[channel_axis] and not transposed:
-        kind, in_dim, outputs = "depthwise", None, w_out
-        multiplier = out_size // groups
-        if w_out is not None and (channels is not None or multiplier >= 1):
-            spread = None if channels is None else np.repeat(channels, multiplier)
-            tape.align(w_out, spread, f"{tape.where} filters a tensor of fixed width")
-    elif transposed:
-        reason = f"{tape.where} is a grouped transposed convolution"
-        tape.freeze_all([x, weight], reason)
-        outputs = tape.fixed(out_size, reason)
-    else:
-        if channels is not None:
-            first = tape.positions(channels, groups)
-            if w_in is not None:
-                tape.labels.join(first, w_in)
-            else:
-                tape.labels.freeze(first, f"each group of {tape.where} reads a single channel")
-        else:
-            tape.labels.freeze(w_in, f"{tape.where} reads the model's input or a tensor of fixed width")
-        inputs, outputs = w_in, w_out
-        if w_out is not None:
-            tape.positions(w_out, groups)
-    if outputs is None:
-        outputs = tape.fixed(out_size, "a single channel")
-    if bias is not None and bias.dims[0] is not None and len(bias.dims[0]) == len(outputs):
-        tape.labels.join(bias.dims[0], outputs)
+    join = _join_transposed if transposed else _join_channels
+    kind, inputs, outputs, per_group = join(tape, x.dims[axis], weight, (x.shape[axis], tape.shape[axis], groups))
+    made = np.tile(outputs, groups) if kind == "transposed" else outputs
+    if bias is not None and bias.dims[0] is not None and len(bias.dims[0]) == len(made):
+        tape.labels.join(bias.dims[0], made)
+    space = [_along_space(tape, x, k) for k in range(axis + 1, len(x.shape))]
     volume = x.shape if transposed else tape.shape
-    space = math.prod(volume[channel_axis + 1 :]) * math.prod(volume[:channel_axis])
-    kernel_size = math.prod(weight.shape[2:])
-    per_group = extent(w_in if groups == 1 or kind == "conv" else None, in_per_group)
-    tape.products.append(Product(space * kernel_size, (outputs, per_group)))
+    sizes = [extent(labels, volume[axis + 1 + k]) for k, labels in enumerate(space)]
+    factor = math.prod(weight.shape[2:]) * math.prod(volume[:axis])
+    tape.products.append(Product(factor, (*sizes, made if kind != "transposed" else outputs, per_group)))
+    in_dim = None if inputs is None or kind == "depthwise" else (0 if transposed else 1)
     _layer(
         tape,
         kind,
         weight,
         bias,
-        (inputs, outputs),
-        (in_dim if inputs is not None else None, 1 if transposed else 0),
+        (None if kind == "depthwise" else inputs, outputs),
+        (in_dim, 1 if kind == "transposed" else 0),
         groups,
     )
-    dims = (*x.dims[:channel_axis], outputs, *([None] * rank))
-    return Value(tape.shape, dims)
+    return Value(tape.shape, (*x.dims[:axis], made, *space))
+
+
+def _along_space(tape: Tape, x: Value, axis: int) -> Labels | None:
+    """Labels of a spatial dimension. Channels may lie there (ECA): a convolution over them mixes neighbours."""
+    labels = x.dims[axis]
+    if labels is not None and tape.shape[axis] == x.shape[axis]:
+        tape.labels.approximate(labels, f"{tape.where} convolves over these channels as over space")
+        return labels
+    tape.labels.freeze(labels, f"{tape.where} convolves over these channels as over space and changes their number")
+    return None
+
+
+_Joined = tuple[str, "Labels | None", Labels, "Labels | int"]
+"""Kind of the layer, its inputs and outputs as the weight has them, and its inputs a group as costs count them."""
+
+
+def _join_channels(tape: Tape, channels: Labels | None, weight: Value, sizes: tuple[int, int, int]) -> _Joined:
+    """Joins the channels of an input with a weight `(Cout, Cin/groups, k...)`.
+
+    Dimensions of size 1 carry no labels: a one-channel input, a depthwise weight, a single output channel.
+    """
+    width, out_size, groups = sizes
+    w_out, w_in = weight.dims[0], weight.dims[1]
+    fixed = f"{tape.where} reads the model's input or a tensor of fixed width"
+    if groups == width and groups > 1:
+        spread = None if channels is None else np.repeat(channels, out_size // groups)
+        if w_out is None:
+            # The weight is a constant, such as a blur: the number of its groups is written into the model.
+            tape.labels.freeze(channels, f"{tape.where} filters them by a constant of fixed width")
+        else:
+            tape.align(w_out, spread, f"{tape.where} filters a tensor of fixed width")
+        return "depthwise", None, _outputs(tape, w_out, out_size), 1
+    if groups == 1:
+        if w_in is not None:
+            tape.align(w_in, channels, fixed)
+        else:
+            tape.labels.freeze(channels, fixed)
+    elif channels is None:
+        tape.labels.freeze(w_in, fixed)
+    else:
+        first = tape.positions(channels, groups)
+        if w_in is not None:
+            tape.labels.join(first, w_in)
+        else:
+            tape.labels.freeze(first, f"each group of {tape.where} reads a single channel")
+    if w_out is not None:
+        tape.positions(w_out, groups)
+    return "conv", w_in, _outputs(tape, w_out, out_size), extent(w_in, width // groups)
+
+
+def _join_transposed(tape: Tape, channels: Labels | None, weight: Value, sizes: tuple[int, int, int]) -> _Joined:
+    """Joins the channels of an input with a weight `(Cin, Cout/groups, k...)`; each group makes its own outputs."""
+    width, out_size, groups = sizes
+    w_in, w_out = weight.dims[0], weight.dims[1]
+    if w_in is not None:
+        tape.align(w_in, channels, f"{tape.where} reads the model's input or a tensor of fixed width")
+    if groups == width == out_size and groups > 1:
+        return "depthwise", None, _outputs(tape, w_in, out_size), 1
+    if groups > 1 and w_in is not None:
+        first = tape.positions(w_in, groups)
+        if len(first) == 1:
+            tape.labels.freeze(first, f"each group of {tape.where} reads a single channel")
+    return "transposed", w_in, _outputs(tape, w_out, out_size // groups), extent(w_in, width)
+
+
+def _outputs(tape: Tape, labels: Labels | None, size: int) -> Labels:
+    return labels if labels is not None else tape.fixed(size, "a single channel")
 
 
 def _layer(
@@ -102,14 +134,19 @@ def _layer(
     dims: tuple[int | None, int],
     groups: int = 1,
 ) -> None:
-    if weight.name is None:
-        tape.labels.freeze(ends[0], f"the weight of {tape.where} is computed, not stored")
-        tape.labels.freeze(ends[1], f"the weight of {tape.where} is computed, not stored")
-        return
+    name = weight.name
+    if name is None:
+        # Known by the labels that it still carries: a weight that is standardised on the way, for example.
+        name = _computed_from(tape, weight)
+        if name is None or kind == "depthwise":
+            for labels in ends:
+                tape.labels.freeze(labels, f"the weight of {tape.where} is computed, not stored")
+            return
+        kind = "computed"
     tape.layers.append(
         Layer(
             kind=kind,
-            weight=weight.name,
+            weight=name,
             bias=bias.name if bias is not None else None,
             inputs=ends[0],
             outputs=ends[1],
@@ -124,6 +161,17 @@ def _layer(
             bias_start=bias.start if bias is not None else 0,
         )
     )
+
+
+def _computed_from(tape: Tape, weight: Value) -> str | None:
+    """Returns the parameter whose channels a computed weight has, in the same dimensions."""
+    for name, dims in tape.stored.items():
+        if len(dims) == len(weight.dims) and all(
+            own is not None and theirs is not None and own.shape == theirs.shape and bool((own == theirs).all())
+            for own, theirs in zip(weight.dims[:2], dims[:2], strict=True)
+        ):
+            return name
+    return None
 
 
 def linear(tape: Tape, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -141,13 +189,18 @@ def linear(tape: Tape, x: Value, weight: Value, bias: Value | None = None) -> Va
 
 
 def batch_norm(tape: Tape, x: Value, *params: Any, **_: Any) -> Value:
-    """Weight, bias and running statistics have one entry a channel."""
-    axis = 1
-    channels = x.dims[axis]
+    """Weight, bias and running statistics have one entry a channel.
+
+    Where statistics are taken from the input, channels that lie along another dimension share them.
+    """
+    channels = x.dims[1]
     for param in params[:4]:
         if isinstance(param, Value) and param.dims[0] is not None:
             tape.align(param.dims[0], channels, f"normalised at {tape.where} with a fixed width")
             channels = channels if channels is not None else param.dims[0]
+    if len(params) > 4 and params[4]:
+        for labels in x.dims[2:]:
+            tape.labels.approximate(labels, f"the norm {tape.where} averages over these channels")
     _norm_layer(tape, params[:2], channels)
     return Value(x.shape, x.dims)
 
@@ -159,7 +212,13 @@ def _norm_layer(tape: Tape, params: Sequence[Any], channels: Labels | None) -> N
 
 
 def layer_norm(
-    tape: Tape, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None, *_: Any
+    tape: Tape,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    *_: Any,
+    kind: str = "LayerNorm",
 ) -> Value:
     """Normalises over the last dimensions: removing a channel shifts the mean and the variance of the others."""
     rank = len(shape)
@@ -169,7 +228,7 @@ def layer_norm(
                 if own is not None or theirs is not None:
                     tape.align(own, theirs, f"normalised at {tape.where} with a fixed width")
     for labels in x.dims[-rank:]:
-        tape.labels.approximate(labels, f"the LayerNorm {tape.where} averages over these channels")
+        tape.labels.approximate(labels, f"the {kind} {tape.where} averages over these channels")
     if rank == 1:
         _norm_layer(tape, (weight, bias), x.dims[-1])
     return Value(x.shape, x.dims)
@@ -197,3 +256,12 @@ def embedding(tape: Tape, weight: Value, indices: Value, *_: Any, **__: Any) -> 
     outputs = weight.dims[1] if weight.dims[1] is not None else tape.fixed(weight.shape[1], "a single channel")
     _layer(tape, "embedding", weight, None, (None, outputs), (None, 1))
     return Value(tape.shape, (*([None] * len(indices.shape)), outputs))
+
+
+def embedding_bag(tape: Tape, weight: Value, *_: Any, **__: Any) -> tuple[Value, ...]:
+    """`(V, D)` summed or averaged over bags of indices `-> (B, D)`; the vocabulary stays."""
+    tape.labels.freeze(weight.dims[0], f"{tape.where} looks its rows up by index")
+    outputs = weight.dims[1] if weight.dims[1] is not None else tape.fixed(weight.shape[1], "a single channel")
+    _layer(tape, "embedding", weight, None, (None, outputs), (None, 1))
+    rest = tuple(Value(shape, (None,) * len(shape)) for shape in tape.shapes[1:])
+    return (Value(tape.shape, (None, outputs)), *rest)

@@ -27,6 +27,16 @@ def transpose(tape: Tape, x: Value, a: int = 0, b: int = 1) -> Value:
     return Value(tape.shape, tuple(dims))
 
 
+def last_two(tape: Tape, x: Value) -> Value:
+    """Transposes matrices, batched or not."""
+    return transpose(tape, x, -2, -1)
+
+
+def reverse(tape: Tape, x: Value) -> Value:
+    """`Tensor.T`: all dimensions in the opposite order."""
+    return Value(tape.shape, x.dims[::-1])
+
+
 def concatenate(tape: Tape, tensors: Sequence[Value], dim: int = 0) -> Value:
     """Lines the label arrays up as it lines the data up."""
     rank = len(tape.shape)
@@ -76,21 +86,44 @@ def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, 
     )
 
 
-def unbind(tape: Tape, x: Value, dim: int = 0) -> tuple[Value, ...]:
-    """Takes a dimension apart into its single indices."""
-    axis = dim % len(x.shape)
-    tape.labels.freeze(x.dims[axis], f"{TAKEN_APART} at {tape.where}")
-    return tuple(Value(shape, x.dims[:axis] + x.dims[axis + 1 :]) for shape in tape.shapes)
+def slice_(
+    tape: Tape, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, **_: Any
+) -> Value:
+    """Cuts a dimension by constant bounds, which stay where they are when channels go.
 
-
-def slice_(tape: Tape, x: Value, dim: int = 0, *_: Any, **__: Any) -> Value:
-    """Cuts a dimension by constant bounds, which stay where they are when channels go."""
+    What lies before a bound must stay, or the bound would point at other channels; what lies behind the last one may
+    go. Bounds that count from the end do so from the other side.
+    """
     axis = dim % len(x.shape)
+    size = x.shape[axis]
     dims = list(x.dims)
-    if tape.shape[axis] != x.shape[axis]:
-        tape.labels.freeze(dims[axis], f"sliced by constant bounds at {tape.where}")
-        dims[axis] = None
+    labels = dims[axis]
+    if labels is None or tape.shape[axis] == size:
+        dims[axis] = labels if tape.shape[axis] == size else None
+        return Value(tape.shape, tuple(dims))
+    low = 0 if start is None else int(start)
+    high = size if end is None else int(end)
+    fixed = np.zeros(size, dtype=bool)
+    for bound in (low, high):
+        if -size < bound < 0:
+            fixed[size + bound :] = True
+        elif 0 < bound < size:
+            fixed[:bound] = True
+    if step != 1:
+        fixed[:] = True
+    single = tape.shape[axis] == 1
+    tape.labels.freeze(labels if single else labels[fixed], f"sliced by constant bounds at {tape.where}")
+    dims[axis] = None if single else labels[low:high:step]
     return Value(tape.shape, tuple(dims))
+
+
+def narrow(tape: Tape, x: Value, dim: int, start: Any, length: int) -> Value:
+    """A slice by its start and its length."""
+    if not isinstance(start, int):
+        raise NotImplementedError
+    axis = dim % len(x.shape)
+    first = start % x.shape[axis] if start < 0 else start
+    return slice_(tape, x, axis, first, first + length)
 
 
 def select(tape: Tape, x: Value, dim: int, *_: Any) -> Value:
@@ -98,6 +131,27 @@ def select(tape: Tape, x: Value, dim: int, *_: Any) -> Value:
     axis = dim % len(x.shape)
     tape.labels.freeze(x.dims[axis], f"a single channel is picked by its number at {tape.where}")
     return Value(tape.shape, x.dims[:axis] + x.dims[axis + 1 :])
+
+
+def unbind(tape: Tape, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    """Takes every index of a dimension: their number is written into the model."""
+    axis = dim % len(x.shape)
+    tape.labels.freeze(x.dims[axis], f"{TAKEN_APART} at {tape.where}")
+    dims = x.dims[:axis] + x.dims[axis + 1 :]
+    return tuple(Value(shape, dims) for shape in tape.shapes)
+
+
+def stack(tape: Tape, tensors: Sequence[Value], dim: int = 0) -> Value:
+    """Lays tensors of one shape side by side along a new dimension."""
+    axis = dim % len(tape.shape)
+    dims: list[Labels | None] = []
+    for k in range(len(tape.shape) - 1):
+        merged = tensors[0].dims[k]
+        for other in tensors[1:]:
+            if merged is not None or other.dims[k] is not None:
+                merged = tape.align(merged, other.dims[k], f"stacked at {tape.where} beside a tensor of fixed width")
+        dims.append(merged)
+    return Value(tape.shape, (*dims[:axis], None, *dims[axis:]))
 
 
 def pad(tape: Tape, x: Value, padding: Sequence[int], *_: Any, **__: Any) -> Value:
@@ -113,24 +167,53 @@ def pad(tape: Tape, x: Value, padding: Sequence[int], *_: Any, **__: Any) -> Val
     return Value(tape.shape, tuple(dims))
 
 
-def expand(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
-    """Broadcasts dimensions of size 1, each to channels of its own; leading dimensions are new."""
+def expand(tape: Tape, x: Value, other: Any = None, *_: Any, **__: Any) -> Value:
+    """Broadcasts dimensions of size 1, each to channels of its own; leading dimensions are new.
+
+    `expand_as` makes them as wide as another tensor.
+    """
     lead = len(tape.shape) - len(x.shape)
     dims: list[Labels | None] = [None] * lead
     for k, labels in enumerate(x.dims):
         size = tape.shape[lead + k]
         # Its indices are all alike, so it is as wide as what it meets.
         dims.append(labels if x.shape[k] == size else tape.labels.fresh(size) if lead + k else None)
+    if isinstance(other, Value):
+        wide = [k for k in range(len(dims)) if k < lead or x.shape[k - lead] != tape.shape[k]]
+        dims = [other.dims[k] if k in wide else d for k, d in enumerate(dims)]
     return Value(tape.shape, tuple(dims))
 
 
 def repeat(tape: Tape, x: Value, times: Sequence[int]) -> Value:
-    """Tiles label arrays as it tiles the data."""
+    """Tiles label arrays as it tiles the data (repeat, tile)."""
+    times = [1] * (len(x.shape) - len(times)) + list(times)
     lead = len(times) - len(x.shape)
     dims = [None] * lead + [
         None if labels is None else np.tile(labels, n) for labels, n in zip(x.dims, times[lead:], strict=True)
     ]
     return Value(tape.shape, tuple(dims))
+
+
+def repeat_interleave(tape: Tape, x: Value, times: Any = None, dim: int | None = None, **_: Any) -> Value:
+    """Repeats each index a constant number of times."""
+    if not isinstance(times, int) or dim is None:
+        raise NotImplementedError
+    axis = dim % len(x.shape)
+    labels = x.dims[axis]
+    dims = list(x.dims)
+    dims[axis] = None if labels is None else np.repeat(labels, times)
+    return Value(tape.shape, tuple(dims))
+
+
+def move_dimensions(tape: Tape, x: Value, source: Any, target: Any) -> Value:
+    """`movedim`: the named dimensions go to new places, the others keep their order."""
+    rank = len(x.shape)
+    sources = [a % rank for a in ([source] if isinstance(source, int) else source)]
+    targets = [a % rank for a in ([target] if isinstance(target, int) else target)]
+    order = [k for k in range(rank) if k not in sources]
+    for place, k in sorted(zip(targets, sources, strict=True)):
+        order.insert(place, k)
+    return Value(tape.shape, tuple(x.dims[k] for k in order))
 
 
 def flip(tape: Tape, x: Value, axes: Sequence[int]) -> Value:
@@ -151,8 +234,25 @@ def roll(tape: Tape, x: Value, shifts: Any, axes: Any = None) -> Value:
 
 
 def index(tape: Tape, x: Value, indices: Sequence[Value | None]) -> Value:
-    """Looks rows up by number in the first dimension; the others keep their labels."""
-    if len(indices) != 1 or not isinstance(indices[0], Value):
+    """Looks entries up by number in some dimensions, which must stay; the others keep their labels."""
+    padded = [*indices, *[None] * (len(x.shape) - len(indices))]
+    used = [k for k, own in enumerate(padded) if isinstance(own, Value)]
+    if not used or used != list(range(used[0], used[-1] + 1)):
+        raise NotImplementedError  # indices that are not neighbours move to the front
+    shapes = [own.shape for own in padded if isinstance(own, Value)]
+    if len(set(shapes)) > 1:
         raise NotImplementedError
-    tape.labels.freeze(x.dims[0], f"looked up by number at {tape.where}")
-    return Value(tape.shape, (*([None] * len(indices[0].shape)), *x.dims[1:]))
+    tape.freeze_all([padded[k] for k in used], f"numbers to look up at {tape.where}")
+    for k in used:
+        tape.labels.freeze(x.dims[k], f"looked up by number at {tape.where}")
+    dims = (*x.dims[: used[0]], *([None] * len(shapes[0])), *x.dims[used[-1] + 1 :])
+    if len(dims) != len(tape.shape):
+        raise NotImplementedError  # a mask
+    return Value(tape.shape, dims)
+
+
+def index_select(tape: Tape, x: Value, dim: int, *_: Any) -> Value:
+    """Picks entries of one dimension by number, which must stay."""
+    axis = dim % len(x.shape)
+    tape.labels.freeze(x.dims[axis], f"looked up by number at {tape.where}")
+    return Value(tape.shape, (*x.dims[:axis], None, *x.dims[axis + 1 :]))

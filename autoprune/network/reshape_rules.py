@@ -87,6 +87,9 @@ def _split(tape: Tape, labels: Labels, sizes: Sequence[int], inferred: Sequence[
     """
     if len(sizes) == 1:
         return [labels]
+    if (again := repeated(labels, sizes)) is not None:
+        place, line = again
+        return [line if k == place else None for k in range(len(sizes))]
     last = len(sizes) - 1
     free = [k for k, size in enumerate(sizes) if k == last or inferred[k] or size in tape.sizes]
     order = [k for k in range(len(sizes)) if k not in free] + free
@@ -123,3 +126,18 @@ def _multiply(tape: Tape, whole: Labels, parts: Sequence[Labels]) -> None:
         whole, parts = inner, parts[1:]
     outer, last = parts
     tape.labels.multiply(whole, np.repeat(outer, len(last)), np.tile(last, len(outer)))
+
+
+def repeated(labels: Labels | None, sizes: Sequence[int]) -> tuple[int, Labels] | None:
+    """Finds the one part of a split dimension along which its labels change, if they repeat along all others.
+
+    So a flattened `C*H*W` that is unflattened again finds its channels back. Returns the part and its labels.
+    """
+    if labels is None:
+        return None
+    table = labels.reshape(tuple(sizes))
+    changing = [k for k in range(table.ndim) if (table != table.take([0], axis=k)).any()]
+    if len(changing) != 1:
+        return None
+    line = np.moveaxis(table, changing[0], 0).reshape(sizes[changing[0]], -1)[:, 0]
+    return changing[0], line

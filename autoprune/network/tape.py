@@ -27,8 +27,9 @@ class Product:
 class Layer:
     """A use of a weight that consumes the channels `inputs` and produces the channels `outputs`.
 
-    `kind` is `conv`, `transposed`, `depthwise`, `linear`, `norm` or `embedding`. `in_dim` and `out_dim` are the
-    weight's dimensions; `in_dim` is None where the layer mixes no channels.
+    `kind` is `conv`, `transposed`, `depthwise`, `linear`, `norm`, `embedding`, `recurrent`, `product` (a parameter that
+    is multiplied by hand) or `computed` (the weight is computed from the parameter on the way). `in_dim` and `out_dim`
+    are the weight's dimensions; `in_dim` is None where the layer mixes no channels.
     """
 
     kind: str
@@ -101,6 +102,8 @@ class Tape:
     contracted: list[Labels] = field(default_factory=list)
     """Dimensions that a product of activations sums over: no weight consumes them."""
     literals: list[Size] = field(default_factory=list)
+    stored: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
+    """Labels that each parameter got, by its name: a computed weight is known by those that it still carries."""
 
     def fixed(self, size: int, reason: str) -> Labels:
         """Returns labels that are frozen from the start."""

@@ -67,6 +67,10 @@ _ALIASES = frozenset(
 )
 
 
+_COMPUTED = 40
+"""A convolution's weight that is computed by more operators than this is taken for an activation."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A model that was traced: its pruning groups, what is frozen and why, and its exact cost model.
@@ -241,12 +245,15 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
     parameters: dict[str, Parameter] = {}
     tied: dict[int, Value] = {}
     widths = {path: frozenset(width_attributes(module).values()) for path, module in model.named_modules()}
+    kernels = _kernels(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = named.get(node.name)
             tensor = state.get(name) if name is not None else None
             # A tied parameter may come under each of its names: it is one tensor, known by the first.
             env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
+            if node in kernels and name is not None and isinstance(tensor, nn.Parameter):
+                env[node] = _without_kernel(env[node], name, parameters)
             if tensor is not None:
                 tied[id(tensor)] = env[node]
         elif node.op == "call_function":
@@ -300,6 +307,7 @@ def _placeholder(
     tensor = state[name]
     trainable = isinstance(tensor, nn.Parameter)
     parameters[name] = Parameter(name, shape, tensor.element_size(), trainable, dims)
+    tape.stored[name] = dims
     return Value(shape, dims, name)
 
 
@@ -310,6 +318,37 @@ def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[int]],
     tape.sizes = widths.get(_module(node), frozenset())
     tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
     tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
+
+
+def _kernels(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Returns the placeholders that convolutions use as weights, as they are or computed from them (standardised)."""
+    found: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not operator_name(node.target).startswith(
+            ("conv1d", "conv2d", "conv3d", "conv_t")
+        ):
+            continue
+        weight = node.args[1]
+        shape = tuple(weight.meta["val"].shape)
+        waiting, seen = [weight], {weight}
+        while waiting:
+            one = waiting.pop()
+            example = one.meta.get("val")
+            if one.op == "placeholder" and isinstance(example, Tensor) and tuple(example.shape) == shape:
+                found.add(one)
+            new = [n for n in one.all_input_nodes if n not in seen]
+            if len(seen) + len(new) > _COMPUTED:
+                break  # it depends on activations
+            seen.update(new)
+            waiting += new
+    return found
+
+
+def _without_kernel(value: Value, name: str, parameters: dict[str, Parameter]) -> Value:
+    """Returns a convolution's weight with labels for its channels alone: the size of its kernel is not pruned."""
+    dims = (*value.dims[:2], *([None] * (len(value.shape) - 2)))
+    parameters[name] = replace(parameters[name], dims=dims)
+    return replace(value, dims=dims)
 
 
 def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:

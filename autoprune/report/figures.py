@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,13 @@ FRONT = "#c2185b"
 TRIAL = "#a9b4c2"
 CONTROL = "#00796b"
 DENSE = "#f9a825"
+TEST = "#5c6bc0"
 INK = "#263238"
 GRID = "#e6eaee"
 _SCALE = ((0.0, "#fff4f7"), (0.25, "#f6bdd0"), (0.5, "#e2739b"), (0.75, "#c2185b"), (1.0, "#6a0d33"))
 _LONGEST_NAME = 34
+_NUMBERED = 20
+"""A heat map of more columns has no room for numbers."""
 _WIDE = 12.0
 """Costs that differ by more than this factor are drawn on a logarithmic axis: else small networks lie on a heap."""
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -53,6 +57,9 @@ def front_figure(view: SearchView) -> go.Figure:
     text = [p.name if id(p) in named else "" for p in front]
     line.update(mode="lines+markers+text", line={"color": FRONT, "width": 2.5}, text=text, textposition="top left")
     figure.add_trace(line.update(textfont={"color": FRONT, "size": 11}))
+    tested = [p for p in front if p.test_accuracy is not None]
+    if tested:
+        figure.add_trace(_tested(view, tested))
     if view.knee is not None:
         ring = {"color": "rgba(0,0,0,0)", "size": 22, "line": {"width": 2, "color": FRONT}}
         figure.add_trace(_marks(view, [view.knee], "knee", ring).update(hoverinfo="skip", hovertemplate=None))
@@ -65,11 +72,13 @@ def front_figure(view: SearchView) -> go.Figure:
         figure.add_vline(x=share, line={"dash": "dash", "width": 1.2, "color": INK})
         place = math.log10(share) if _is_wide(view) else share
         figure.add_annotation(x=place, y=1, yref="paper", yanchor="bottom", text=note, showarrow=False)
-    figure.update_layout(**_layout(f"{html.escape(view.name)}: accuracy against {units.AXES[view.primary]}"))
+    figure.update_layout(**layout(f"{html.escape(view.name)}: accuracy against {units.AXES[view.primary]}"))
     figure.update_xaxes(title_text=_cost_axis(view), ticksuffix="%", gridcolor=GRID, zeroline=False)
     if _is_wide(view):
         figure.update_xaxes(type="log", tickvals=list(_TICKS), ticktext=[f"{tick:g}%" for tick in _TICKS])
-    figure.update_yaxes(title_text="validation accuracy (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
+    title = "accuracy (%): validation, and test" if tested else "validation accuracy (%)"
+    figure.update_yaxes(title_text=title, ticksuffix="%", gridcolor=GRID, zeroline=False)
+    _leave_out_far_below(figure, view)
     return figure
 
 
@@ -91,8 +100,10 @@ def widths_figure(view: SearchView) -> go.Figure:
             z=kept,
             x=list(range(len(columns))),
             y=list(range(len(names))),
-            text=said,
-            hovertemplate="%{text}<br>%{z:.0f}% kept<extra></extra>",
+            text=[[str(p.widths.get(name, size)) for p in view.front] for name, size in view.sizes.items()],
+            texttemplate="%{text}" if len(columns) <= _NUMBERED else None,
+            customdata=said,
+            hovertemplate="%{customdata}<br>%{z:.0f}% kept<extra></extra>",
             colorscale=[list(stop) for stop in _SCALE],
             zmin=0,
             zmax=100,
@@ -101,8 +112,8 @@ def widths_figure(view: SearchView) -> go.Figure:
             colorbar={"title": {"text": "channels kept"}, "ticksuffix": "%", "outlinewidth": 0},
         )
     )
-    layout = _layout(f"{html.escape(view.name)}: channels that each point of the front keeps")
-    figure.update_layout(**{**layout, "height": max(360, 160 + 22 * len(names))})
+    style = layout(f"{html.escape(view.name)}: channels that each point of the front keeps")
+    figure.update_layout(**{**style, "height": max(360, 160 + 22 * len(names))})
     labels = [f"{head}<br>{column}" for head, column in zip(heads, columns, strict=True)]
     title = f"trial, and {units.LABELS[view.primary]} kept of dense"
     figure.update_xaxes(title_text=title, tickvals=list(range(len(labels))), ticktext=labels, showgrid=False)
@@ -222,23 +233,69 @@ def _marks(view: SearchView, chosen: Sequence[FrontPoint], name: str, marker: di
     )
 
 
+def _tested(view: SearchView, chosen: Sequence[FrontPoint]) -> go.Scatter:
+    """Returns the test accuracies of the front, with a bar of one standard deviation or error to either side."""
+    import plotly.graph_objects as go
+
+    margins = [view.margin(p) for p in chosen]
+    bars = [100.0 * margin[0] if margin is not None else 0.0 for margin in margins]
+    return go.Scatter(
+        x=[100.0 * view.fraction(p) for p in chosen],
+        y=[100.0 * p.test_accuracy for p in chosen if p.test_accuracy is not None],
+        error_y={"array": bars, "color": TEST, "thickness": 1.4, "width": 4},
+        mode="markers",
+        name="front, test accuracy",
+        marker={"color": TEST, "size": 7, "symbol": "square"},
+        customdata=[[_said(view, p)] for p in chosen],
+        hovertemplate="%{customdata[0]}<extra></extra>",
+    )
+
+
+def _leave_out_far_below(figure: go.Figure, view: SearchView) -> None:
+    """Ends the picture below the front where other trials lie so far below that they would press it flat; says so."""
+    near = [100.0 * p.val_accuracy for p in (*view.front, *view.controls, view.dense)]
+    near += [100.0 * p.test_accuracy for p in view.front if p.test_accuracy is not None]
+    near = [value for value in near if math.isfinite(value)]
+    if len(near) < 2:
+        return
+    span = max(near) - min(near)
+    floor = min(near) - max(0.5 * span, 1.0)
+    below = [p for p in view.trials if 100.0 * p.val_accuracy < floor]
+    if below:
+        figure.update_yaxes(range=[floor, max(near) + max(0.12 * span, 0.5)])
+        trials = "1 trial lies" if len(below) == 1 else f"{len(below)} trials lie"
+        place = {"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 0, "yanchor": "bottom"}
+        figure.add_annotation(text=f"{trials} below the picture (double-click shows all)", showarrow=False, **place)
+
+
 def _said(view: SearchView, point: FrontPoint) -> str:
     name = point.origin if point.trial is None else f"trial {point.trial}"
     if point is view.dense:
         name = "dense network"
     lines = [f"<b>{html.escape(name)}</b>", f"validation accuracy {units.percent(point.val_accuracy, 2)}"]
     if point.test_accuracy is not None:
-        lines.append(f"test accuracy {units.percent(point.test_accuracy, 2)}")
+        margin = view.margin(point)
+        around = "" if margin is None else f" ± {100.0 * margin[0]:.2f} ({margin[1]})"
+        lines.append(f"test accuracy {units.percent(point.test_accuracy, 2)}{around}")
     for cost in COSTS:
         share = units.percent(view.fraction(point, cost), 1)
         lines.append(f"{units.LABELS[cost]} {units.cost(cost, point.costs[cost])} ({share} of dense)")
     if "latency_ms" in point.metrics:
-        lines.append(f"latency {point.metrics['latency_ms']:.2f} ms")
+        lines.append(f"latency {units.latency(point.metrics)}")
     if point.criterion:
         lines.append(f"criterion {html.escape(point.criterion)}")
+    if point.widths and point is not view.dense:
+        kept = ", ".join(str(point.widths.get(name, size)) for name, size in view.sizes.items())
+        lines.append(f"widths {_folded(kept)}")
     if point.origin and point.trial is not None:
         lines.append(f"proposed by {html.escape(point.origin)}")
     return "<br>".join(lines)
+
+
+def _folded(text: str) -> str:
+    """Breaks a long list into lines, and ends it after the sixth."""
+    lines = textwrap.wrap(text, 46)
+    return "<br>&nbsp;&nbsp;".join(lines[:6] + (["…"] if len(lines) > 6 else []))
 
 
 def _coordinates(view: SearchView, chosen: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
@@ -292,15 +349,16 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _layout(title: str) -> dict[str, Any]:
+def layout(title: str, *, height: int = 620) -> dict[str, Any]:
+    """Returns what all interactive figures share: fonts, margins, the legend below."""
     return {
         "title": {"text": title, "x": 0.02, "font": {"size": 18}},
         "template": "plotly_white",
         "font": {"family": "Inter, Helvetica, Arial, sans-serif", "color": INK, "size": 13},
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.16, "x": 0},
+        "legend": {"orientation": "h", "yanchor": "top", "y": -66.0 / (height - 160), "x": 0, "traceorder": "normal"},
         "hoverlabel": {"bgcolor": "white", "bordercolor": GRID, "font": {"color": INK, "size": 12}, "align": "left"},
         "margin": {"l": 80, "r": 40, "t": 70, "b": 90},
-        "height": 620,
+        "height": height,
     }
 
 

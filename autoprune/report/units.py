@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 LABELS = {"macs": "MACs", "params": "params", "size_bytes": "size", "activation_bytes": "memory"}
 """Short names of costs, for the heads of columns."""
@@ -54,6 +55,19 @@ def seconds(value: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
     return f"{whole // 3600} h {whole % 3600 // 60} min" if whole % 3600 // 60 else f"{whole // 3600} h"
+
+
+def milliseconds(value: float) -> str:
+    """Returns a latency with three digits: `0.412 ms`, `12.3 ms`; a dash for what is not a number."""
+    if not math.isfinite(value):
+        return "–"
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
+    return f"{value:.{digits}f} ms"
+
+
+def latency(metrics: Mapping[str, float]) -> str:
+    """Returns the measured latency among `metrics`; a dash where there is none."""
+    return milliseconds(metrics.get("latency_ms", math.nan))
 
 
 def _scaled(value: float, step: float, units: tuple[str, ...], *, gap: str) -> str:

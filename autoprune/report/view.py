@@ -66,8 +66,9 @@ class SearchView:
     `trials` are the trials of the rung that is shown, `controls` uniform and global-ranking policies under the same
     recipe. `sizes` are the dense widths of the groups. `primary` is the cost on the front's axis. `reference` is the
     hypervolume's reference point (validation error, fraction of the dense primary cost), as stored with the study.
-    `limits` are the budget's upper limits in absolute numbers. `notes` are sentences for the end of the report, such
-    as the proxy audit's.
+    `limits` are the budget's upper limits in absolute numbers. `samples` holds the number of samples of each split
+    where accuracies are fractions of them, so that their standard errors follow. `notes` are sentences for the end
+    of the report, such as the proxy audit's.
     """
 
     name: str
@@ -79,6 +80,7 @@ class SearchView:
     primary: str = MACS
     reference: Point = (1.0, 1.0)
     limits: Mapping[str, int] = field(default_factory=dict)
+    samples: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -120,6 +122,23 @@ class SearchView:
     def controls_hypervolume(self) -> float:
         """The area that the controls dominate below the reference point."""
         return hypervolume([self.coordinates(p) for p in self.controls], self.reference)
+
+    def margin(self, point: FrontPoint, split: str = "test") -> tuple[float, str] | None:
+        """Returns by how much an accuracy of `point` is uncertain, and what that number is; None where nobody knows.
+
+        The standard deviation over seeds where several were run, else the binomial standard error of a fraction of the
+        split's samples. The larger one where both are known.
+        """
+        accuracy = point.val_accuracy if split == "val" else point.test_accuracy
+        count, spread = self.samples.get(split, 0), point.metrics.get(f"{split}_accuracy_spread", math.nan)
+        known = []
+        if math.isfinite(spread):
+            known.append((spread, "standard deviation over seeds"))
+        if accuracy is not None and count > 0 and 0.0 <= accuracy <= 1.0:
+            known.append(
+                (math.sqrt(accuracy * (1.0 - accuracy) / count), f"binomial standard error, {count:,} samples")
+            )
+        return max(known) if known else None
 
     def gain(self, control: FrontPoint) -> float | None:
         """Returns by how much the front's best point within the control's cost is more accurate than the control."""

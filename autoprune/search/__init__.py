@@ -5,11 +5,20 @@ recorded or shown.
 """
 
 from autoprune.search.audit import Audit, audit, kendall_tau
+from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
 from autoprune.search.notes import read_facts, write_facts, write_notes
 from autoprune.search.projection import Projector, project
-from autoprune.search.records import StoredTrial, distinct, read_results, read_trial, read_trials
+from autoprune.search.records import (
+    Failure,
+    StoredTrial,
+    distinct,
+    read_failures,
+    read_results,
+    read_trial,
+    read_trials,
+)
 from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
 from autoprune.search.storage import open_storage, quiet_optuna
 from autoprune.search.study import (
@@ -28,6 +37,7 @@ __all__ = [
     "Audit",
     "BudgetSampler",
     "Event",
+    "Failure",
     "LadderOutcome",
     "LadderPlan",
     "Projector",
@@ -49,7 +59,9 @@ __all__ = [
     "project",
     "promoted",
     "quiet_optuna",
+    "read_background",
     "read_facts",
+    "read_failures",
     "read_results",
     "read_trial",
     "read_trials",
@@ -60,6 +72,7 @@ __all__ = [
     "search_space",
     "study_name",
     "study_summary",
+    "write_background",
     "write_facts",
     "write_notes",
 ]

@@ -71,6 +71,31 @@ class StoredTrial:
     reason: str | None = None
     reused: int | None = None
     abandoned: bool = False
+    started: datetime.datetime | None = None
+    ended: datetime.datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A trial that failed, and why. `abandoned` marks what a killed process left behind."""
+
+    number: int
+    source: str
+    reason: str
+    abandoned: bool = False
+
+
+def read_failures(study: Study) -> list[Failure]:
+    """Returns the failed trials of a study; needs no `Problem`, and says nothing about their policies."""
+    return [
+        Failure(
+            trial.number,
+            str(trial.user_attrs.get(SOURCE, "")),
+            str(trial.user_attrs.get(REASON, "no reason was stored")),
+            bool(trial.user_attrs.get(ABANDONED, False)),
+        )
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    ]
 
 
 def read_trials(study: Study, problem: Problem) -> list[StoredTrial]:
@@ -119,6 +144,8 @@ def _read(trial: FrozenTrial, problem: Problem | None) -> StoredTrial:
         reason=attrs.get(REASON),
         reused=attrs.get(REUSED),
         abandoned=attrs.get(ABANDONED, False),
+        started=trial.datetime_start,
+        ended=trial.datetime_complete,
     )
 
 

@@ -109,6 +109,12 @@ def parse_document(text: str, env: Mapping[str, str], *, source: str = "") -> Do
     return Document(data, reader.lines, tuple(reader.faults))
 
 
+def write_document(data: Mapping[str, Any]) -> str:
+    """Returns plain values as the text of a space file, in their order."""
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    return text
+
+
 def override(document: Document, settings: Sequence[str], env: Mapping[str, str]) -> Document:
     """Returns the document with `key.path=value` settings applied; a value is read as YAML.
 

@@ -1,126 +1,182 @@
-"""Tries every classification builder of torchvision: what can be pruned, does it run, is it exact, does it load back?
+"""Runs on which model? Every model of a list through autoprune, and through Torch-Pruning beside it; one table.
 
-    python tests/benchmarks/coverage.py [--models GLOB] [--output FILE]
+    python tests/benchmarks/coverage.py [--models GLOB] [--resume] [--retry] [--skip-onnx] [--skip-torch-pruning]
 
-For each model (random weights, randomised BatchNorm statistics): trace, prune every group to about half of the MACs,
-run, compare with the masked twin in float32, count MACs with `torch.utils.flop_counter`, save, load, compare. One line
-a model, as it comes.
+Each attempt is a process of its own, with one thread and a limit of processor time: a crash or a hang is a row too.
+Rows are written as they come to `results/coverage.json` and `results/coverage.md`. `--resume` runs only what is missing
+there, `--retry` only our own attempts that are missing or did not reach half of the MACs.
+Decides what is run and in which order. What is tried on a model is in `coverage_attempts.py`, how a row reads in
+`coverage_table.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
 import tempfile
-import time
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
-
-from autoprune.errors import AutopruneError
-from autoprune.network.artifacts import model_document, save_model, shrink_to
-from autoprune.network.complexity import count_macs
-from autoprune.network.models import ZOO, build_model, model_names
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import Network, trace
-from autoprune.network.verify import relative_error
-from autoprune.policy import Group, feasible_widths
-
-SIZES = {"inception_v3": 96, "swin_v2_t": 128, "swin_v2_s": 128, "swin_v2_b": 128}
-"""Input sizes in pixels where 64 (224 for transformers with fixed positions) does not do."""
-HEADER = "| model | px | groups | frozen | MACs kept | twin | MACs exact | reload | seconds | note |"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PEER = "torch-pruning==1.6.1"
+PATIENCE = 4
+"""Wall time may exceed the limit of processor time by this factor, for a busy machine."""
 
 
-def size_of(name: str) -> int:
-    """Returns the side of a square input that the model takes."""
-    if name.startswith(("vit_", "maxvit")):
-        return 224
-    return SIZES.get(name, 64)
+@dataclass(frozen=True)
+class Model:
+    """A line of the list: who builds it, its name, and the side of its square input in pixels."""
+
+    library: str
+    name: str
+    pixels: int
+
+    @property
+    def key(self) -> str:
+        """How results name it."""
+        return f"{self.library}/{self.name}"
 
 
-def enliven(model: nn.Module) -> nn.Module:
-    """Gives norms and biases values that a mistake would show in."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
+def read_list(path: Path) -> list[Model]:
+    """Returns the models of the list, in its order."""
+    lines = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Model(library, name, int(pixels)) for library, name, pixels in filter(None, lines)]
 
 
-def halve(network: Network) -> dict[str, torch.Tensor]:
-    """Returns the selection at the common ratio that keeps about half of the MACs."""
-    groups = [Group(g.name, g.size, feasible_widths(g.size)) for g in network.groups]
-    dense = network.cost_model.dense()["macs"]
-    low, high = 0.0, 0.9
-    for _ in range(12):
-        middle = (low + high) / 2
-        cost = network.cost_model.cost("macs", {g.name: g.width(middle) for g in groups})
-        low, high = (middle, high) if cost > dense / 2 else (low, middle)
-    rng = torch.Generator().manual_seed(1)
-    return {
-        g.name: torch.randperm(g.size, generator=rng)[: g.width(high)].sort().values.numpy()
-        for g in groups
-        if g.width(high) < g.size
-    }
+def install_peer(folder: Path) -> Path:
+    """Returns a folder that holds Torch-Pruning and nothing else; the attempt's process alone imports from it."""
+    if not (folder / "torch_pruning").is_dir():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), PEER], check=True
+        )
+    return folder
 
 
-def attempt(name: str) -> str:
-    """Returns the table row of one model."""
-    start = time.perf_counter()
-    side = size_of(name)
-    x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    model = enliven(build_model(name=name))
-    try:
-        network = trace(model, x)
-    except AutopruneError as error:
-        spent = time.perf_counter() - start
-        return f"| {name} | {side} | – | – | – | – | – | – | {spent:.1f} | {str(error).splitlines()[0]} |"
-    selection = halve(network)
-    small, twin = cut(network, selection).eval(), masked_twin(network, selection).eval()
-    costs = network.cost_model.costs({k: len(v) for k, v in selection.items()})
-    with torch.no_grad():
-        output = small(x)
-        error = relative_error(output, twin(x))
-        with tempfile.TemporaryDirectory() as folder:
-            document = model_document(network, None, selection, {}, {})
-            save_model(Path(folder) / "m", small, document)
-            back = shrink_to(build_model(name=name), Path(folder) / "m", document).eval()
-        reload = relative_error(back(x), output) < 1e-6
-    approximate = any(group.approximate for group in network.groups)
-    equal = f"{error:.0e}" + (" (approximate)" if approximate and error > 1e-4 else "")
-    kept = costs["macs"] / network.cost_model.dense()["macs"]
-    exact = count_macs(small, (x,)) == costs["macs"]
-    notes = [*network.notes, *dict.fromkeys(network.broken.values())]
-    cells = [name, side, len(network.groups), len(network.frozen), f"{kept:.2f}", equal]
-    cells += ["yes" if exact else "NO", "yes" if reload else "NO", f"{time.perf_counter() - start:.1f}"]
-    return "| " + " | ".join(map(str, [*cells, "; ".join(notes)[:160]])) + " |"
+def attempt(function: str, model: Model, options: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Runs `coverage_attempts.<function>` in a process of its own; returns what it wrote, and how it ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["coverage_attempts"])
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "row.json"
+        process = context.Process(target=_child, args=(function, asdict(model), options, str(target), limit))
+        process.start()
+        process.join(PATIENCE * limit)
+        late = process.is_alive()
+        if late:
+            process.kill()
+            process.join()
+        row = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+    code = process.exitcode
+    if late or code == -signal.SIGXCPU:
+        row["failure"] = f"time limit ({limit} s) during {row.get('step', 'the import')}"
+    elif code:
+        name = f"signal {-code}" if code < 0 else f"exit status {code}"
+        row["failure"] = f"{name} during {row.get('step', 'the import')}"
+    return row
+
+
+def _child(function: str, model: dict[str, Any], options: dict[str, Any], target: str, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    import coverage_attempts
+
+    path = Path(target)
+    row: dict[str, Any] = {}
+
+    def write(**values: Any) -> None:
+        row.update(values)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        row["seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
+        row["peak_mib"] = usage.ru_maxrss // 1024
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(row), encoding="utf-8")
+        os.replace(temporary, path)
+
+    getattr(coverage_attempts, function)(Model(**model), options, write)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Refuses to run beside another coverage run: two large models at a time would not fit into the memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"another coverage run holds {path}")
+        yield
+
+
+def sound(ours: dict[str, Any]) -> bool:
+    """Whether an attempt of ours ended with everything equal."""
+    twin = ours.get("twin")
+    equal = ours.get("reload", 1) <= 1e-5 and (twin is None or twin <= 1e-4) and ours.get("onnx", "equal") == "equal"
+    return bool(ours.get("costs_exact")) and equal and ours.get("step") == "done"
+
+
+def missing(row: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """Returns the attempts that a row lacks."""
+    wanted = []
+    ours = row.get("autoprune")
+    again = ours is not None and options.retry and (ours.get("macs_kept", 1) > 0.52 or not sound(ours))
+    if ours is None or again or ("onnx" not in ours and ours.get("runs") and not options.skip_onnx):
+        wanted.append("autoprune")
+    if "torch_pruning" not in row and not options.skip_torch_pruning:
+        wanted.append("torch_pruning")
+    return wanted
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", default="*")
-    parser.add_argument("--output", type=Path)
+    """Runs the list and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list", type=Path, default=HERE / "coverage_models.txt", help="lines `library name pixels`")
+    parser.add_argument("--models", default="*", help="run only these, a glob on library/name or on the name")
+    parser.add_argument("--resume", action="store_true", help="run only what the results lack")
+    parser.add_argument("--retry", action="store_true", help="like --resume, and our own attempts that failed again")
+    parser.add_argument("--skip-onnx", action="store_true")
+    parser.add_argument("--skip-torch-pruning", action="store_true")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of processor time an attempt")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--peer", type=Path, default=Path(".autoprune/torch-pruning"))
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    lines = [HEADER, "|---" * 10 + "|"]
-    print("\n".join(lines), flush=True)
-    for name in model_names():
-        if name in ZOO or not fnmatch.fnmatchcase(name, options.models):
-            continue
-        try:
-            lines.append(attempt(name))
-        except Exception as error:  # a crash is a row of the table too
-            lines.append(
-                f"| {name} | {size_of(name)} | CRASH | | | | | | | {type(error).__name__}: {str(error)[:160]} |"
-            )
-        print(lines[-1], flush=True)
-        if options.output:
-            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    from coverage_table import environment, render
+
+    models = read_list(options.list)
+    chosen = [m for m in models if any(fnmatch.fnmatchcase(text, options.models) for text in (m.key, m.name))]
+    if not chosen:
+        sys.exit(f"no model of {options.list} matches {options.models!r}")
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MKL_NUM_THREADS="1")
+    # The server that attempts are forked from imports everything once; it finds modules by the environment alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    peer = None if options.skip_torch_pruning else str(install_peer(options.peer.resolve()))
+    settings = {"onnx": not options.skip_onnx, "peer": peer}
+    path = options.results / "coverage.json"
+    with alone(options.results / ".lock"):
+        rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+        for number, model in enumerate(chosen, 1):
+            known = rows.get(model.key, {}) if options.resume or options.retry else {}
+            row = {**rows.get(model.key, {}), "pixels": model.pixels}
+            for function in missing(known, options):
+                row[function] = attempt(function, model, settings, options.limit)
+                shown = {k: v for k, v in row[function].items() if k not in ("reasons", "step")}
+                print(f"[{number}/{len(chosen)}] {model.key} {function}: {shown}", flush=True)
+                rows[model.key] = row
+                ordered = {m.key: rows[m.key] for m in models if m.key in rows}
+                document = {"schema": 1, "environment": environment(), "rows": ordered}
+                path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                (options.results / "coverage.md").write_text(render(document, len(models)), encoding="utf-8")
+    print((options.results / "coverage.md").read_text(encoding="utf-8").split("\n## ")[0])
 
 
 if __name__ == "__main__":

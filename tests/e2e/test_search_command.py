@@ -155,8 +155,9 @@ def test_the_searchs_run_holds_the_front_as_plot_picture_and_table(store: Any, f
     folder = artifacts(store, run) / "front"
     assert {path.name for path in folder.iterdir()} == {
         *("front.html", "front.png", "front.csv", "front.txt"),
-        *("widths.html", "widths.png", "groups.csv", "controls.csv"),
+        *("widths.html", "widths.png", "groups.csv", "controls.csv", "report.html"),
     }
+    assert "figure-sensitivity" in (folder / "report.html").read_text(encoding="utf-8")
     assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "plotly" in (folder / "front.html").read_text().lower()
     rows = list(csv.DictReader((folder / "front.csv").read_text().splitlines()))

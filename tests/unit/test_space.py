@@ -486,3 +486,10 @@ def test_the_json_schema_describes_every_key() -> None:
     assert {"type": "boolean"} in distillation
     assert {"$ref": "#/$defs/DistillationSettings"} in distillation
     assert tuple(schema["$defs"]["CriteriaSettings"]["properties"]["choices"]["items"]["enum"]) == CRITERIA
+
+
+def test_a_space_written_as_yaml_is_the_same_space() -> None:
+    space = load_space(default_space_path(Path("/nonexistent")), overrides=["search.trials=7"], env={})
+    text = space.to_yaml()
+    assert parse_space(text, env={}) == space
+    assert text.startswith("schema: 1\nname: digits-resnet20\n")

@@ -33,6 +33,7 @@ def test_the_description_is_plain_json_and_tells_groups_shares_and_frozen_layers
     assert (second["name"], second["widths"], second["scope"]) == ("3", None, None)
     assert found["dense"] == traced.cost_model.dense()
     assert found["input_shape"] == [3, 8, 8]
+    assert found["narrowest"]["macs"] < found["dense"]["macs"]
     assert found["frozen"] == [{"name": "6", "size": 4, "reason": "the model's output"}]
     assert first["macs_share"] == 64 * (27 * 8 + 9 * 8 + 8 * 6) / found["dense"]["macs"]
     assert second["macs_share"] == (64 * 8 * 6 + 6 * 4) / found["dense"]["macs"]

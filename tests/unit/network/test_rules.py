@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.errors import TraceError
 from autoprune.network import trace
 from autoprune.network.rules import RULES, operator_name
 
@@ -132,11 +131,17 @@ def test_transposed_convolutions_are_pruned(exact, rank):
     assert sizes(exact(model, torch.randn(2, 2, *[5] * rank))) == {"0": 8, "2": 6}
 
 
-def test_a_grouped_transposed_convolution_is_frozen_with_its_reason(exact):
-    body = nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 8, 2, stride=2, groups=4), conv(8, 6))
+@pytest.mark.parametrize(("groups", "outputs"), [(4, 8), (2, 4), (2, 12)])
+def test_the_groups_of_a_grouped_transposed_convolution_shrink_alike(exact, groups, outputs):
+    body = nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, outputs, 2, stride=2, groups=groups), conv(outputs, 6))
     network = exact(Head(body, 6), X)
-    assert sizes(network) == {"body.2": 6}
-    assert reason(network, "body.0") == "body.1 is a grouped transposed convolution"
+    assert sizes(network) == {"body.0": 8 // groups, "body.1": outputs // groups, "body.2": 6}
+
+
+def test_a_depthwise_transposed_convolution_goes_with_its_input(exact):
+    body = nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 8, 2, stride=2, groups=8), nn.BatchNorm2d(8), conv(8, 6))
+    network = exact(Head(body, 6), X)
+    assert sizes(network) == {"body.0": 8, "body.3": 6}
 
 
 def test_padding_given_as_a_word_and_other_padding_modes_are_followed(exact):
@@ -340,8 +345,23 @@ def test_a_split_into_unequal_parts_freezes_the_channels():
 def test_a_slice_by_constants_freezes_the_channels(exact):
     model = Wired(lambda m, x: m.fc(m.b(m.a(x)[:, 2:6]).mean((2, 3))), a=conv(3, 8), b=conv(4, 6), fc=nn.Linear(6, 5))
     network = exact(model, X)
-    assert sizes(network) == {"b": 6}
-    assert reason(network, "a").startswith("sliced by constant bounds")
+    # What lies before the last bound must stay in its place; what lies behind it is read by nobody and may go.
+    assert sizes(network) == {"a": 2, "b": 6}
+    assert network.index_map["a.weight"][0].tolist() == [-1] * 6 + [0, 1]
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, 3:], lambda x: x.narrow(1, 3, 5)], ids=["slice", "narrow"])
+def test_the_end_of_a_slice_without_an_end_may_shrink_unless_its_length_is_written_down(cut):
+    model = Wired(lambda m, x: m.fc(m.b(cut(m.a(x))).mean((2, 3))), a=conv(3, 8), b=conv(5, 6), fc=nn.Linear(6, 5))
+    network = trace(model, X)
+    assert sizes(network)["b"] == 6
+    assert sizes(network).get("a", 0) == (5 if "narrow" not in cut.__code__.co_names else 0)
+
+
+def test_a_slice_that_counts_from_the_end_keeps_the_end(exact):
+    model = Wired(lambda m, x: m.fc(m.b(m.a(x)[:, -4:]).mean((2, 3))), a=conv(3, 8), b=conv(4, 6), fc=nn.Linear(6, 5))
+    network = exact(model, X)
+    assert network.index_map["a.weight"][0].tolist() == [0, 1, 2, 3] + [-1] * 4
 
 
 def test_a_slice_of_space_leaves_channels_alone(exact):
@@ -455,25 +475,34 @@ def test_a_softmax_over_channels_freezes_them(exact):
     assert reason(network, "a").startswith("normalised over channels")
 
 
-def test_a_weight_that_is_computed_is_frozen(exact):
+def test_a_weight_that_is_scaled_on_the_way_is_pruned_like_a_stored_one(exact):
     model = Wired(
         lambda m, x: m.fc(F.conv2d(m.a(x), m.b.weight * 2, padding=1).mean((2, 3))),
         a=conv(3, 8),
-        b=conv(8, 6),
+        b=conv(8, 6, bias=False),
         fc=nn.Linear(6, 5),
     )
-    with pytest.raises(TraceError, match="is computed, not stored"):
-        trace(model, X)
+    assert sizes(exact(model, X)) == {"a": 8, "b": 6}
+
+
+def test_a_weight_that_is_put_together_out_of_two_is_never_pruned_wrongly(pruned):
+    def wiring(m, x):
+        return m.fc(F.conv2d(m.a(x), torch.cat([m.b.weight, m.c.weight], 2)[:, :, :3], padding=1).mean((2, 3)))
+
+    model = Wired(wiring, a=conv(3, 8), b=conv(8, 6, bias=False), c=conv(8, 6, bias=False), fc=nn.Linear(6, 5))
+    network = trace(model, X)
+    assert network.notes == ()
+    pruned(network, X)
 
 
 def test_an_operator_without_a_rule_freezes_what_it_reads_and_is_named(exact):
     model = Wired(
-        lambda m, x: m.fc(m.b(torch.cumsum(m.a(x), 1)).mean((2, 3))), a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 5)
+        lambda m, x: m.fc(m.b(torch.sort(m.a(x), 1)[0]).mean((2, 3))), a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 5)
     )
     network = exact(model, X)
     assert sizes(network) == {"b": 6}
-    assert "no rule for the operator aten.cumsum.default" in reason(network, "a")
-    assert network.notes == ("no rule for the operator aten.cumsum.default: what it reads is frozen",)
+    assert "no rule for the operator aten.sort.default" in reason(network, "a")
+    assert network.notes == ("no rule for the operator aten.sort.default: what it reads is frozen",)
 
 
 def test_a_buffer_as_wide_as_the_channels_follows_them(exact):

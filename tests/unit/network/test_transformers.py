@@ -77,11 +77,11 @@ def test_products_in_an_operator_without_a_rule_are_counted_as_they_are() -> Non
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second, self.head = nn.Linear(6, 16), nn.Linear(16, 6), nn.Linear(6, 3)
-            self.mix = nn.Parameter(torch.randn(6, 6))
+            self.mix, self.scale = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.ones(6))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.second(self.first(x).relu())
-            return self.head(torch.einsum("bi,ij->bj", y, self.mix))
+            return self.head(torch.einsum("bi,ij,j->bj", y, self.mix, self.scale))
 
     x = torch.randn(2, 6)
     network = trace(Mixer().eval(), x)

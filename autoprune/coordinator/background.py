@@ -1,0 +1,161 @@
+"""What a search leaves with its studies so that explanations and reports need neither the model nor the data.
+
+Decides what is kept (groups, cost model, error curves, settings, versions, sizes of the data) and how it is packed:
+error curves at no more widths than a picture can show, with five digits.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoprune.cost import CostModel, Form, Term
+from autoprune.errors import StudyError
+from autoprune.policy import Group
+from autoprune.prices import ErrorCurve
+from autoprune.results import Problem
+
+SCHEMA = 1
+_POINTS = 129
+"""Widths of a stored error curve, at most: a wide group's curve is smooth between them."""
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is known of a search beside its trials.
+
+    `settings` is the text of the space file, `python` whether model and data were live objects, which no space file
+    can name. `samples` holds the number of samples of each split, `classes` their number of classes (0: none),
+    `environment` versions and the like as readable pairs. `began` is when it was written.
+    """
+
+    groups: tuple[Group, ...]
+    model: CostModel
+    curves: Mapping[str, Mapping[str, ErrorCurve]]
+    settings: str
+    python: bool
+    samples: Mapping[str, int]
+    classes: int
+    accuracy: bool
+    origin: str
+    data: str
+    device: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    began: datetime.datetime | None = None
+
+
+def pack(background: Background) -> dict[str, Any]:
+    """Returns `background` as plain JSON values."""
+    model = background.model
+    return {
+        "schema": SCHEMA,
+        "groups": [[g.name, g.size, list(g.widths), g.scope] for g in background.groups],
+        "model": {
+            "groups": list(model.groups),
+            "sizes": list(model.sizes),
+            "macs": _packed(model.macs),
+            "params": _packed(model.params),
+            "size_bytes": _packed(model.size_bytes),
+            "live": [_packed(terms) for terms in model.live],
+        },
+        "curves": {
+            group: {name: [list(c.widths), list(c.errors)] for name, c in by.items()}
+            for group, by in background.curves.items()
+        },
+        "settings": background.settings,
+        "python": background.python,
+        "samples": dict(background.samples),
+        "classes": background.classes,
+        "accuracy": background.accuracy,
+        "origin": background.origin,
+        "data": background.data,
+        "device": background.device,
+        "environment": dict(background.environment),
+        "began": None if background.began is None else background.began.isoformat(timespec="seconds"),
+    }
+
+
+def unpack(data: Mapping[str, Any]) -> Background:
+    """Reads what `pack` returned.
+
+    Raises:
+        StudyError: The schema is unknown.
+    """
+    if data.get("schema") != SCHEMA:
+        raise StudyError(
+            f"the search's background has the schema {data.get('schema')!r}; this version reads schema {SCHEMA}"
+        )
+    model = data["model"]
+    return Background(
+        groups=tuple(Group(name, size, tuple(widths), scope) for name, size, widths, scope in data["groups"]),
+        model=CostModel(
+            groups=tuple(model["groups"]),
+            sizes=tuple(model["sizes"]),
+            macs=_terms(model["macs"]),
+            params=_terms(model["params"]),
+            size_bytes=_terms(model["size_bytes"]),
+            live=tuple(_terms(terms) for terms in model["live"]),
+        ),
+        curves={
+            group: {name: ErrorCurve(tuple(widths), tuple(errors)) for name, (widths, errors) in by.items()}
+            for group, by in data["curves"].items()
+        },
+        settings=data["settings"],
+        python=data["python"],
+        samples=data["samples"],
+        classes=data["classes"],
+        accuracy=data["accuracy"],
+        origin=data["origin"],
+        data=data["data"],
+        device=data["device"],
+        environment=data["environment"],
+        began=None if data["began"] is None else datetime.datetime.fromisoformat(data["began"]),
+    )
+
+
+Table = Sequence[float] | Mapping[int, float]
+"""Error by width: at each width from 0 to the group's size, or at those that the group may take."""
+
+
+def curves_of(problem: Problem, tables: Mapping[str, Mapping[str, Table]]) -> dict[str, dict[str, ErrorCurve]]:
+    """Returns the error curves of the groups that the search may prune, at their feasible widths and at full width.
+
+    Args:
+        problem: Groups and criteria.
+        tables: Group → criterion → error by width.
+    """
+    found: dict[str, dict[str, ErrorCurve]] = {}
+    for group in problem.groups:
+        widths = sorted({*_thinned(group.widths), group.size})
+        found[group.name] = {
+            criterion: _curve(table, widths)
+            for criterion, table in tables.get(group.name, {}).items()
+            if criterion in problem.criteria
+        }
+    return found
+
+
+def _curve(table: Table, widths: Sequence[int]) -> ErrorCurve:
+    known = [w for w in widths if w in table] if isinstance(table, Mapping) else list(widths)
+    return ErrorCurve(tuple(known), tuple(float(f"{table[w]:.{_DIGITS}g}") for w in known))
+
+
+def _thinned(widths: Sequence[int]) -> list[int]:
+    """Returns `widths`, or evenly spaced ones of them with both ends where there are more than a picture can show."""
+    if len(widths) <= _POINTS:
+        return list(widths)
+    return [widths[round(i * (len(widths) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
+
+
+def _packed(terms: Sequence[Term]) -> list[Any]:
+    return [[t.factor, [[form.const, [list(pair) for pair in form.terms]] for form in t.forms]] for t in terms]
+
+
+def _terms(packed: Sequence[Any]) -> tuple[Term, ...]:
+    return tuple(
+        Term(factor, tuple(Form(const, tuple((group, times) for group, times in pairs)) for const, pairs in forms))
+        for factor, forms in packed
+    )

@@ -1,0 +1,222 @@
+"""The contenders: each turns a trained network into one pruned network a budget, with what it needs and no more.
+
+    python tests/benchmarks/bench/contenders.py NAME --network resnet20 --seed 0 --seconds 120 --folder OUT
+
+`autoprune` and its ablations, Torch-Pruning's uniform and global magnitude pruners, NVIDIA ModelOpt FastNAS, and a
+plain Optuna loop as people write it. No contender fine-tunes; all but autoprune get BatchNorm recalibration after
+pruning, which their own examples leave to the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import BUDGETS, IMAGES, Journal, Task, inner_convolutions, narrow, task_of
+from torch import nn
+
+# --- autoprune ----------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "autoprune": {},
+    "autoprune without learned weights": {"search.sampler": "tpe"},
+    "autoprune, warm starts alone": {"search.sampler": "tpe", "warm_only": True},
+    "autoprune, sampler alone": {"search.sampler": "tpe", "search.warm_starts": "false"},
+    "autoprune, NSGA-II": {"search.sampler": "nsga2"},
+    "autoprune, random": {"search.sampler": "random"},
+}
+
+
+def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
+    """Our search with a single rung that trains nothing; the pick of a budget is the best candidate within it."""
+    from autoprune import search as studies
+    from autoprune.coordinator.session import Session
+    from autoprune.network.pipeline import trace_ingredients, workbench_of
+    from autoprune.report import Progress
+
+    changes = dict(VARIANTS[variant])
+    warm_only = changes.pop("warm_only", False)
+    candidates = 60 if warm_only else 100_000
+    section = task.space.search.model_copy(
+        update={
+            "trials": candidates,
+            "controls": 0,
+            "ladder": task.space.search.ladder[:1],
+            "sampler": changes.get("search.sampler", task.space.search.sampler),
+            "warm_starts": changes.get("search.warm_starts") != "false",
+        }
+    )
+    space = task.space.model_copy(update={"search": section})
+    home = journal.folder / "home"
+    with Progress() as progress:
+        session = Session(space, task.ingredients, sections=space.fingerprint_sections(), home=home, progress=progress)
+        deadline = journal.started + seconds
+        session.run(workers=1, deadline=deadline, trials=candidates, summary=False)
+    study = studies.load_rung(studies.open_storage(home / "optuna.db"), space.name, space.search.ladder[0].rung)
+    begun = min(trial.datetime_start for trial in study.trials if trial.datetime_start)
+    offset = journal.seconds
+    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete)
+    prepared = offset - (last - begun).total_seconds()
+    trials = [t for t in studies.distinct(studies.read_results(study)) if t.result is not None]
+    for trial in trials:
+        ended = study.trials[trial.number].datetime_complete
+        spent = prepared + (ended - begun).total_seconds()
+        journal.candidate(trial.result.costs["macs"] / task.dense_macs, trial.result.metrics["val_accuracy"], spent)
+    network = trace_ingredients(task.ingredients)
+    bench = workbench_of(space, task.ingredients, network, cache=home / "cache", models=None, note=lambda text: None)
+    for budget in BUDGETS:
+        within = [t for t in trials if t.result.costs["macs"] <= budget * task.dense_macs]
+        if within:
+            best = max(within, key=lambda t: t.result.metrics["val_accuracy"])
+            journal.keep(budget, bench.repair(bench.selection(best.policy)), best.result.metrics["val_accuracy"])
+
+
+# --- Torch-Pruning ------------------------------------------------------------------------------------------------
+
+
+def torch_pruning(task: Task, journal: Journal, *, globally: bool) -> None:
+    """MagnitudePruner on the inner convolutions, the ratio found by bisection for every budget."""
+    import torch_pruning as tp
+
+    def pruned(ratio: float) -> nn.Module:
+        model = copy.deepcopy(task.ingredients.model).eval()
+        inner = set(inner_convolutions(model).values())
+        ignored = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m not in inner]
+        importance = tp.importance.MagnitudeImportance(p=2)
+        pruner = tp.pruner.MagnitudePruner(
+            model, task.example, importance, global_pruning=globally, pruning_ratio=ratio, ignored_layers=ignored
+        )
+        pruner.step()
+        return model
+
+    for budget in BUDGETS:
+        low, high = 0.0, 0.98
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if task.fraction(pruned(middle)) > budget else (low, middle)
+        model = pruned(high)
+        task.recalibrate(model)
+        accuracy = task.validate(model)
+        journal.candidate(task.fraction(model), accuracy)
+        journal.keep(budget, model, accuracy)
+
+
+# --- a plain Optuna loop ------------------------------------------------------------------------------------------
+
+
+def plain_optuna(task: Task, journal: Journal, seconds: float, seed: int) -> None:
+    """One study a budget: a ratio for every layer, L1, a penalty for what exceeds the budget, TPE as it comes."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    dense = task.ingredients.model
+    for number, budget in enumerate(BUDGETS):
+        best: tuple[float, nn.Module] | None = None
+
+        def objective(trial: optuna.Trial, budget: float = budget) -> float:
+            nonlocal best
+            ratios = {name: trial.suggest_float(name, 0.0, 0.9) for name in inner_convolutions(dense)}
+            model = narrow(task, l1_state(dense, ratios))
+            task.recalibrate(model)
+            accuracy, fraction = task.validate(model), task.fraction(model)
+            journal.candidate(fraction, accuracy)
+            if fraction <= budget and (best is None or accuracy > best[0]):
+                best = (accuracy, model)
+            return accuracy - 2.0 * max(0.0, fraction - budget)
+
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+        end = seconds * (number + 1) / len(BUDGETS)
+        study.optimize(objective, timeout=max(1.0, end - journal.seconds))
+        if best is not None:
+            journal.keep(budget, best[1], best[0])
+
+
+def l1_state(dense: nn.Module, ratios: dict[str, float]) -> dict[str, torch.Tensor]:
+    """Returns the weights without the inner channels of least L1 norm."""
+    state = {name: tensor.detach().clone() for name, tensor in dense.state_dict().items()}
+    for name, ratio in ratios.items():
+        weight = state[f"{name}.weight"]
+        width = max(1, round(weight.shape[0] * (1 - ratio)))
+        keep = weight.abs().sum((1, 2, 3)).topk(width).indices.sort().values
+        block = name.rpartition(".")[0]
+        state[f"{name}.weight"] = weight[keep]
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{block}.bn1.{part}"] = state[f"{block}.bn1.{part}"][keep]
+        state[f"{block}.conv2.weight"] = state[f"{block}.conv2.weight"][:, keep]
+    return state
+
+
+# --- NVIDIA ModelOpt FastNAS --------------------------------------------------------------------------------------
+
+
+def fastnas(task: Task, journal: Journal) -> None:
+    """`mtp.prune(mode="fastnas")` once a budget, its own BatchNorm calibration, every channel divisor set to 1."""
+    import modelopt.torch.prune as mtp
+
+    # Its BatchNorm calibration wants more than our 512 images; its examples hand the training loader in.
+    loader = list(task.ingredients.splits.train.batches(64, limit=4096))
+    config = mtp.fastnas.FastNASConfig().model_dump()
+    for rules in config.values():
+        for rule in rules.values():
+            rule.update({key: 1 for key in ("channel_divisor", "feature_divisor") if key in rule})
+    for budget in BUDGETS:
+        model = copy.deepcopy(task.ingredients.model)
+
+        def score(candidate: nn.Module) -> float:
+            accuracy = task.validate(candidate)
+            journal.candidate(math.nan, accuracy)
+            return accuracy
+
+        result, _ = mtp.prune(
+            model=model,
+            mode=[("fastnas", config)],
+            constraints={"flops": f"{100 * budget:.0f}%"},
+            dummy_input=task.example,
+            config={
+                "data_loader": loader,
+                "collect_func": lambda batch: batch[0],
+                "score_func": score,
+                "checkpoint": str(journal.folder / "fastnas.pth"),
+            },
+        )
+        pruned = narrow(task, {name: tensor for name, tensor in result.state_dict().items() if name[0] != "_"})
+        accuracy = task.validate(pruned)
+        journal.candidate(task.fraction(pruned), accuracy)
+        journal.keep(budget, pruned, accuracy)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+CONTENDERS: dict[str, Callable[[Task, Journal, argparse.Namespace], None]] = {
+    **{name: (lambda task, journal, o, name=name: autoprune(task, journal, o.seconds, name)) for name in VARIANTS},
+    "Torch-Pruning, uniform": lambda task, journal, o: torch_pruning(task, journal, globally=False),
+    "Torch-Pruning, global": lambda task, journal, o: torch_pruning(task, journal, globally=True),
+    "plain Optuna": lambda task, journal, o: plain_optuna(task, journal, o.seconds, o.seed),
+    "ModelOpt FastNAS": lambda task, journal, o: fastnas(task, journal),
+}
+
+
+def main() -> None:
+    """Runs one contender."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("--network", default="resnet20")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path(".autoprune/bench/cache"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    task = task_of(options.network, seed=options.seed, cache=options.cache)
+    journal = Journal(options.folder)
+    CONTENDERS[options.name](task, journal, options)
+    journal.close(images=IMAGES, name=options.name, network=options.network, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()
