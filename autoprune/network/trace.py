@@ -210,8 +210,7 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Export
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         raise TraceError(_why(model, error, printed.getvalue())) from error
     sys.stderr.write(printed.getvalue())
-    # What nothing reads (averages of attention weights) must not keep channels in the network.
-    program.graph.eliminate_dead_code()
+    _drop_unused(program)
     return program
 
 
@@ -318,6 +317,20 @@ def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[int]],
     tape.sizes = widths.get(_module(node), frozenset())
     tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
     tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
+
+
+def _drop_unused(program: torch.export.ExportedProgram) -> None:
+    """Removes calls that nothing reads, such as averages of attention weights.
+
+    The model still runs them, so what needs two widths to agree stays: layers, and sums of two tensors.
+    """
+    signature = program.graph_signature
+    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+
+    def stays(node: torch.fx.Node) -> bool:
+        return node.is_impure() or len(node.all_input_nodes) > 1 or any(n.name in stored for n in node.all_input_nodes)
+
+    program.graph.eliminate_dead_code(stays)
 
 
 def _kernels(graph: torch.fx.Graph) -> set[torch.fx.Node]:
