@@ -71,11 +71,13 @@ def widths_of(problem: Problem, policy: Policy) -> dict[str, int]:
     """Returns the width of every group, as `Policy.widths` does.
 
     Raises:
-        PolicyError: The policy misses a group or names one that does not exist.
+        PolicyError: The policy misses a group, names one that does not exist, or removes one whole that must stay.
     """
     names = {group.name for group in problem.groups}
     if policy.choices.keys() != names:
         return policy.widths(problem.groups)  # says what is wrong
+    for group in problem.groups:
+        group.check(policy.choices[group.name].ratio)
     return {g.name: nearest_width(g, g.size * (1.0 - policy.choices[g.name].ratio)) for g in problem.groups}
 
 
