@@ -110,7 +110,7 @@ class Policy:
         """Returns the integer width of every group.
 
         Raises:
-            PolicyError: The policy misses a group or names one that does not exist, or removes one whole that must stay.
+            PolicyError: The policy misses a group, names one that does not exist, or removes whole one that must stay.
         """
         known = {group.name: group for group in groups}
         for name in self.choices:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """Not their subclasses, which may do more than normalise."""
 
@@ -55,9 +54,7 @@ class _Size:
         self.window = tuple(d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
         if self.transposed:
             assert not isinstance(layer.padding, str)
-            self.margin = tuple(
-                int(o) - 2 * int(p) for o, p in zip(layer.output_padding, layer.padding, strict=True)
-            )
+            self.margin = tuple(int(o) - 2 * int(p) for o, p in zip(layer.output_padding, layer.padding, strict=True))
         else:
             both = layer._reversed_padding_repeated_twice
             self.margin = tuple(both[2 * k] + both[2 * k + 1] for k in reversed(range(self.rank)))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from autoprune.budget import resolve_budget
 from autoprune.errors import DataError, InputError, nearest
+from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
@@ -210,13 +211,22 @@ def example_of(splits: Splits) -> Tensor:
     return torch.zeros(2, *splits.sample_shape)
 
 
-def trace_ingredients(ingredients: Ingredients) -> Network:
-    """Traces the dense model on the CPU.
+def trace_ingredients(ingredients: Ingredients, space: Space | None = None) -> Network:
+    """Traces the dense model on the CPU, and finds which groups may be removed whole where the space lets them.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
+        InputError: Blocks may be removed and no searched group is one.
     """
-    return trace(ingredients.model, example_of(ingredients.splits))
+    network = trace(ingredients.model, example_of(ingredients.splits))
+    if space is None or not space.groups.blocks:
+        return network
+    names = [group.name for group in searchable_groups(network, space)]
+    network, reasons = with_removable(network, names)
+    if not network.removable:
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"groups.blocks: none of the {len(names)} groups can be removed whole; {name}: {reason}")
+    return network
 
 
 def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
@@ -243,7 +253,8 @@ def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
         Group(
             group.name,
             group.size,
-            feasible_widths(
+            ((0,) if settings.blocks and group.name in network.removable else ())
+            + feasible_widths(
                 group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
             ),
             {"model": "model", "stage": group.stage, "layer": group.name}[scope],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import (
@@ -47,7 +48,7 @@ def prune(
     Args:
         network: What `trace` returned.
         ratios: The fraction of channels that every group loses, or a fraction for some groups by name (the others
-            stay whole).
+            stay whole). A fraction of 1 removes a group whole, where the network works without it.
         criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA`.
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
             refitted and batch norm statistics are taken anew; without them the network is only cut. `activation` and
@@ -56,8 +57,8 @@ def prune(
         seed: For `random`, and for the patches that refits are solved on.
 
     Raises:
-        PolicyError: A ratio is outside [0, 1), a group or the criterion is unknown, or the criterion needs batches it
-            did not get.
+        PolicyError: A ratio is outside [0, 1], a group or the criterion is unknown, the network does not work without a
+            group that is to be removed whole, or the criterion needs batches that it did not get.
     """
     names = [group.name for group in network.groups]
     wanted = dict(ratios) if isinstance(ratios, Mapping) else dict.fromkeys(names, ratios)
@@ -66,10 +67,14 @@ def prune(
             raise PolicyError(f"no pruning group {name!r}{nearest(name, names)}")
     if criterion not in CRITERIA:
         raise PolicyError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
+    choices = {name: Choice(criterion, wanted.get(name, 0.0)) for name in names}
+    network = _without(network, [name for name in names if choices[name].ratio == 1.0])
     widths = {
         group.name: Group(
             group.name, group.size, feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
-        ).width(Choice(criterion, wanted.get(group.name, 0.0)).ratio)
+        ).width(choices[group.name].ratio)
+        if choices[group.name].ratio < 1.0
+        else 0
         for group in network.groups
     }
     batches = [] if calibration is None else list(calibration)
@@ -90,6 +95,21 @@ def prune(
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
         refit_sequentially(network, model, selection, targets, seed=seed)
     return model
+
+
+def _without(network: Network, names: list[str]) -> Network:
+    """Returns the network with the named groups marked as removable.
+
+    Raises:
+        PolicyError: The network does not work without one of them.
+    """
+    if not names:
+        return network
+    network, reasons = with_removable(network, names)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise PolicyError(f"group {name!r} cannot be removed whole: {reason}")
+    return network
 
 
 def _gradients(network: Network, batches: list[Any]) -> dict[str, tuple[Tensor, ...]]:

@@ -103,6 +103,12 @@ class GroupSettings(Section):
         default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
     )
 
+    blocks: bool = Field(
+        default=False,
+        description="A group may also be removed whole (ratio 1), whatever max_ratio says, where the network works "
+        "without it: the inside of a residual block, an SE gate. So depth is searched together with width.",
+    )
+
     @classmethod
     def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
         """Checks the order of the ratios."""
