@@ -146,7 +146,7 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
             if buffer is not None and prefix + name in state:
                 module._buffers[name] = state[prefix + name].to(buffer.dtype)
         refresh_attributes(module, depthwise=module_path in depthwise)
-    return settle(model, document.get("uniform_norms", ()))
+    return settle(model, document.get("uniform_norms"))
 
 
 def _larger(saved: tuple[int, ...], dense: tuple[int, ...]) -> bool:

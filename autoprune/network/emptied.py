@@ -12,7 +12,7 @@ says by itself which layers went. Knows nothing of groups, policies or of how ch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,15 @@ class Absent(_StandIn):
 class Constant(_StandIn):
     """A layer without input channels: an empty `(B, 0, ...)` to its bias, or zeros, in every place."""
 
-    def __init__(self, layer: nn.Module, channels: int) -> None:
+    def __init__(self, layer: nn.Module, channels: int, *, normalised: bool) -> None:
         super().__init__(layer)
         self.channels = channels
+        self.view = normalised and self._parameters.get("bias") is None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the bias in the layer's output shape: nothing is multiplied."""
+        """Returns the bias in the layer's output shape: nothing is multiplied, and nothing stored for a batch norm."""
+        if self.view:
+            return x.new_zeros(1).expand(self._size.shape(x, self.channels))
         bias = self._parameters.get("bias")
         value = x.new_zeros(self.channels) if bias is None else bias.to(x.dtype)
         value = value.reshape(self.channels, *([1] * max(self._size.rank, 0)))
@@ -126,17 +129,19 @@ class UniformNorm(_BatchNorm):
         pass  # the batch norm that this one was has checked it
 
 
-def settle(model: nn.Module, norms: Collection[str] = ()) -> nn.Module:
+def settle(model: nn.Module, norms: Mapping[str, str] | None = None) -> nn.Module:
     """Replaces every layer of `model` that has an empty weight, in place; returns what stands for the model itself.
 
     Args:
         model: A network with smaller parameters, module attributes still as they were.
-        norms: Paths of the batch norms that read a layer without inputs.
+        norms: Path of a layer without inputs → path of the batch norm that alone reads it.
     """
+    behind = {} if norms is None else dict(norms)
+    uniform = set(behind.values())
     replaced: dict[int, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) not in replaced:
-            replaced[id(module)] = _stand_in(module, uniform=path in norms)
+            replaced[id(module)] = _stand_in(module, normalised=path in behind, uniform=path in uniform)
         new = replaced[id(module)]
         if new is not module:
             if not path:
@@ -146,14 +151,14 @@ def settle(model: nn.Module, norms: Collection[str] = ()) -> nn.Module:
     return model
 
 
-def _stand_in(module: nn.Module, *, uniform: bool) -> nn.Module:
+def _stand_in(module: nn.Module, *, normalised: bool, uniform: bool) -> nn.Module:
     weight = module._parameters.get("weight")
     if isinstance(module, (_ConvNd, nn.Linear)) and weight is not None:
         transposed = isinstance(module, _ConvTransposeNd)
         inputs, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
         if outputs == 0:
             return Absent(module)
-        return Constant(module, outputs) if inputs == 0 else module
+        return Constant(module, outputs, normalised=normalised) if inputs == 0 else module
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)):
         width = weight if weight is not None else module._buffers.get("running_mean")
         if width is not None and width.numel() == 0:

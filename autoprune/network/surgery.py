@@ -127,13 +127,13 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
         module.num_parameters = module.weight.shape[0]
 
 
-def uniform_norms(network: Network, kept: np.ndarray) -> list[str]:
-    """Returns the paths of the batch norms behind layers of which no input stays: all they read is a constant."""
-    return [
-        module_of(links.layer.norm)
+def uniform_norms(network: Network, kept: np.ndarray) -> dict[str, str]:
+    """Returns layers of which no input stays → the batch norms behind them, which read a constant; both by path."""
+    return {
+        links.module: module_of(links.layer.norm)
         for links in network.links
         if links.layer.norm is not None and links.inputs is not None and not len(kept_indices(links.inputs, kept))
-    ]
+    }
 
 
 def masked_twin(network: Network, selection: Selection) -> nn.Module:

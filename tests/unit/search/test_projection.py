@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.budget import Budget
+from autoprune.budget import Budget, resolve_budget
 from autoprune.cost import COSTS, CostModel, Form, Term
 from autoprune.errors import BudgetError, PolicyError
-from autoprune.policy import Group
+from autoprune.policy import Group, feasible_widths
 from autoprune.results import Problem
 from autoprune.search.projection import Projector, nearest_width, project
 
