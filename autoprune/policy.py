@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -88,23 +88,26 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A complete assignment group → (criterion, ratio)."""
+    """A complete assignment group → (criterion, ratio), and where activations are searched `<scope>/<kind>` → kind."""
 
     choices: Mapping[str, Choice]
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(sorted(self.choices.items()))))
+        object.__setattr__(self, "activations", MappingProxyType(dict(sorted(self.activations.items()))))
 
-    def __reduce__(self) -> tuple[type[Policy], tuple[dict[str, Choice]]]:
-        return Policy, (dict(self.choices),)
+    def __reduce__(self) -> tuple[type[Policy], tuple[dict[str, Choice], dict[str, str]]]:
+        return Policy, (dict(self.choices), dict(self.activations))
 
     def __hash__(self) -> int:
-        return hash(tuple(self.choices.items()))
+        return hash((tuple(self.choices.items()), tuple(self.activations.items())))
 
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits that are the same for equal policies on every machine."""
-        return digest([[name, c.criterion, round(c.ratio, 9)] for name, c in self.choices.items()])
+        plain: list[Any] = [[name, c.criterion, round(c.ratio, 9)] for name, c in self.choices.items()]
+        return digest([plain, dict(self.activations)] if self.activations else plain)
 
     def widths(self, groups: Iterable[Group]) -> dict[str, int]:
         """Returns the integer width of every group.
@@ -126,7 +129,8 @@ class Policy:
     def to_json(self) -> dict[str, Any]:
         """Returns the policy as plain JSON values."""
         groups = {name: {"criterion": c.criterion, "ratio": c.ratio} for name, c in self.choices.items()}
-        return {"schema": SCHEMA, "groups": groups}
+        extra = {"activations": dict(self.activations)} if self.activations else {}
+        return {"schema": SCHEMA, "groups": groups, **extra}
 
     @staticmethod
     def from_json(data: Any) -> Policy:
@@ -143,11 +147,12 @@ class Policy:
                 str(name): Choice(str(entry["criterion"]), float(entry["ratio"]))
                 for name, entry in data["groups"].items()
             }
+            activations = {str(place): str(kind) for place, kind in data.get("activations", {}).items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PolicyError):
                 raise
             raise PolicyError(f"malformed policy: {error!r}") from error
-        return Policy(choices)
+        return Policy(choices, activations)
 
 
 def uniform_policy(groups: Iterable[Group], ratio: float, criterion: str) -> Policy:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.errors import CheckpointError
+from autoprune.network.activations import replace_activations
 from autoprune.network.checkpoints import read_state, save_state
 from autoprune.network.emptied import settle
 from autoprune.network.inspection import layer_table
@@ -146,6 +147,7 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
             if buffer is not None and prefix + name in state:
                 module._buffers[name] = state[prefix + name].to(buffer.dtype)
         refresh_attributes(module, depthwise=module_path in depthwise)
+    replace_activations(model, document.get("activations") or {})
     return settle(model, document.get("uniform_norms"))
 
 

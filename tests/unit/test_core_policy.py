@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -138,3 +139,24 @@ def test_a_group_is_removed_whole_only_where_zero_is_among_its_widths() -> None:
 def test_widths_that_no_group_has_are_refused(widths: tuple[int, ...]) -> None:
     with pytest.raises(PolicyError):
         Group("g", 16, widths)
+
+
+def test_a_policy_without_activations_is_written_and_named_as_it_always_was() -> None:
+    policy = Policy({"a": Choice("l1", 0.5), "b": Choice("obs", 0.25)})
+    assert policy.to_json().keys() == {"schema", "groups"}
+    assert policy.id == digest([["a", "l1", 0.5], ["b", "obs", 0.25]])
+
+
+def test_the_example_with_blocks_and_activations_can_be_read() -> None:
+    data = json.loads((Path(__file__).parents[1] / "assets/policy_schema1_blocks_activations.json").read_text())
+    policy = Policy.from_json(data)
+    assert policy.activations == {"stage1/relu": "relu6", "stage2/relu": "relu"}
+    assert policy.choices["layer1.0.conv1"].ratio == 1.0
+    assert policy.to_json() == data
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert Policy(policy.choices).id != policy.id
+
+
+def test_malformed_activations_are_refused() -> None:
+    with pytest.raises(PolicyError, match="malformed"):
+        Policy.from_json({"schema": 1, "groups": {}, "activations": ["relu"]})
