@@ -123,7 +123,7 @@ class Session:
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
-        self.network: Network = pipeline.trace_ingredients(ingredients)
+        self.network: Network = pipeline.trace_ingredients(ingredients, space)
         groups = pipeline.searchable_groups(self.network, space)
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)

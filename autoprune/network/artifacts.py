@@ -18,10 +18,12 @@ from typing import Any
 from torch import nn
 
 from autoprune.errors import CheckpointError
+from autoprune.network.activations import replace_activations
 from autoprune.network.checkpoints import read_state, save_state
+from autoprune.network.emptied import settle
 from autoprune.network.inspection import layer_table
 from autoprune.network.models import build_model
-from autoprune.network.surgery import Selection, refresh_attributes
+from autoprune.network.surgery import Selection, refresh_attributes, uniform_norms, unit_mask
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
 
@@ -44,6 +46,7 @@ def model_document(
         "policy": policy.to_json() if policy is not None else None,
         "kept": {name: [int(i) for i in kept] for name, kept in selection.items()},
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
+        "uniform_norms": uniform_norms(network, unit_mask(network, selection)),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
         "dense_costs": dense,
@@ -116,7 +119,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn
 
 
 def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn.Module:
-    """Gives a dense `model` the saved, smaller parameters, in place.
+    """Returns a dense `model` with the saved, smaller parameters, which it is given in place.
 
     Raises:
         CheckpointError: Names do not match, or a tensor is larger than the dense model's.
@@ -144,7 +147,8 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
             if buffer is not None and prefix + name in state:
                 module._buffers[name] = state[prefix + name].to(buffer.dtype)
         refresh_attributes(module, depthwise=module_path in depthwise)
-    return model
+    replace_activations(model, document.get("activations") or {})
+    return settle(model, document.get("uniform_norms"))
 
 
 def _larger(saved: tuple[int, ...], dense: tuple[int, ...]) -> bool:

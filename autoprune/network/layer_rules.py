@@ -157,6 +157,7 @@ def _layer(
             node=tape.node,
             product=len(tape.products) - 1 if kind not in ("norm", "embedding") else None,
             normalised=tape.normalised,
+            norm=tape.norm,
         )
     )
 

@@ -22,13 +22,25 @@ from torch.nn import functional as F
 
 from autoprune.budget import resolve_budget
 from autoprune.errors import DataError, InputError, nearest
+from autoprune.network.activations import activation_sites, choices_of
+from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
-from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
+from autoprune.network.criteria import (
+    NEEDS_FISHER,
+    NEEDS_GRADIENTS,
+    NEEDS_RANKS,
+    Evidence,
+    gather_fisher,
+    gather_gradients,
+    gather_ranks,
+    score,
+)
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
+from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
@@ -210,13 +222,22 @@ def example_of(splits: Splits) -> Tensor:
     return torch.zeros(2, *splits.sample_shape)
 
 
-def trace_ingredients(ingredients: Ingredients) -> Network:
-    """Traces the dense model on the CPU.
+def trace_ingredients(ingredients: Ingredients, space: Space | None = None) -> Network:
+    """Traces the dense model on the CPU, and finds which groups may be removed whole where the space lets them.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
+        InputError: Blocks may be removed and no searched group is one.
     """
-    return trace(ingredients.model, example_of(ingredients.splits))
+    network = trace(ingredients.model, example_of(ingredients.splits))
+    if space is None or not space.groups.blocks:
+        return network
+    names = [group.name for group in searchable_groups(network, space)]
+    network, reasons = with_removable(network, names)
+    if not network.removable:
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"groups.blocks: none of the {len(names)} groups can be removed whole; {name}: {reason}")
+    return network
 
 
 def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
@@ -243,7 +264,8 @@ def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
         Group(
             group.name,
             group.size,
-            feasible_widths(
+            ((0,) if settings.blocks and group.name in network.removable else ())
+            + feasible_widths(
                 group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
             ),
             {"model": "model", "stage": group.stage, "layer": group.name}[scope],
@@ -257,9 +279,15 @@ def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Probl
 
     Raises:
         BudgetError: No policy meets the budget.
+        InputError: An activation is to be replaced and the network has no module of that kind.
     """
     budget = resolve_budget(space.budget.limits, network.cost_model, groups, front=space.budget.front)
-    return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices))
+    activations = choices_of(network, space.activations.choices, _activation_scope(space))
+    return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices), activations)
+
+
+def _activation_scope(space: Space) -> str:
+    return space.activations.scope or space.criteria.scope
 
 
 def workbench_of(
@@ -275,7 +303,13 @@ def workbench_of(
     groups = searchable_groups(network, space)
     network.model.to(device)
     key = digest(
-        [model_digest(network.model), ingredients.data_key, list(space.criteria.choices), space.seed, _KNOWLEDGE]
+        [
+            model_digest(network.model),
+            ingredients.data_key,
+            criteria_key(space.criteria.choices),
+            space.seed,
+            _KNOWLEDGE,
+        ]
     )
     path = cache / f"knowledge-{key}.safetensors"
     knowledge = read_knowledge(path, device=device)
@@ -301,11 +335,15 @@ def workbench_of(
         models=models,
         loss=ingredients.loss,
         metric=ingredients.metric,
+        activations=activation_sites(network) if space.activations.choices else (),
+        activation_scope=_activation_scope(space),
     )
 
 
 _KNOWLEDGE = 1
 """Version of what `learn` computes; a change makes cached files stale."""
+_FISHER_BATCH = 8
+"""Samples whose gradients are squared together: 512 calibration images take 64 passes."""
 
 
 def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str], device: str, seed: int) -> Knowledge:
@@ -328,9 +366,14 @@ def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str]
     gradients: dict[str, tuple[Tensor, ...]] = {}
     if NEEDS_GRADIENTS & set(criteria):
         gradients = gather_gradients(network, calibration.batches(64, device=device), mean_loss, device=device)
-    evidence = Evidence(network, statistics, gradients, seed)
+    fisher: dict[str, Tensor] = {}
+    if NEEDS_FISHER & set(criteria):
+        fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean_loss, device=device)
+    images = torch.cat(batches)
+    ranks = gather_ranks(network, images, device=device) if NEEDS_RANKS & set(criteria) else {}
+    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
     scores = score(evidence, criteria)
-    targets = gather_targets(network, torch.cat(batches), seed=seed)
+    targets = gather_targets(network, images, seed=seed)
     return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
 
 

@@ -13,15 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import (
-    CRITERIA,
+    NEEDS_FISHER,
     NEEDS_GRADIENTS,
+    NEEDS_RANKS,
     NEEDS_STATISTICS,
     Evidence,
     choose,
+    criterion_of,
+    gather_fisher,
     gather_gradients,
+    gather_ranks,
     score,
 )
 from autoprune.network.evaluation import logits_of
@@ -47,29 +52,33 @@ def prune(
     Args:
         network: What `trace` returned.
         ratios: The fraction of channels that every group loses, or a fraction for some groups by name (the others
-            stay whole).
-        criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA`.
+            stay whole). A fraction of 1 removes a group whole, where the network works without it.
+        criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA` or
+            `package.module:function`, see `autoprune.network.own_criteria`.
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
-            refitted and batch norm statistics are taken anew; without them the network is only cut. `activation` and
-            `obs` need inputs, `taylor` targets.
+            refitted and batch norm statistics are taken anew; without them the network is only cut. `activation`,
+            `obs` and `hrank` need inputs, `taylor` and `hessian` targets.
         round_to: Widths become multiples of this number.
         seed: For `random`, and for the patches that refits are solved on.
 
     Raises:
-        PolicyError: A ratio is outside [0, 1), a group or the criterion is unknown, or the criterion needs batches it
-            did not get.
+        PolicyError: A ratio is outside [0, 1], a group or the criterion is unknown, the network does not work without a
+            group that is to be removed whole, or the criterion needs batches that it did not get.
     """
     names = [group.name for group in network.groups]
     wanted = dict(ratios) if isinstance(ratios, Mapping) else dict.fromkeys(names, ratios)
     for name in wanted:
         if name not in names:
             raise PolicyError(f"no pruning group {name!r}{nearest(name, names)}")
-    if criterion not in CRITERIA:
-        raise PolicyError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
+    criterion_of(criterion)
+    choices = {name: Choice(criterion, wanted.get(name, 0.0)) for name in names}
+    network = _without(network, [name for name in names if choices[name].ratio == 1.0])
     widths = {
         group.name: Group(
             group.name, group.size, feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
-        ).width(Choice(criterion, wanted.get(group.name, 0.0)).ratio)
+        ).width(choices[group.name].ratio)
+        if choices[group.name].ratio < 1.0
+        else 0
         for group in network.groups
     }
     batches = [] if calibration is None else list(calibration)
@@ -77,8 +86,11 @@ def prune(
     if criterion in NEEDS_STATISTICS and not inputs:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
     statistics = gather(network, inputs, seed=seed) if inputs else {}
-    gradients = _gradients(network, batches) if criterion in NEEDS_GRADIENTS else {}
-    scores = score(Evidence(network, statistics, gradients, seed), [criterion])[criterion]
+    gradients = gather_gradients(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_GRADIENTS else {}
+    fisher = gather_fisher(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_FISHER else {}
+    ranks = gather_ranks(network, torch.cat(inputs)) if criterion in NEEDS_RANKS else {}
+    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
+    scores = score(evidence, [criterion])[criterion]
     selection = {
         group.name: choose(scores[group.name], widths[group.name])
         for group in network.groups
@@ -92,12 +104,27 @@ def prune(
     return model
 
 
-def _gradients(network: Network, batches: list[Any]) -> dict[str, tuple[Tensor, ...]]:
+def _without(network: Network, names: list[str]) -> Network:
+    """Returns the network with the named groups marked as removable.
+
+    Raises:
+        PolicyError: The network does not work without one of them.
+    """
+    if not names:
+        return network
+    network, reasons = with_removable(network, names)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise PolicyError(f"group {name!r} cannot be removed whole: {reason}")
+    return network
+
+
+def _pairs(batches: list[Any], criterion: str) -> list[tuple[Tensor, Tensor]]:
     pairs = [batch for batch in batches if not isinstance(batch, Tensor)]
     if not pairs:
-        raise PolicyError("the criterion taylor needs calibration batches of (inputs, targets)")
+        raise PolicyError(f"the criterion {criterion} needs calibration batches of (inputs, targets)")
+    return pairs
 
-    def loss(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target)
 
-    return gather_gradients(network, pairs, loss)
+def _loss(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(output).float(), target)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoprune.network.calibration import MAX_ENTRIES, sample_patches
+from autoprune.network.emptied import emptied, set_constant
 from autoprune.network.groups import Links
 from autoprune.network.surgery import Selection, kept_indices, unit_mask
 from autoprune.network.trace import Network, evaluating
@@ -115,15 +116,19 @@ def refit_sequentially(
     def hook(path: str) -> RemovableHandle:
         def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             links = layers[path]
-            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
-            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(patches.device)
             wanted = targets.outputs[path]  # (G, rows, N/G)
+            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
             per_group = wanted.shape[2]
             if len(index) < per_group * wanted.shape[0]:
                 # Groups of a convolution shrink alike, so the first group's positions serve all.
                 wanted = wanted[:, :, index[: len(index) // wanted.shape[0]] % per_group]
             name = dense_biases[path]
             bias = None if name is None else network.model.get_parameter(name).detach().index_select(0, index)
+            if emptied(module):
+                if bias is not None:
+                    set_constant(module, bias + wanted.mean(1).reshape(-1))
+                return
+            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
             _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge)
 
         handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)

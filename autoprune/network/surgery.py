@@ -7,26 +7,31 @@ changed. Knows nothing of how channels are chosen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.emptied import settle
+from autoprune.network.groups import module_of
 from autoprune.network.labels import Labels
 from autoprune.network.recurrent import refresh_recurrent
 from autoprune.network.trace import Network
 
 Selection = Mapping[str, Labels]
-"""Group → ascending positions (0 .. size-1) of the channels that stay. Groups that are left out stay whole."""
+"""Group → ascending positions (0 .. size-1) of the channels that stay, none of them only in a group that is removable.
+Groups that are left out stay whole.
+"""
 
 
 def unit_mask(network: Network, selection: Selection) -> np.ndarray:
     """Returns a `(units,)` boolean array: which channels of the whole network stay.
 
     Raises:
-        PolicyError: There is no such group, or it keeps no channel, or one that it does not have.
+        PolicyError: There is no such group, or it keeps no channel and is not removable, or one that it does not have.
     """
     names = [group.name for group in network.groups]
     for name in selection:
@@ -37,12 +42,12 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
         chosen = selection.get(group.name)
         if chosen is None:
             continue
-        if len(chosen) == 0:
+        if len(chosen) == 0 and group.name not in network.removable:
             raise PolicyError(f"group {group.name!r} would keep no channel")
-        if chosen.min() < 0 or chosen.max() >= group.size:
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= group.size):
             raise PolicyError(f"group {group.name!r} has channels 0 to {group.size - 1}")
         kept[group.offset : group.offset + group.size] = False
-        kept[group.offset + np.asarray(chosen)] = True
+        kept[group.offset + np.asarray(chosen, dtype=np.int64)] = True
     return kept
 
 
@@ -67,7 +72,7 @@ def cut(network: Network, selection: Selection) -> nn.Module:
             if len(index) < tensor.shape[dim]:
                 tensor = tensor.index_select(dim, index)
         smaller[name] = tensor
-    return rebuild(network, smaller)
+    return settle(rebuild(network, smaller), uniform_norms(network, kept))
 
 
 def rebuild(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -122,15 +127,46 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
         module.num_parameters = module.weight.shape[0]
 
 
+def uniform_norms(network: Network, kept: np.ndarray) -> dict[str, str]:
+    """Returns layers of which no input stays → the batch norms behind them, which read a constant; both by path."""
+    return {
+        links.module: module_of(links.layer.norm)
+        for links in network.links
+        if links.layer.norm is not None and links.inputs is not None and not len(kept_indices(links.inputs, kept))
+    }
+
+
 def masked_twin(network: Network, selection: Selection) -> nn.Module:
     """Returns a copy of the dense model in which every layer ignores the channels that `selection` leaves out.
 
     The removed channels are still computed; the weights that consume them are zero. A surgically pruned network must
     give the same output.
     """
-    kept = unit_mask(network, selection)
     twin = copy.deepcopy(network.model)
+    _silence(network, twin, selection)
+    return twin
+
+
+@contextmanager
+def ignoring(network: Network, twin: nn.Module, selection: Selection) -> Iterator[None]:
+    """Makes a copy of the dense model a masked twin, and what it was again afterwards: no copy for each of many
+    selections.
+    """
+    before = _silence(network, twin, selection)
+    try:
+        yield
+    finally:
+        state = _state(twin)
+        with torch.no_grad():
+            for name, weight in before.items():
+                state[name].copy_(weight)
+
+
+def _silence(network: Network, twin: nn.Module, selection: Selection) -> dict[str, Tensor]:
+    """Zeroes the weights that consume what `selection` leaves out, in place; returns what they were, by name."""
+    kept = unit_mask(network, selection)
     state = _state(twin)
+    before: dict[str, Tensor] = {}
     with torch.no_grad():
         for links in network.links:
             dim = links.layer.in_dim
@@ -139,8 +175,9 @@ def masked_twin(network: Network, selection: Selection) -> nn.Module:
             gone = np.flatnonzero((links.inputs >= 0) & ~kept[np.maximum(links.inputs, 0)])
             if len(gone):
                 weight = state[links.layer.weight]
+                before.setdefault(links.layer.weight, weight.detach().clone())
                 weight.index_fill_(dim, torch.from_numpy(gone).to(weight.device), 0.0)
-    return twin
+    return before
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ class Layer:
     """Index of the layer's product on the tape; None for a layer that multiplies nothing."""
     normalised: bool = False
     """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
+    norm: str | None = None
+    """Name of that batch norm's weight, where a single one follows and has a weight."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class Tape:
     """Whether a batch norm reads the result of the node at work."""
     stored: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
     """Labels that each parameter got, by its name: a computed weight is known by those that it still carries."""
+    norm: str | None = None
+    """Name of the weight of the only batch norm that reads it."""
 
     def fixed(self, size: int, reason: str) -> Labels:
         """Returns labels that are frozen from the start."""

@@ -81,6 +81,8 @@ class Network:
     assembly: Assembly
     broken: dict[str, str]
     notes: tuple[str, ...] = ()
+    removable: frozenset[str] = frozenset()
+    """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
 
     @property
     def groups(self) -> tuple[PruningGroup, ...]:
@@ -121,7 +123,9 @@ class Network:
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""
         broken = self.broken | reasons
-        return replace(self, broken=broken, assembly=assemble(self.record, broken))
+        return replace(
+            self, broken=broken, assembly=assemble(self.record, broken), removable=self.removable - reasons.keys()
+        )
 
 
 def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True) -> Network:
@@ -242,6 +246,7 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
                 # It is not in the state dict, so a saved model could not get its smaller form back.
                 tape.freeze_all(env[node], f"combined with the buffer {name}, which is not saved with the model")
         elif node.op == "call_function":
+            tape.norm = _norm_behind(node, named)
             env[node] = _call(tape, node, env)
         elif node.op == "get_attr":
             env[node] = None
@@ -351,6 +356,15 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.freeze_all(list(kwargs.values()), reason)
     values = tuple(Value(shape, (None,) * len(shape)) for shape in tape.shapes)
     return values if isinstance(result, (tuple, list)) else values[0]
+
+
+def _norm_behind(node: torch.fx.Node, named: dict[str, str]) -> str | None:
+    """Returns the name of the weight of the batch norm that alone reads a node's result, where it has one."""
+    users = list(node.users)
+    if len(users) != 1 or operator_name(users[0].target) != "batch_norm":
+        return None
+    weight = users[0].args[1] if len(users[0].args) > 1 else None
+    return named.get(weight.name) if isinstance(weight, torch.fx.Node) else None
 
 
 def _where(node: torch.fx.Node) -> str:

@@ -7,7 +7,7 @@ first; only where that fails are they halved until the guilty ones are found.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -24,25 +24,29 @@ more."""
 
 def verified(network: Network) -> Network:
     """Returns the network with every group frozen that does not survive pruning, with the reason."""
-    reasons = _search(network, [group.name for group in network.groups])
+    reasons = bisected(lambda names: check(network, names), [group.name for group in network.groups])
     return network.freeze(reasons) if reasons else network
 
 
-def _search(network: Network, names: list[str]) -> dict[str, str]:
-    fault = check(network, names)
+def bisected(tried: Callable[[list[str]], str | None], names: list[str]) -> dict[str, str]:
+    """Returns the names that cannot be `tried` together with the others, with what is then wrong.
+
+    All are tried together first; only where that fails they are halved until the guilty ones are found.
+    """
+    fault = tried(names)
     if fault is None:
         return {}
     if len(names) == 1:
         return {names[0]: fault}
     middle = len(names) // 2
-    found = _search(network, names[:middle]) | _search(network, names[middle:])
+    found = bisected(tried, names[:middle]) | bisected(tried, names[middle:])
     left = [name for name in names if name not in found]
-    if not left or check(network, left) is None:
+    if not left or tried(left) is None:
         return found
     # Each half is sound and both together are not: add one at a time and freeze those that do not get along.
     good: list[str] = []
     for name in left:
-        fault = check(network, [*good, name])
+        fault = tried([*good, name])
         if fault is None:
             good.append(name)
         else:
@@ -61,17 +65,22 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
 
 
 def check(network: Network, names: list[str]) -> str | None:
-    """Prunes the named groups on a copy; returns what is wrong, or None where all is well."""
-    selection = halved(network, names)
+    """Halves the named groups on a copy; returns what is wrong, or None where all is well."""
+    return faults(network, halved(network, names))
+
+
+def faults(network: Network, selection: Selection) -> str | None:
+    """Prunes a copy to `selection`; returns what is wrong, or None where all is well."""
+    inputs = informative(network.example_inputs)
     pruned = cut(network, selection)
-    inputs = _informative(network.example_inputs)
     try:
         with evaluating(pruned), torch.no_grad():
             output = pruned(*inputs)
     except Exception as error:  # whatever the model's own code raises on unexpected widths
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return f"the pruned network does not run: {type(error).__name__}: {line}"
-    if not any(group.approximate for group in network.groups if group.name in names):
+    # A group that is gone as a whole has nothing left that its norm could shift.
+    if not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups):
         twin = masked_twin(network, selection)
         with evaluating(twin), torch.no_grad():
             expected = twin(*inputs)
@@ -85,7 +94,7 @@ def check(network: Network, names: list[str]) -> str | None:
     return None
 
 
-def _informative(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def informative(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns `inputs` with random numbers in place of constant ones: zeros would hide any fault of a network that has
     no biases.
     """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import TrialError
+from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
 from autoprune.network.calibration import Statistics
 from autoprune.network.compensation import compensate
@@ -69,6 +70,8 @@ class Workbench:
     models: Path | None = None
     loss: Loss | None = None
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
+    activations: tuple[Site, ...] = ()
+    activation_scope: str = "model"
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -86,8 +89,14 @@ class Workbench:
         }
 
     def identity(self, policy: Policy) -> str:
-        """Returns the same text for policies that keep the same channels, whatever criteria chose them."""
-        return _identity(self.selection(policy))
+        """Returns the same text for policies that keep the same channels, whatever criteria chose them, and the same
+        activations.
+        """
+        return _identity(self.selection(policy), self.replaced(policy))
+
+    def replaced(self, policy: Policy) -> dict[str, str]:
+        """Returns path → new kind for every activation module that `policy` replaces."""
+        return replacements(self.activations, self.activation_scope, policy.activations)
 
     def evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         """Prunes, repairs, fine-tunes and scores one policy.
@@ -120,6 +129,8 @@ class Workbench:
         metrics: dict[str, float] = {}
         with clock("surgery"):
             model = cut(self.network, selection).to(self.device)
+            replaced = self.replaced(policy)
+            replace_activations(model, replaced)
         if fidelity.epochs > 0:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
@@ -147,7 +158,7 @@ class Workbench:
         widths = policy.widths(self.groups)
         result = TrialResult(
             policy=policy,
-            identity=_identity(selection),
+            identity=_identity(selection, replaced),
             fidelity=fidelity,
             widths=widths,
             costs=self.network.cost_model.costs(widths),
@@ -160,7 +171,9 @@ class Workbench:
         if self.models is None or fidelity.epochs <= 0:
             return result
         folder = self.models / f"{fidelity.rung}-{result.identity}"
-        document = model_document(self.network, policy, selection, result.to_json(), self.origin)
+        document = model_document(self.network, policy, selection, result.to_json(), self.origin) | {
+            "activations": replaced
+        }
         save_model(folder, model, document)
         return replace(result, model_path=str(folder))
 
@@ -244,8 +257,9 @@ class Workbench:
         return {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms}
 
 
-def _identity(selection: Selection) -> str:
-    return digest({name: kept.tolist() for name, kept in selection.items()})
+def _identity(selection: Selection, replaced: Mapping[str, str]) -> str:
+    channels = {name: kept.tolist() for name, kept in selection.items()}
+    return digest([channels, dict(replaced)] if replaced else channels)
 
 
 def _curves(history: History) -> dict[str, tuple[float, ...]]:

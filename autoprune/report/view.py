@@ -147,14 +147,25 @@ class SearchView:
 
 
 def criterion_text(policy: Policy) -> str:
-    """Returns the criteria of `policy`, most frequent first: `obs`, or `obs 7, taylor 2`."""
+    """Returns the criteria of `policy`, most frequent first, and the activations that it replaces: `obs`, or
+    `obs 7, taylor 2; relu → relu6 in stage1`.
+    """
     counts: dict[str, int] = {}
     for choice in policy.choices.values():
         counts[choice.criterion] = counts.get(choice.criterion, 0) + 1
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
-    if len(ordered) == 1:
-        return ordered[0]
-    return ", ".join(f"{name} {counts[name]}" for name in ordered)
+    text = ordered[0] if len(ordered) == 1 else ", ".join(f"{name} {counts[name]}" for name in ordered)
+    places: dict[tuple[str, str], list[str]] = {}
+    for place, kind in policy.activations.items():
+        scope, _, dense = place.rpartition("/")
+        if kind != dense:
+            places.setdefault((dense, kind), []).append(scope)
+    swaps = [f"{dense} → {kind}{_where(scopes)}" for (dense, kind), scopes in places.items()]
+    return "; ".join([text, *swaps])
+
+
+def _where(scopes: list[str]) -> str:
+    return "" if scopes == ["model"] else f" in {', '.join(scopes) if len(scopes) <= 3 else f'{len(scopes)} places'}"
 
 
 def point_of(result: TrialResult, *, trial: int | None, origin: str = "") -> FrontPoint:

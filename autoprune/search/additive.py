@@ -186,7 +186,8 @@ def best_curves(problem: Problem, tables: Mapping[str, Mapping[str, Sequence[flo
 
 def policy_from_widths(problem: Problem, widths: Mapping[str, int], criteria: Mapping[str, str]) -> Policy:
     """Returns the policy with the given widths and criteria."""
-    return Policy({g.name: Choice(criteria[g.name], g.ratio(widths[g.name])) for g in problem.groups})
+    choices = {g.name: Choice(criteria[g.name], g.ratio(widths[g.name])) for g in problem.groups}
+    return Policy(choices, problem.default_activations)
 
 
 def targets(budget: Budget, count: int) -> list[float]:

@@ -5,19 +5,37 @@ Decides their keys, meanings and valid values. Must not know how any of it is ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from autoprune.budget import KEYS, parse_limit
-from autoprune.errors import BudgetError
-from autoprune.space.section import NAME_PATTERN, Found, Globs, Section, as_tuple, number
+from autoprune.errors import BudgetError, nearest
+from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Found, Globs, Section, as_tuple, number
 
-CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random")
-Criterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random"]
-assert get_args(Criterion) == CRITERIA
+CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "hessian", "hrank", "random")
+
+
+def _criterion(value: Any) -> Any:
+    if isinstance(value, str) and (value in CRITERIA or re.match(FACTORY_PATTERN, value)):
+        return value
+    if isinstance(value, str):
+        text = f"unknown value {value!r}{nearest(value, CRITERIA)}, or package.module:function"
+    else:
+        text = f"expected one of {', '.join(CRITERIA)}, or package.module:function; got {value!r}"
+    raise PydanticCustomError("fault", "{text}", {"text": text})
+
+
+Criterion = Annotated[
+    str,
+    BeforeValidator(_criterion),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "enum": list(CRITERIA)}, {"type": "string", "pattern": FACTORY_PATTERN}]}
+    ),
+]
 
 
 def _as_distillation(value: Any) -> Any:
@@ -103,6 +121,12 @@ class GroupSettings(Section):
         default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
     )
 
+    blocks: bool = Field(
+        default=False,
+        description="A group may also be removed whole (ratio 1), whatever max_ratio says, where the network works "
+        "without it: the inside of a residual block, an SE gate. So depth is searched together with width.",
+    )
+
     @classmethod
     def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
         """Checks the order of the ratios."""
@@ -119,7 +143,8 @@ class CriteriaSettings(Section):
         min_length=1,
         description="l1, l2: norm of a channel's weights; bn_scale: BatchNorm scale; fpgm: distance to the geometric "
         "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
-        "obs: error increase under refit; random.",
+        "obs: error increase under refit; hessian: optimal brain damage with Fisher's diagonal; hrank: rank of feature "
+        "maps; random; package.module:function: your own, see autoprune.network.own_criteria.",
     )
     scope: Literal["model", "stage", "layer"] = Field(
         default="model",

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from autoprune.errors import Fault, SpaceError
 from autoprune.policy import digest
+from autoprune.space.activations import ActivationSettings
 from autoprune.space.faults import plain_faults
 from autoprune.space.file import Document, override, parse_document, read_document, write_document
 from autoprune.space.inputs import DataSettings, ModelSettings
@@ -50,6 +51,9 @@ class Space(Section):
         default_factory=GroupSettings, description="Which pruning groups may shrink, and how far."
     )
     criteria: CriteriaSettings = Field(default_factory=CriteriaSettings, description="How channels may be ranked.")
+    activations: ActivationSettings = Field(
+        default_factory=ActivationSettings, description="Which activations may be replaced by which."
+    )
     recipe: RecipeSettings = Field(
         default_factory=RecipeSettings, description="How a pruned network is repaired and fine-tuned."
     )
@@ -76,9 +80,14 @@ class Space(Section):
         """
         plain = self.model_dump(mode="json", by_alias=True)
         plain["data"].pop("download")
+        if not self.groups.blocks:
+            plain["groups"].pop("blocks")  # as in studies from before there was the key
         ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
         sections = ("model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed")
-        return {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
+        digests = {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
+        if self.activations.choices:
+            digests["activations"] = digest(plain["activations"])
+        return digests
 
     @property
     def fingerprint(self) -> str:
