@@ -17,6 +17,8 @@ from typing import Any
 from autoprune.errors import PolicyError, nearest
 
 SCHEMA = 1
+CHANNEL, UNSTRUCTURED, SEMI_STRUCTURED = "channel", "unstructured", "2:4"
+"""Ways of pruning: whole channels are removed, or single weights are masked (any, or two of every four)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class Session:
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
-        self.network: Network = pipeline.trace_ingredients(ingredients)
+        self.network: Network = pipeline.trace_ingredients(ingredients, pruning=space.pruning)
         groups = pipeline.searchable_groups(self.network, space)
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
@@ -190,7 +190,7 @@ class Session:
         starts: tuple[WarmStart, ...] = ()
         if self.space.search.warm_starts:
             tables, count = self.bench.knowledge.tables, max(1, min(60, trials // 2))
-            starts = warm_starts(self.problem, self._scores(), tables, count=count)
+            starts = warm_starts(self.problem, self.bench.ranking(), tables, count=count)
         return LadderPlan(
             name=self.space.name,
             problem=self.problem,
@@ -203,11 +203,6 @@ class Session:
             workers=workers,
             tables=self.bench.knowledge.tables or None,
         )
-
-    def _scores(self) -> dict[str, dict[str, list[float]]]:
-        """Returns criterion → group → scores as plain numbers, as the search takes them."""
-        known = self.bench.knowledge.scores
-        return {name: {group: scores.tolist() for group, scores in by.items()} for name, by in known.items()}
 
     def _params(self) -> dict[str, Any]:
         plain = self.space.model_dump(mode="json", by_alias=True)
@@ -274,7 +269,7 @@ class Session:
         count = self.space.search.controls
         if count < 1:
             return None
-        starts = control_policies(self.problem, self._scores(), count=count)
+        starts = control_policies(self.problem, self.bench.ranking(), count=count)
         identities = {self.bench.identity(start.policy) for start in starts}
         last = plan.rungs[-1].fidelity
         rung = RungPlan(replace(last, rung=CONTROLS), len(identities))

@@ -129,7 +129,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     buckets: dict[int, list[int]] = {}
     for c in candidates.tolist():
         buckets.setdefault(int(signature[c]), []).append(c)
-    stages = _stages(record.layers)
+    stages = stages_of(record.layers)
     unit = np.full(record.solution.number, -1, dtype=np.int64)
     groups: list[PruningGroup] = []
     reasons: dict[int, str] = {}
@@ -214,8 +214,11 @@ def _first_producer(
     return list(seen.items())
 
 
-def _stages(layers: Iterable[Layer]) -> dict[str, str]:
-    """Numbers the spatial resolutions in the order in which layers reach them; layers without space are the `head`."""
+def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
+    """Returns weight → stage.
+
+    Spatial resolutions are numbered in the order in which layers reach them; layers without space are the `head`.
+    """
     stages: dict[str, str] = {}
     resolutions: dict[tuple[int, ...], str] = {}
     for layer in layers:

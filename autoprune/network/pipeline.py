@@ -28,13 +28,16 @@ from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradien
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.mask_repair import gather_evidence
+from autoprune.network.mask_scores import weight_scores, weight_tables
+from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Knowledge, Workbench
-from autoprune.policy import Group, digest, feasible_widths
+from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
 from autoprune.space import Space
 
@@ -210,13 +213,13 @@ def example_of(splits: Splits) -> Tensor:
     return torch.zeros(2, *splits.sample_shape)
 
 
-def trace_ingredients(ingredients: Ingredients) -> Network:
-    """Traces the dense model on the CPU.
+def trace_ingredients(ingredients: Ingredients, *, pruning: str = CHANNEL) -> Network:
+    """Traces the dense model on the CPU; `pruning` says what its groups are.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
     """
-    return trace(ingredients.model, example_of(ingredients.splits))
+    return trace(ingredients.model, example_of(ingredients.splits), pruning=pruning)
 
 
 def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
@@ -243,13 +246,21 @@ def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
         Group(
             group.name,
             group.size,
-            feasible_widths(
-                group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
-            ),
+            _widths(space, group.size),
             {"model": "model", "stage": group.stage, "layer": group.name}[scope],
         )
         for group in chosen
     )
+
+
+def _widths(space: Space, size: int) -> tuple[int, ...]:
+    settings = space.groups
+    low, high = settings.min_ratio, settings.max_ratio
+    if space.pruning == CHANNEL:
+        return feasible_widths(size, min_ratio=low, max_ratio=high, round_to=settings.round_to)
+    if space.pruning == SEMI_STRUCTURED:
+        return pair_widths(size, min_ratio=low, max_ratio=high)
+    return grid_widths(size, step=settings.step, min_ratio=low, max_ratio=high)
 
 
 def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Problem:
@@ -274,14 +285,19 @@ def workbench_of(
     recipe = recipe_of(space)
     groups = searchable_groups(network, space)
     network.model.to(device)
-    key = digest(
-        [model_digest(network.model), ingredients.data_key, list(space.criteria.choices), space.seed, _KNOWLEDGE]
-    )
+    parts = [model_digest(network.model), ingredients.data_key, list(space.criteria.choices), space.seed, _KNOWLEDGE]
+    if network.masked:
+        parts.append([network.pruning, [[group.name, group.widths] for group in groups]])
+    key = digest(parts)
     path = cache / f"knowledge-{key}.safetensors"
     knowledge = read_knowledge(path, device=device)
     if knowledge is None:
         note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
-        knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
+        choices = space.criteria.choices
+        if network.masked:
+            knowledge = learn_weights(network, ingredients, groups, criteria=choices, device=device, seed=space.seed)
+        else:
+            knowledge = learn(network, ingredients, criteria=choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
     if not recipe.compensation:
         knowledge = replace(knowledge, targets=None)
@@ -316,11 +332,7 @@ def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str]
         PolicyError: A criterion gives scores that are not finite.
     """
     calibration = ingredients.splits.calibration
-    loss = ingredients.loss
-
-    def mean_loss(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target) if loss is None else loss(output, target)
-
+    mean_loss = _mean_loss(ingredients)
     batches = [x for x, _ in calibration.batches(64, device=device)]
     if not batches:
         raise DataError("there are no calibration images")
@@ -332,6 +344,39 @@ def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str]
     scores = score(evidence, criteria)
     targets = gather_targets(network, torch.cat(batches), seed=seed)
     return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+
+
+def learn_weights(
+    network: Network,
+    ingredients: Ingredients,
+    groups: Sequence[Group],
+    *,
+    criteria: Sequence[str],
+    device: str,
+    seed: int,
+) -> Knowledge:
+    """Does what `learn` does for a network whose weights are masked, with error tables at the widths of `groups`.
+
+    Raises:
+        DataError: There are no calibration images.
+        PolicyError: A criterion gives scores that are not finite.
+    """
+    batches = list(ingredients.splits.calibration.batches(64, device=device))
+    loss = _mean_loss(ingredients)
+    evidence = gather_evidence(network, batches, criteria, loss=loss, seed=seed, device=device)
+    scores = weight_scores(evidence, criteria)
+    targets = gather_targets(network, torch.cat([x for x, _ in batches]), seed=seed)
+    tables = weight_tables(evidence, groups, scores, pattern=network.pruning)
+    return Knowledge(evidence.statistics, targets, scores, tables)
+
+
+def _mean_loss(ingredients: Ingredients) -> Callable[[Tensor, Tensor], Tensor]:
+    loss = ingredients.loss
+
+    def mean_loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(output).float(), target) if loss is None else loss(output, target)
+
+    return mean_loss
 
 
 def model_digest(model: nn.Module) -> str:

@@ -25,10 +25,14 @@ from autoprune.network.criteria import (
     score,
 )
 from autoprune.network.evaluation import logits_of
+from autoprune.network.groups import PruningGroup
+from autoprune.network.mask_repair import gather_evidence, repair_masked
+from autoprune.network.mask_scores import weight_scores
+from autoprune.network.masks import keep, mask_weights, masked
 from autoprune.network.sequential import gather_targets, refit_sequentially
 from autoprune.network.surgery import cut
 from autoprune.network.trace import Network
-from autoprune.policy import Choice, Group, feasible_widths
+from autoprune.policy import SEMI_STRUCTURED, Choice, Group, feasible_widths
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 
@@ -42,12 +46,12 @@ def prune(
     round_to: int = 1,
     seed: int = 0,
 ) -> nn.Module:
-    """Returns a new, smaller module; the dense model is left as it is.
+    """Returns a new, smaller module (with masks: one with zeros); the dense model is left as it is.
 
     Args:
-        network: What `trace` returned.
-        ratios: The fraction of channels that every group loses, or a fraction for some groups by name (the others
-            stay whole).
+        network: What `trace` returned; `trace(..., pruning="unstructured")` or `"2:4"` for masks.
+        ratios: The fraction of channels (with masks: of weights; 2:4 takes 0.5 and 0) that every group loses, or a
+            fraction for some groups by name (the others stay whole).
         criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA`.
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
             refitted and batch norm statistics are taken anew; without them the network is only cut. `activation` and
@@ -67,23 +71,20 @@ def prune(
     if criterion not in CRITERIA:
         raise PolicyError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
     widths = {
-        group.name: Group(
-            group.name, group.size, feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
-        ).width(Choice(criterion, wanted.get(group.name, 0.0)).ratio)
+        group.name: _width(network, group, Choice(criterion, wanted.get(group.name, 0.0)).ratio, round_to)
         for group in network.groups
     }
+    narrowed = {group.name: widths[group.name] for group in network.groups if widths[group.name] < group.size}
     batches = [] if calibration is None else list(calibration)
-    inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-    if criterion in NEEDS_STATISTICS and not inputs:
+    if criterion in NEEDS_STATISTICS and not batches:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
+    if network.masked:
+        return _masked(network, narrowed, criterion, batches=batches, seed=seed)
+    inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     statistics = gather(network, inputs, seed=seed) if inputs else {}
     gradients = _gradients(network, batches) if criterion in NEEDS_GRADIENTS else {}
     scores = score(Evidence(network, statistics, gradients, seed), [criterion])[criterion]
-    selection = {
-        group.name: choose(scores[group.name], widths[group.name])
-        for group in network.groups
-        if widths[group.name] < group.size
-    }
+    selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
         compensate(network, model, selection, statistics)
@@ -92,12 +93,45 @@ def prune(
     return model
 
 
-def _gradients(network: Network, batches: list[Any]) -> dict[str, tuple[Tensor, ...]]:
+def _width(network: Network, group: PruningGroup, ratio: float, round_to: int) -> int:
+    if not network.masked:
+        widths = feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
+        return Group(group.name, group.size, widths).width(ratio)
+    if round_to != 1:
+        raise PolicyError(f"round_to counts channels; masks have none, got {round_to}")
+    if network.pruning == SEMI_STRUCTURED and ratio not in (0.0, 0.5):
+        raise PolicyError(f"2:4 removes half of a weight or nothing: the ratio is 0.5 or 0, got {ratio} ({group.name})")
+    return max(1, round(group.size * (1.0 - ratio)))
+
+
+def _masked(network: Network, widths: Mapping[str, int], criterion: str, *, batches: list[Any], seed: int) -> nn.Module:
+    """Returns the copy with zeros, refitted and recalibrated where there are batches."""
+    pairs = [(batch, torch.empty(0)) if isinstance(batch, Tensor) else batch for batch in batches]
+    if criterion in NEEDS_GRADIENTS:
+        _labelled(batches)
+    evidence = Evidence(network, seed=seed)
+    if pairs:
+        evidence = gather_evidence(network, pairs, [criterion], loss=_loss, seed=seed)
+    scores = weight_scores(evidence, [criterion])[criterion]
+    weights = mask_weights(network)
+    selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}
+    model = masked(network, selection)
+    if selection and pairs:
+        targets = gather_targets(network, torch.cat([x for x, _ in pairs]), seed=seed)
+        repair_masked(network, model, selection, evidence.statistics, targets, seed=seed)
+    return model
+
+
+def _labelled(batches: list[Any]) -> list[Any]:
     pairs = [batch for batch in batches if not isinstance(batch, Tensor)]
     if not pairs:
         raise PolicyError("the criterion taylor needs calibration batches of (inputs, targets)")
+    return pairs
 
-    def loss(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target)
 
-    return gather_gradients(network, pairs, loss)
+def _loss(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(output).float(), target)
+
+
+def _gradients(network: Network, batches: list[Any]) -> dict[str, tuple[Tensor, ...]]:
+    return gather_gradients(network, _labelled(batches), _loss)
