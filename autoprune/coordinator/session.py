@@ -140,6 +140,7 @@ class Session:
             home=self.home,
             params=self._params(),
             tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
+            pruning=self.space.pruning,
             say=self.progress.note,
         )
         begun = time.monotonic()
@@ -295,7 +296,9 @@ class Session:
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
-        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
+        facts = facts_of(
+            self.problem, dense, [rung.fidelity for rung in plan.rungs], stages, pruning=self.space.pruning
+        )
         studies.write_facts(study, facts)
 
     # --- after ---

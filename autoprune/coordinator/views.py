@@ -15,6 +15,7 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import report
 from autoprune.errors import StudyError
+from autoprune.policy import CHANNEL
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
 from autoprune.search import StoredTrial
@@ -27,11 +28,17 @@ HOME = Path(".autoprune")
 
 
 def facts_of(
-    problem: Problem, dense_metrics: Mapping[str, float], rungs: Sequence[Fidelity], stages: Mapping[str, str]
+    problem: Problem,
+    dense_metrics: Mapping[str, float],
+    rungs: Sequence[Fidelity],
+    stages: Mapping[str, str],
+    *,
+    pruning: str = CHANNEL,
 ) -> dict[str, Any]:
     """Returns what a reader of the studies needs to know beside the trials."""
     return {
         "schema": 1,
+        "pruning": pruning,
         "primary": problem.budget.primary,
         "sizes": {group.name: group.size for group in problem.groups},
         "stages": dict(stages),
@@ -190,6 +197,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
         notes=(*audit_notes(stored), *notes),
+        pruning=facts.get("pruning", CHANNEL),
     )
 
 

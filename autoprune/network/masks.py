@@ -196,12 +196,17 @@ def zeros_kept(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def sparsities(model: nn.Module, network: Network) -> dict[str, dict[str, int | float]]:
-    """Returns for every mask group the elements of its weight in `model`, how many are not zero, and the sparsity."""
-    found: dict[str, dict[str, int | float]] = {}
+def sparsities(model: nn.Module, network: Network) -> dict[str, dict[str, Any]]:
+    """Returns for every mask group its parameter, the elements of that in `model`, its non-zeros and its sparsity."""
+    found: dict[str, dict[str, Any]] = {}
     for name, weight in mask_weights(network).items():
         nonzero = int(torch.count_nonzero(model.get_parameter(weight.parameter)))
-        found[name] = {"size": weight.size, "nonzero": nonzero, "sparsity": 1.0 - nonzero / weight.size}
+        found[name] = {
+            "parameter": weight.parameter,
+            "size": weight.size,
+            "nonzero": nonzero,
+            "sparsity": 1.0 - nonzero / weight.size,
+        }
     return found
 
 
