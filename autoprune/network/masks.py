@@ -66,19 +66,19 @@ def mask_assembly(record: Record, dense: Mapping[str, int], pattern: str) -> Ass
     if pattern not in _REASONS:
         raise InputError(f"unknown pruning {pattern!r}{nearest(pattern, (CHANNEL, *_REASONS))}")
     weights = _weights(record)
+    looked_up = dict.fromkeys(layer.weight for layer in record.layers if layer.kind == "embedding")
     groups: list[PruningGroup] = []
     frozen: list[Frozen] = []
     chosen: list[MaskWeight] = []
     offset = 0
     for weight in weights:
-        reason = _REASONS[pattern](weight)
+        reason = "its rows are looked up by index too" if weight.parameter in looked_up else _REASONS[pattern](weight)
         if reason is not None:
             frozen.append(Frozen(weight.name, weight.size, reason))
             continue
         groups.append(PruningGroup(weight.name, weight.size, offset, (weight.module,), (), weight.stage))
         chosen.append(weight)
         offset += weight.size
-    looked_up = dict.fromkeys(layer.weight for layer in record.layers if layer.kind == "embedding")
     shapes = {parameter.name: parameter.shape for parameter in record.parameters}
     known = {weight.parameter for weight in weights}
     frozen += [

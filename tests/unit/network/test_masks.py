@@ -25,6 +25,7 @@ from autoprune.network.masks import (
     to_semi_structured,
     zeros_kept,
 )
+from autoprune.network.pruning import prune
 from autoprune.network.trace import trace
 
 
@@ -143,6 +144,37 @@ def test_recurrent_and_attention_weights_are_masked_and_embeddings_are_not() -> 
     twin = masked(net, selection)
     assert twin(torch.zeros(3, 5, dtype=torch.long)).shape == (3, 3)
     assert all(entry["nonzero"] <= entry["size"] // 2 for entry in sparsities(twin, net).values())
+
+
+def test_a_recurrent_network_is_masked_and_repaired() -> None:
+    torch.manual_seed(0)
+    net = trace(Reader().eval(), torch.zeros(2, 5, dtype=torch.long), pruning="2:4")
+    x = torch.randint(0, 11, (64, 5), generator=torch.Generator().manual_seed(1))
+    bare = prune(net, 0.5)
+    repaired = prune(net, 0.5, calibration=[x])
+    for name in ("memory.weight_ih_l0", "memory.weight_hh_l0", "attention.in_proj_weight"):
+        quads = (repaired.get_parameter(name) != 0).reshape(-1, 4).sum(1)
+        assert (quads == 2).all()
+    with torch.no_grad():
+        wanted = net.model(x)
+        assert (repaired(x) - wanted).square().mean() < (bare(x) - wanted).square().mean()
+
+
+def test_a_weight_that_is_an_embedding_too_stays_whole() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(12, 8)
+            self.inner = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 12, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(self.words(x)))  # type: ignore[no-any-return]
+
+    net = trace(Tied().eval(), torch.zeros(2, 5, dtype=torch.long), pruning="unstructured")
+    assert [group.name for group in net.groups] == ["inner"]
+    assert ["looked up" in frozen.reason for frozen in net.frozen] == [True]
 
 
 def test_a_network_without_removable_channels_can_be_masked() -> None:
