@@ -186,6 +186,13 @@ def best_curves(problem: Problem, tables: Mapping[str, Mapping[str, Curve]]) -> 
     return chosen, {name: tables[name][criterion] for name, criterion in chosen.items()}
 
 
+def scaled_curve(curve: Curve, factor: float) -> Curve:
+    """Returns a curve whose errors are `factor` times as large."""
+    if isinstance(curve, Mapping):
+        return {width: factor * error for width, error in curve.items()}
+    return [factor * error for error in curve]
+
+
 def _mean(curve: Curve) -> float:
     """Returns the mean error over the widths but the full one, where it is 0."""
     errors = list(curve.values()) if isinstance(curve, Mapping) else curve

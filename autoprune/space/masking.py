@@ -14,6 +14,9 @@ from autoprune.space.section import Found, number
 Pruning = Literal["channel", "unstructured", "2:4"]
 assert get_args(Pruning) == (CHANNEL, UNSTRUCTURED, SEMI_STRUCTURED)
 
+DEFAULT_STEP = 0.05
+"""Of the ratio grid of unstructured masks."""
+
 _WHOLE = {
     "bn_scale": "bn_scale reads the scale of a whole channel's batch norm, which says nothing about single weights",
     "fpgm": "fpgm compares whole filters with each other, which says nothing about single weights",
@@ -26,7 +29,7 @@ def pruning_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
     pruning = raw.get("pruning", CHANNEL)
     groups = raw.get("groups")
     groups = groups if isinstance(groups, Mapping) else {}
-    if "step" in groups and pruning in (CHANNEL, SEMI_STRUCTURED):
+    if groups.get("step", DEFAULT_STEP) != DEFAULT_STEP and pruning in (CHANNEL, SEMI_STRUCTURED):
         yield ("groups", "step"), f"is the grid of unstructured masks; with `pruning: {pruning}` leave it out"
     if pruning not in (UNSTRUCTURED, SEMI_STRUCTURED):
         return

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from autoprune.budget import KEYS, parse_limit
 from autoprune.errors import BudgetError
+from autoprune.space.masking import DEFAULT_STEP
 from autoprune.space.section import NAME_PATTERN, Found, Globs, Section, as_tuple, number
 
 CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random")
@@ -106,7 +107,7 @@ class GroupSettings(Section):
         default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
     )
     step: float = Field(
-        default=0.05,
+        default=DEFAULT_STEP,
         gt=0,
         le=0.5,
         description="With `pruning: unstructured`, ratios are multiples of this number; min_ratio and max_ratio too.",
