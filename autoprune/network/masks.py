@@ -188,7 +188,7 @@ def zeros_kept(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         for name, mask in masks.items():
             parameter = model.get_parameter(name)
             if parameter.requires_grad:
-                handle: RemovableHandle = parameter.register_hook(_masking(~mask))  # type: ignore[no-untyped-call]
+                handle: RemovableHandle = parameter.register_hook(_masking(~mask.to(parameter.device)))  # type: ignore[no-untyped-call]
                 handles.append(handle)
         yield
     finally:

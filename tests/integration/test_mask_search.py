@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
-from autoprune.errors import BudgetError, CheckpointError, PolicyError
+from autoprune.budget import Budget
+from autoprune.coordinator import export_trial, inspect_space, run_search, show_front
+from autoprune.coordinator.recording import Records
+from autoprune.cost import CostModel, Form, Term
+from autoprune.errors import BudgetError, CheckpointError, PolicyError, TrackingError
 from autoprune.network.export import export
+from autoprune.policy import Group
+from autoprune.results import Problem
+from autoprune.space import load_space
 
 LADDER = [
     {"rung": "screen", "epochs": 0},
@@ -166,3 +173,61 @@ def test_prune_of_2_to_4_takes_one_half_or_nothing(model: nn.Module) -> None:
         autoprune.prune(net, 0.5, criterion="obs")
     with pytest.raises(PolicyError, match="does not rank single weights"):
         autoprune.prune(net, 0.5, criterion="fpgm")
+
+
+ROOT = Path(__file__).parents[2]
+QUICK = [
+    "recipe.baseline.epochs=3",
+    "data.calibration=64",
+    "search.ladder.1.epochs=0.5",
+    "search.ladder.1.trials=3",
+    "search.ladder.2.epochs=0.5",
+    "search.ladder.2.trials=2",
+    "search.controls=2",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "workers"), [("digits_unstructured", 2), ("digits_2to4", 1)])
+def test_the_shipped_digits_spaces_run_from_settings_to_an_exported_model(
+    name: str, workers: int, tmp_path: Path
+) -> None:
+    space = load_space(ROOT / "search_spaces" / f"{name}.yaml", overrides=QUICK, env={})
+    outcome = run_search(space, home=tmp_path / "home", workers=workers, timeout=None, trials=6, summary=True)
+    assert outcome.complete
+    text = " ".join(outcome.text.split())
+    assert "costs count non-zeros" in text
+    assert "non-zeros MACs" in text  # the head of the layers' table
+    trial = outcome.front[-1].trial
+    assert trial is not None
+    export_trial(space.name, home=tmp_path / "home", trial=trial, format="safetensors", output=tmp_path / "out")
+    loaded = autoprune.load(tmp_path / "out")
+    zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
+    total = sum(p.numel() for p in loaded.parameters())
+    limit = 0.3 if space.pruning == "unstructured" else 0.75
+    assert total - zeros <= limit * total
+    said, data = show_front(space.name, home=tmp_path / "home", layers=trial)
+    assert data["pruning"] == space.pruning
+    assert said.count("costs count non-zeros") == 2
+    seen, described = inspect_space(space, home=tmp_path / "home")
+    assert "weights" in seen.splitlines()[3]
+    assert described["pruning"] == space.pruning
+
+
+def test_mlflow_is_told_what_the_costs_of_masks_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Tracker:
+        def __init__(self, *args: Any, description: str, **kwargs: Any) -> None:
+            told.append(description)
+            raise TrackingError("away")
+
+    monkeypatch.setattr("autoprune.tracking.Tracker", Tracker)
+    group = Group("layer", 10, (5, 10))
+    model = CostModel(("layer",), (10,), *3 * ((Term(1, (Form(0, ((0, 1),)),)),),))
+    problem = Problem((group,), model, Budget({}, "macs", (0.5, 1.0)), ("l2",))
+    for pruning in ("channel", "2:4"):
+        records = Records("m", problem, home=tmp_path, params={}, tags={}, say=lambda text: None, pruning=pruning)
+        records.close(5.0)
+    assert "non-zeros" not in told[0]
+    assert "Pruning 2:4: costs count non-zeros, and give no latency without a sparse kernel." in told[-1]
