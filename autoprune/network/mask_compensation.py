@@ -6,8 +6,8 @@ differ from output to output. All outputs are solved together by conjugate gradi
 products a step instead of a factorisation an output. Knows nothing of how the mask was chosen.
 
 We chose this over SparseGPT's sweep through the columns because at the same masks it loses less: ResNet-20 / CIFAR-10
-(JPEG copy, dense 88.0 %, 2,000 images, uniform magnitude masks of 70 %, batch norms recalibrated, no fine-tuning) 85.8 %
-instead of 79.7 %; with the masks that the sweep picks itself it reaches 81.4 %.
+(JPEG copy, dense 88.0 %, 2,000 images, uniform magnitude masks of 70 %, batch norms recalibrated, no fine-tuning)
+85.8 % instead of 79.7 %; with the masks that the sweep picks itself it reaches 81.4 %.
 
 Source: the sweep is that of Frantar & Alistarh, SparseGPT, ICML 2023; the problem that of Hassibi & Stork, NIPS 1992.
 """
