@@ -1,7 +1,7 @@
-"""How a masked network is repaired, and what is learnt about a dense one before weights of it are masked.
+"""What criteria of single weights look at, and how a masked network is repaired.
 
-Decides the order: moments, gradients, scores, error tables; then refits by what each layer really reads where dense
-outputs are at hand, by the cached moments otherwise.
+Decides which layers have moments, and how weights are refitted: by what each layer really reads where dense outputs are
+at hand, by the cached moments otherwise. Knows nothing of policies.
 """
 
 from __future__ import annotations

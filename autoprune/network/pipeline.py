@@ -28,8 +28,7 @@ from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradien
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
-from autoprune.network.mask_repair import gather_evidence
-from autoprune.network.mask_scores import weight_scores, weight_tables
+from autoprune.network.mask_learning import learn_weights
 from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
@@ -295,7 +294,9 @@ def workbench_of(
         note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
         choices = space.criteria.choices
         if network.masked:
-            knowledge = learn_weights(network, ingredients, groups, criteria=choices, device=device, seed=space.seed)
+            batches = list(ingredients.splits.calibration.batches(64, device=device))
+            loss = _mean_loss(ingredients)
+            knowledge = learn_weights(network, batches, groups, criteria=choices, loss=loss, seed=space.seed)
         else:
             knowledge = learn(network, ingredients, criteria=choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
@@ -344,30 +345,6 @@ def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str]
     scores = score(evidence, criteria)
     targets = gather_targets(network, torch.cat(batches), seed=seed)
     return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
-
-
-def learn_weights(
-    network: Network,
-    ingredients: Ingredients,
-    groups: Sequence[Group],
-    *,
-    criteria: Sequence[str],
-    device: str,
-    seed: int,
-) -> Knowledge:
-    """Does what `learn` does for a network whose weights are masked, with error tables at the widths of `groups`.
-
-    Raises:
-        DataError: There are no calibration images.
-        PolicyError: A criterion gives scores that are not finite.
-    """
-    batches = list(ingredients.splits.calibration.batches(64, device=device))
-    loss = _mean_loss(ingredients)
-    evidence = gather_evidence(network, batches, criteria, loss=loss, seed=seed, device=device)
-    scores = weight_scores(evidence, criteria)
-    targets = gather_targets(network, torch.cat([x for x, _ in batches]), seed=seed)
-    tables = weight_tables(evidence, groups, scores, pattern=network.pruning)
-    return Knowledge(evidence.statistics, targets, scores, tables)
 
 
 def _mean_loss(ingredients: Ingredients) -> Callable[[Tensor, Tensor], Tensor]:
