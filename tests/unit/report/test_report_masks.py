@@ -58,6 +58,7 @@ def test_an_inspection_counts_weights_where_they_are_masked() -> None:
         "frozen": [{"name": "stem", "size": 27, "reason": "each output reads 3 input channels"}],
         "notes": [],
         "dense": {"macs": 100, "params": 171, "size_bytes": 684, "activation_bytes": 40},
+        "narrowest": {"macs": 50, "params": 99, "size_bytes": 396, "activation_bytes": 40},
         "input_shape": [3, 8, 8],
     }
     text = report.render_inspection(data, title="masked", console_width=140)
