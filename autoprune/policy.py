@@ -17,6 +17,17 @@ from typing import Any
 from autoprune.errors import PolicyError, nearest
 
 SCHEMA = 1
+CHANNEL, UNSTRUCTURED, SEMI_STRUCTURED = "channel", "unstructured", "2:4"
+"""Ways of pruning: whole channels are removed, or single weights are masked (any, or two of every four)."""
+UNITS = {CHANNEL: "channels", UNSTRUCTURED: "weights", SEMI_STRUCTURED: "weights"}
+"""Way of pruning → what a group's size counts."""
+
+
+def caveat(pruning: str) -> str:
+    """Returns what must be said beside costs: that those of masks are no latency; empty for channels."""
+    if pruning == CHANNEL:
+        return ""
+    return f"Pruning {pruning}: costs count non-zeros, and give no latency without a sparse kernel."
 
 
 @dataclass(frozen=True, slots=True)

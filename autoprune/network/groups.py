@@ -215,7 +215,10 @@ def _first_producer(
 
 
 def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
-    """Numbers the spatial resolutions in the order in which layers reach them; layers without space are the `head`."""
+    """Returns weight → stage.
+
+    Spatial resolutions are numbered in the order in which layers reach them; layers without space are the `head`.
+    """
     stages: dict[str, str] = {}
     resolutions: dict[tuple[int, ...], str] = {}
     for layer in layers:

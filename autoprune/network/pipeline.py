@@ -18,35 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoprune.budget import resolve_budget
-from autoprune.errors import DataError, InputError, nearest
+from autoprune.errors import InputError, nearest
 from autoprune.network.activations import activation_sites, choices_of
 from autoprune.network.blocks import with_removable
-from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
-from autoprune.network.criteria import (
-    NEEDS_FISHER,
-    NEEDS_GRADIENTS,
-    NEEDS_RANKS,
-    Evidence,
-    gather_fisher,
-    gather_gradients,
-    gather_ranks,
-    score,
-)
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
+from autoprune.network.evaluation import Loss, Precision, check_task, device_name, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.learning import learn, mean_loss
+from autoprune.network.mask_learning import learn_weights
+from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
 from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
-from autoprune.network.sequential import gather_targets
-from autoprune.network.tables import error_tables
 from autoprune.network.trace import Network, trace
-from autoprune.network.workbench import Knowledge, Workbench
-from autoprune.policy import Group, digest, feasible_widths
+from autoprune.network.workbench import Workbench
+from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
 from autoprune.space import Space
 
@@ -223,13 +212,15 @@ def example_of(splits: Splits) -> Tensor:
 
 
 def trace_ingredients(ingredients: Ingredients, space: Space | None = None) -> Network:
-    """Traces the dense model on the CPU, and finds which groups may be removed whole where the space lets them.
+    """Traces the dense model on the CPU for the way of pruning of `space` (by default channels), and finds which groups
+    may be removed whole where the space lets them.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
         InputError: Blocks may be removed and no searched group is one.
     """
-    network = trace(ingredients.model, example_of(ingredients.splits))
+    example = example_of(ingredients.splits)
+    network = trace(ingredients.model, example, pruning=CHANNEL if space is None else space.pruning)
     if space is None or not space.groups.blocks:
         return network
     names = [group.name for group in searchable_groups(network, space)]
@@ -264,14 +255,21 @@ def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
         Group(
             group.name,
             group.size,
-            ((0,) if settings.blocks and group.name in network.removable else ())
-            + feasible_widths(
-                group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
-            ),
+            ((0,) if settings.blocks and group.name in network.removable else ()) + _widths(space, group.size),
             {"model": "model", "stage": group.stage, "layer": group.name}[scope],
         )
         for group in chosen
     )
+
+
+def _widths(space: Space, size: int) -> tuple[int, ...]:
+    settings = space.groups
+    low, high = settings.min_ratio, settings.max_ratio
+    if space.pruning == CHANNEL:
+        return feasible_widths(size, min_ratio=low, max_ratio=high, round_to=settings.round_to)
+    if space.pruning == SEMI_STRUCTURED:
+        return pair_widths(size, min_ratio=low, max_ratio=high)
+    return grid_widths(size, step=settings.step, min_ratio=low, max_ratio=high)
 
 
 def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Problem:
@@ -302,20 +300,26 @@ def workbench_of(
     recipe = recipe_of(space)
     groups = searchable_groups(network, space)
     network.model.to(device)
-    key = digest(
-        [
-            model_digest(network.model),
-            ingredients.data_key,
-            criteria_key(space.criteria.choices),
-            space.seed,
-            _KNOWLEDGE,
-        ]
-    )
+    parts = [
+        model_digest(network.model),
+        ingredients.data_key,
+        criteria_key(space.criteria.choices),
+        space.seed,
+        _KNOWLEDGE,
+    ]
+    if network.masked:
+        parts.append([network.pruning, [[group.name, group.widths] for group in groups]])
+    key = digest(parts)
     path = cache / f"knowledge-{key}.safetensors"
     knowledge = read_knowledge(path, device=device)
     if knowledge is None:
-        note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
-        knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
+        choices, loss, calibration = space.criteria.choices, ingredients.loss, ingredients.splits.calibration
+        note(f"learning about {len(network.groups)} pruning groups on {len(calibration)} samples")
+        if network.masked:
+            batches = list(calibration.batches(64, device=device))
+            knowledge = learn_weights(network, batches, groups, criteria=choices, loss=mean_loss(loss), seed=space.seed)
+        else:
+            knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
     if not recipe.compensation:
         knowledge = replace(knowledge, targets=None)
@@ -341,40 +345,7 @@ def workbench_of(
 
 
 _KNOWLEDGE = 1
-"""Version of what `learn` computes; a change makes cached files stale."""
-_FISHER_BATCH = 8
-"""Samples whose gradients are squared together: 512 calibration images take 64 passes."""
-
-
-def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str], device: str, seed: int) -> Knowledge:
-    """Gathers moments, targets, gradients, scores and error tables on the calibration images.
-
-    Raises:
-        DataError: There are no calibration images.
-        PolicyError: A criterion gives scores that are not finite.
-    """
-    calibration = ingredients.splits.calibration
-    loss = ingredients.loss
-
-    def mean_loss(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target) if loss is None else loss(output, target)
-
-    batches = [x for x, _ in calibration.batches(64, device=device)]
-    if not batches:
-        raise DataError("there are no calibration images")
-    statistics = gather(network, batches, seed=seed, device=device)
-    gradients: dict[str, tuple[Tensor, ...]] = {}
-    if NEEDS_GRADIENTS & set(criteria):
-        gradients = gather_gradients(network, calibration.batches(64, device=device), mean_loss, device=device)
-    fisher: dict[str, Tensor] = {}
-    if NEEDS_FISHER & set(criteria):
-        fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean_loss, device=device)
-    images = torch.cat(batches)
-    ranks = gather_ranks(network, images, device=device) if NEEDS_RANKS & set(criteria) else {}
-    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
-    scores = score(evidence, criteria)
-    targets = gather_targets(network, images, seed=seed)
-    return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+"""Version of what `learn` and `learn_weights` compute; a change makes cached files stale."""
 
 
 def model_digest(model: nn.Module) -> str:

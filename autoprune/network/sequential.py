@@ -15,7 +15,7 @@ Source: the asymmetric reconstruction of Zhang et al., Accelerating Very Deep Co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from autoprune.network.calibration import MAX_ENTRIES, sample_patches
 from autoprune.network.emptied import emptied, set_constant
 from autoprune.network.groups import Links
+from autoprune.network.mask_compensation import masked_solve
 from autoprune.network.surgery import Selection, kept_indices, unit_mask
 from autoprune.network.trace import Network, evaluating
 
@@ -48,6 +49,8 @@ class Targets:
 def refittable_layers(network: Network) -> dict[str, Links]:
     """Returns every layer, by module path, that mixes channels and whose weight is used once by a module of its own."""
     modules = dict(network.model.named_modules())
+    # A depthwise layer mixes the positions of its kernel, which single weights can be masked of.
+    kinds = ("conv", "linear") if not network.masked else ("conv", "linear", "depthwise")
     uses: dict[str, int] = {}
     for links in network.links:
         uses[links.layer.weight] = uses.get(links.layer.weight, 0) + 1
@@ -55,7 +58,7 @@ def refittable_layers(network: Network) -> dict[str, Links]:
     for links in network.links:
         module = modules.get(links.module)
         plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if plain and links.layer.kind in ("conv", "linear") and uses[links.layer.weight] == 1:
+        if plain and links.layer.kind in kinds and uses[links.layer.weight] == 1:
             weight = network.model.get_parameter(links.layer.weight)
             if weight[0].numel() <= MAX_ENTRIES:
                 found[links.module] = links
@@ -96,7 +99,14 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
 
 
 def refit_sequentially(
-    network: Network, model: nn.Module, selection: Selection, targets: Targets, *, ridge: float = 1e-3, seed: int = 0
+    network: Network,
+    model: nn.Module,
+    selection: Selection,
+    targets: Targets,
+    *,
+    ridge: float = 1e-3,
+    seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
 
@@ -107,6 +117,7 @@ def refit_sequentially(
         targets: What `gather_targets` found, with the same `seed`.
         ridge: λ relative to the mean of the diagonal of `X' X'ᵀ`.
         seed: Draws the positions.
+        masks: Parameter → boolean tensor of its shape; what is false in it is zero and stays so.
     """
     kept = unit_mask(network, selection)
     layers = refittable_layers(network)
@@ -129,7 +140,8 @@ def refit_sequentially(
                     set_constant(module, bias + wanted.mean(1).reshape(-1))
                 return
             patches = sample_patches(module, args[0], targets.rows, _generator(seed))
-            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge)
+            mask = masks.get(links.layer.weight) if masks is not None else None
+            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge, mask=mask)
 
         handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)
         return handle
@@ -143,7 +155,14 @@ def refit_sequentially(
 
 
 def _solve(
-    module: nn.Module, patches: Tensor, wanted: Tensor, *, bias: Tensor | None, normalised: bool, ridge: float
+    module: nn.Module,
+    patches: Tensor,
+    wanted: Tensor,
+    *,
+    bias: Tensor | None,
+    normalised: bool,
+    ridge: float,
+    mask: Tensor | None = None,
 ) -> None:
     """Sets weight and bias of one layer from its actual input `(G, rows, s)` and wanted output `(G, rows, n)`."""
     groups, rows, s = patches.shape
@@ -157,10 +176,17 @@ def _solve(
     weight = module.get_parameter("weight")
     start = weight.detach().reshape(groups, -1, s).transpose(1, 2).double()  # (G, s, n)
     gram.diagonal(dim1=1, dim2=2).add_(strength.view(-1, 1))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed.any()) or not bool(torch.isfinite(cross).all()):
+    right = cross + strength * start
+    if not bool(torch.isfinite(right).all()):
         return  # degenerate inputs (a dead layer): the weight that it came with is kept
-    solved = torch.cholesky_solve(cross + strength * start, factor)
+    if mask is not None:
+        support = mask.to(right.device).reshape(groups, -1, s).transpose(1, 2)  # (G, s, n)
+        solved = masked_solve(gram, right, support, start)
+    else:
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed.any()):
+            return
+        solved = torch.cholesky_solve(right, factor)
     with torch.no_grad():
         weight.copy_(solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype))
         if bias is not None:

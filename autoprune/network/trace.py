@@ -35,6 +35,7 @@ from autoprune.network.groups import (
 from autoprune.network.labels import Value
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
+from autoprune.policy import CHANNEL
 
 _ALIASES = frozenset(
     [
@@ -83,6 +84,13 @@ class Network:
     notes: tuple[str, ...] = ()
     removable: frozenset[str] = frozenset()
     """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
+    pruning: str = CHANNEL
+    """What a group is: `channel`, or a weight whose elements are masked (`unstructured`, `2:4`)."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether single weights are masked, instead of channels removed."""
+        return self.pruning != CHANNEL
 
     @property
     def groups(self) -> tuple[PruningGroup, ...]:
@@ -128,16 +136,21 @@ class Network:
         )
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True) -> Network:
+def trace(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True, pruning: str = CHANNEL
+) -> Network:
     """Finds what can be pruned in `model`, and what every choice costs.
 
     Args:
         model: Any module that `torch.export` accepts. It is not changed.
         example_inputs: One tensor `(B, ...)`, or the tuple of positional inputs. Their values do not matter.
         verify: Prune each group on a copy, run it, and compare it with its masked twin; a group that fails is frozen.
+            Masks change no shape and need none of that.
+        pruning: What is pruned: `channel`, or single weights: `unstructured`, `2:4`.
 
     Raises:
         TraceError: The model cannot be exported (the message names the operator), or nothing in it can be pruned.
+        InputError: `pruning` is unknown.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
@@ -147,7 +160,12 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
         record, unknown = _run(program, model, inputs[0].shape[0])
     record, assembly, uncounted = _with_uncounted(record, model, inputs)
     network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
-    if verify and network.groups:
+    if pruning != CHANNEL:
+        from autoprune.network.masks import mask_assembly
+
+        assembly = mask_assembly(record, assembly.cost_model.dense(), pruning)
+        network = replace(network, assembly=assembly, pruning=pruning, notes=tuple(uncounted))
+    elif verify and network.groups:
         from autoprune.network.verify import verified
 
         network = verified(network)

@@ -6,6 +6,7 @@ evaluation. It is a plain value that travels to worker processes, and knows neit
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
 from autoprune.network.evaluation import Loss, Precision, Score, evaluate, measure_latency, recalibrate
+from autoprune.network.mask_repair import repair_masked
+from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
 from autoprune.network.recipe import History, Recipe, fine_tune
 from autoprune.network.sequential import Targets, refit_sequentially
 from autoprune.network.surgery import Selection, cut
@@ -36,6 +39,9 @@ from autoprune.results import Fidelity, TrialResult
 
 _CURVE_EPOCHS = 2
 """Fine-tuning of at least so many epochs records the validation accuracy after each of them."""
+_LISTED = 100_000
+_SAMPLED = 8192
+"""More than any layer has channels: only groups of single weights are sampled."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,12 @@ class Workbench:
             PolicyError: The policy does not fit the groups.
         """
         widths = policy.widths(self.groups)
-        return {
-            group.name: choose(
-                self.knowledge.scores[policy.choices[group.name].criterion][group.name], widths[group.name]
-            )
-            for group in self.groups
-            if widths[group.name] < group.size
-        }
+        narrowed = [group.name for group in self.groups if widths[group.name] < group.size]
+        scores = {name: self.knowledge.scores[policy.choices[name].criterion][name] for name in narrowed}
+        if self.network.masked:
+            weights, pattern = mask_weights(self.network), self.network.pruning
+            return {name: keep(weights[name], scores[name], widths[name], pattern) for name in narrowed}
+        return {name: choose(scores[name], widths[name]) for name in narrowed}
 
     def identity(self, policy: Policy) -> str:
         """Returns the same text for policies that keep the same channels, whatever criteria chose them, and the same
@@ -97,6 +102,16 @@ class Workbench:
     def replaced(self, policy: Policy) -> dict[str, str]:
         """Returns path → new kind for every activation module that `policy` replaces."""
         return replacements(self.activations, self.activation_scope, policy.activations)
+
+    def ranking(self) -> dict[str, dict[str, list[float]]]:
+        """Returns criterion → group → scores as plain numbers, for global rankings.
+
+        Of a group of many single weights there is an even sample of the sorted scores.
+        """
+        return {
+            criterion: {group: _sample(scores).tolist() for group, scores in by_group.items()}
+            for criterion, by_group in self.knowledge.scores.items()
+        }
 
     def evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         """Prunes, repairs, fine-tunes and scores one policy.
@@ -118,8 +133,8 @@ class Workbench:
         return metrics | self._latency(self.network.model)
 
     def repair(self, selection: Selection) -> nn.Module:
-        """Returns the pruned network after surgery, compensation and recalibration."""
-        return self._repaired(cut(self.network, selection), selection)
+        """Returns the pruned network after surgery (or masking), compensation and recalibration."""
+        return self._repaired(self._pruned(selection), selection)
 
     # --- the steps of a trial ---
 
@@ -128,7 +143,7 @@ class Workbench:
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
         with clock("surgery"):
-            model = cut(self.network, selection).to(self.device)
+            model = self._pruned(selection).to(self.device)
             replaced = self.replaced(policy)
             replace_activations(model, replaced)
         if fidelity.epochs > 0:
@@ -141,7 +156,7 @@ class Workbench:
         metrics |= repaired
         curves: dict[str, tuple[float, ...]] = {}
         if fidelity.epochs > 0:
-            model, tuned, curves = self._tuned(model, fidelity, clock)
+            model, tuned, curves = self._tuned(model, selection, fidelity, clock)
             metrics |= tuned
         else:
             metrics |= {
@@ -171,15 +186,24 @@ class Workbench:
         if self.models is None or fidelity.epochs <= 0:
             return result
         folder = self.models / f"{fidelity.rung}-{result.identity}"
-        document = model_document(self.network, policy, selection, result.to_json(), self.origin) | {
+        document = model_document(self.network, policy, selection, result.to_json(), self.origin, model=model) | {
             "activations": replaced
         }
         save_model(folder, model, document)
         return replace(result, model_path=str(folder))
 
+    def _pruned(self, selection: Selection) -> nn.Module:
+        return masked(self.network, selection) if self.network.masked else cut(self.network, selection)
+
     def _repaired(self, model: nn.Module, selection: Selection) -> nn.Module:
         recipe, knowledge = self.recipe, self.knowledge
-        if recipe.compensation and selection and knowledge.statistics:
+        if self.network.masked and recipe.compensation and selection:
+            targets = knowledge.targets if recipe.recalibration_batches > 0 else None
+            statistics, seed = knowledge.statistics, self.seed
+            repair_masked(self.network, model, selection, statistics, targets, ridge=recipe.ridge, seed=seed)
+            if targets is not None:
+                return model
+        elif recipe.compensation and selection and knowledge.statistics:
             recalibrated = recipe.recalibration_batches > 0
             ridge, statistics = recipe.ridge, knowledge.statistics
             compensate(self.network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
@@ -194,7 +218,7 @@ class Workbench:
         return model
 
     def _tuned(
-        self, start: nn.Module, fidelity: Fidelity, clock: _Clock
+        self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: _Clock
     ) -> tuple[nn.Module, dict[str, float], dict[str, tuple[float, ...]]]:
         """Fine-tunes once a seed; returns the model of the first seed, mean metrics, and the first seed's curves."""
         import copy
@@ -202,9 +226,10 @@ class Workbench:
         found: list[dict[str, float]] = []
         first: nn.Module | None = None
         curves: dict[str, tuple[float, ...]] = {}
+        masks = mask_tensors(self.network, selection) if self.network.masked else {}
         for number in range(fidelity.seeds):
             model = copy.deepcopy(start) if fidelity.seeds > 1 else start
-            with clock("fine_tuning"):
+            with clock("fine_tuning"), zeros_kept(model, masks):
                 history = fine_tune(
                     model,
                     self.splits.train,
@@ -258,8 +283,19 @@ class Workbench:
 
 
 def _identity(selection: Selection, replaced: Mapping[str, str]) -> str:
-    channels = {name: kept.tolist() for name, kept in selection.items()}
-    return digest([channels, dict(replaced)] if replaced else channels)
+    kept: dict[str, Any]
+    if sum(map(len, selection.values())) > _LISTED:  # masks keep millions of weights: writing them out takes seconds
+        kept = {name: hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest() for name, kept in selection.items()}
+    else:
+        kept = {name: kept.tolist() for name, kept in selection.items()}
+    return digest([kept, dict(replaced)] if replaced else kept)
+
+
+def _sample(scores: Scores) -> Scores:
+    if len(scores) <= _SAMPLED:
+        return scores
+    ordered = np.sort(scores)
+    return ordered[np.linspace(0, len(ordered) - 1, _SAMPLED).round().astype(np.int64)]
 
 
 def _curves(history: History) -> dict[str, tuple[float, ...]]:

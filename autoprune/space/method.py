@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from autoprune.budget import KEYS, parse_limit
 from autoprune.errors import BudgetError, nearest
+from autoprune.space.masking import DEFAULT_STEP
 from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Found, Globs, Section, as_tuple, number
 
 CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "hessian", "hrank", "random")
@@ -115,10 +116,19 @@ class GroupSettings(Section):
         default=0.0, ge=0, lt=1, description="Least fraction of channels that is removed from each group."
     )
     max_ratio: float = Field(
-        default=0.9, ge=0, lt=1, description="Largest fraction of channels that is removed from a group."
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="Largest fraction of channels (with masks: of weights) that is removed from a group.",
     )
     round_to: int = Field(
         default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
+    )
+    step: float = Field(
+        default=DEFAULT_STEP,
+        gt=0,
+        le=0.5,
+        description="With `pruning: unstructured`, ratios are multiples of this number; min_ratio and max_ratio too.",
     )
 
     blocks: bool = Field(

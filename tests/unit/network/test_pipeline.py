@@ -10,12 +10,12 @@ from torch import nn
 
 from autoprune.errors import BudgetError, DataError, InputError
 from autoprune.network import pipeline
+from autoprune.network.learning import learn
 from autoprune.network.pipeline import (
     WorkerFactory,
     choose_precision,
     data_settings,
     ingredients_of,
-    learn,
     model_digest,
     problem_of,
     recipe_of,
@@ -135,11 +135,11 @@ def test_other_weights_have_other_knowledge(iris, make_space, tmp_path):
 
 
 def test_what_is_learnt_covers_every_criterion_and_group(trained, bench):
-    knowledge = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    knowledge = learn(bench.network, trained.splits.calibration, criteria=["l1", "taylor"], device="cpu", seed=0)
     names = {g.name for g in bench.network.groups}
     assert {name: set(found) for name, found in knowledge.scores.items()} == {"l1": names, "taylor": names}
     assert {name: set(found) for name, found in knowledge.tables.items()} == {n: {"l1", "taylor"} for n in names}
-    again = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    again = learn(bench.network, trained.splits.calibration, criteria=["l1", "taylor"], device="cpu", seed=0)
     for name in names:
         np.testing.assert_array_equal(knowledge.scores["taylor"][name], again.scores["taylor"][name])
     assert knowledge.tables == again.tables
@@ -155,7 +155,7 @@ def test_without_calibration_images_nothing_can_be_learnt(trained, bench):
 
     bare = replace(trained, splits=replace(trained.splits, calibration=Empty()))
     with pytest.raises(DataError, match="no calibration images"):
-        learn(bench.network, bare, criteria=["l1"], device="cpu", seed=0)
+        learn(bench.network, bare.splits.calibration, criteria=["l1"], device="cpu", seed=0)
 
 
 def test_the_digest_of_a_model_follows_values_names_and_shapes():
