@@ -29,7 +29,8 @@ from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
-from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
+from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
+from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
 from autoprune.network.trace import Network, trace
@@ -75,10 +76,15 @@ def recipe_of(space: Space) -> Recipe:
     """Returns the space's recipe section as the network's own type."""
     section = space.recipe.model_dump()
     distillation, baseline = section.pop("distillation"), section.pop("baseline")
+    schedule, regularisation = section.pop("schedule"), section.pop("regularisation")
+    if schedule:
+        schedule.pop("kind")
     return Recipe(
         **section,
         distillation=Distillation(**distillation) if distillation else None,
         baseline=Baseline(**baseline),
+        schedule=Iterative(**schedule) if schedule else None,
+        regularisation=Regularisation(**regularisation) if regularisation else None,
     )
 
 
@@ -146,7 +152,7 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
     if not ingredients.untrained:
         return
     model, splits = ingredients.model, ingredients.splits
-    recipe = replace(recipe_of(space), distillation=None)
+    recipe = replace(recipe_of(space), distillation=None, compensation=True, schedule=None, regularisation=None)
     settings = [ingredients.data_key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
     path = cache / f"baseline-{digest(settings)}.safetensors"
     if path.is_file():
@@ -283,7 +289,9 @@ def workbench_of(
         note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
         knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
-    if not recipe.compensation:
+    if recipe.regularisation is not None:
+        regulariser_of(network, {}, recipe.regularisation)  # refused here rather than in the middle of a search
+    if recipe.compensation is not True:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
     training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
