@@ -88,7 +88,7 @@ def prune(
     if selection and inputs:
         compensate(network, model, selection, statistics)
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
-        refit_sequentially(network, model, selection, targets, seed=seed)
+        refit_sequentially(network, model, selection, targets)
     return model
 
 

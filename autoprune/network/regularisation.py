@@ -34,7 +34,7 @@ from autoprune.network.labels import Labels
 from autoprune.network.surgery import Selection, unit_mask
 from autoprune.network.trace import Network
 
-STRENGTHS = {"bn_l1": 0.5, "group_lasso": 0.5, "growing_l2": 5.0, "targeted_dropout": 0.5}
+STRENGTHS = {"bn_l1": 0.25, "group_lasso": 0.1, "growing_l2": 5.0, "targeted_dropout": 0.5}
 """Kinds of regularisation and their default strengths."""
 
 

@@ -37,11 +37,15 @@ IMAGE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them."""
+    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them.
+
+    `seed` drew the positions; a refit draws the same ones.
+    """
 
     images: Tensor
     outputs: dict[str, Tensor]
     rows: int
+    seed: int = 0
 
 
 def refittable_layers(network: Network) -> dict[str, Links]:
@@ -91,11 +95,11 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     finally:
         for handle in handles:
             handle.remove()
-    return Targets(images, found, rows)
+    return Targets(images, found, rows, seed)
 
 
 def refit_sequentially(
-    network: Network, model: nn.Module, selection: Selection, targets: Targets, *, ridge: float = 1e-3, seed: int = 0
+    network: Network, model: nn.Module, selection: Selection, targets: Targets, *, ridge: float = 1e-3
 ) -> None:
     """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
 
@@ -103,9 +107,8 @@ def refit_sequentially(
         network: The traced dense network that `model` was cut from.
         model: The pruned network; its weights are the starting point that the ridge pulls towards.
         selection: The channels that stayed.
-        targets: What `gather_targets` found, with the same `seed`.
+        targets: What `gather_targets` found.
         ridge: λ relative to the mean of the diagonal of `X' X'ᵀ`.
-        seed: Draws the positions.
     """
     kept = unit_mask(network, selection)
     layers = refittable_layers(network)
@@ -115,7 +118,7 @@ def refit_sequentially(
     def hook(path: str) -> RemovableHandle:
         def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             links = layers[path]
-            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
+            patches = sample_patches(module, args[0], targets.rows, _generator(targets.seed))
             index = torch.from_numpy(kept_indices(links.outputs, kept)).to(patches.device)
             wanted = targets.outputs[path]  # (G, rows, N/G)
             per_group = wanted.shape[2]

@@ -241,7 +241,7 @@ class Workbench:
             ridge, statistics = recipe.ridge, knowledge.statistics
             compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
             if knowledge.targets is not None and recalibrated:
-                refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge, seed=self.seed)
+                refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge)
                 return model  # that pass took the batch norms' statistics too
         # The very same statistics for every candidate: the same images in the same order.
         batches, calibration = recipe.recalibration_batches, self.splits.calibration

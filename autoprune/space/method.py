@@ -190,8 +190,8 @@ class RegularisationSettings(Section):
     strength: float | None = Field(
         default=None,
         ge=0,
-        description="bn_l1, group_lasso: what is taken off in all, relative to the mean (0.5); growing_l2: exponent of "
-        "the decay in all (5); targeted_dropout: probability (0.5). Null: the number in brackets.",
+        description="What is taken off in all, relative to the mean, by bn_l1 (0.25) and group_lasso (0.1); "
+        "growing_l2: exponent of the decay in all (5); targeted_dropout: probability (0.5). Null: what brackets say.",
     )
     share: float = Field(default=0.3, gt=0, lt=1, description="Fraction of the epochs of a rung that is spent on it.")
 

@@ -12,12 +12,12 @@ from autoprune.network.surgery import cut
 from autoprune.network.trace import trace
 from autoprune.network.verify import relative_error
 
-KEPT, COPY, GONE = 2, 2, 5
+KEPT, GONE = 2, 5
 """Channel 5 is made a copy of channel 2 and then removed."""
 
 
 def copied(model, scale=1.0):
-    """Makes the channel `GONE` of every module in `model.twins` (made as producers) `scale` times the one it copies."""
+    """Makes the channel `GONE` of every module that is `doubled` `scale` times the channel `KEPT`."""
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "doubled", 0):
@@ -141,29 +141,22 @@ def test_a_hidden_unit_that_is_a_copy_is_merged_in_every_gate_layer_and_consumer
     assert relative_error(output(merged(network, selection), x), output(model, x)) < 1e-5
 
 
-def test_attention_heads_that_are_copies_are_merged(output):
+def test_a_value_channel_of_attention_that_is_a_copy_is_merged_in_the_projection(output):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 16)
-            self.proj, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
+            self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), doubled(nn.Linear(6, 12))
+            self.proj, self.head = nn.Linear(12, 6), nn.Linear(6, 3)
 
         def forward(self, x):
-            q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            return self.head(self.proj(mixed).mean(1))
+            return self.head(self.proj(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))).relu())
 
     torch.manual_seed(0)
-    model, x = Attention().eval(), torch.randn(3, 5, 8)
-    with torch.no_grad():
-        for layer in (model.q, model.k, model.v):
-            layer.weight[12:], layer.bias[12:] = layer.weight[:4], layer.bias[:4]
+    model, x = copied(Attention().eval(), scale=1.5), torch.randn(3, 5, 6)
     network = trace(model, x[:2])
-    groups = [g for g in network.groups if "proj" in g.consumers and g.size == 4]
-    if not groups:
-        pytest.skip("heads are not pruned as a whole here")
-    selection = {groups[0].name: np.array([0, 1, 2])}
-    assert relative_error(output(merged(network, selection), x), output(model, x)) < 1e-4
+    selection = {"v": np.setdiff1d(np.arange(12), [GONE])}
+    assert relative_error(output(cut(network, selection), x), output(model, x)) > 1e-3
+    assert relative_error(output(merged(network, selection), x), output(model, x)) < 1e-5
 
 
 @pytest.mark.parametrize("bias", [True, False])
