@@ -404,7 +404,8 @@ def main() -> None:
         "",
         (__doc__ or "").split("\n\n", 2)[2].strip(),
         "",
-        f"`make techniques`{' with --quick' if options.quick else ''}, {datetime.date.today()}, {platform.machine()} CPU ({_processor()}), one thread, "
+        f"`make techniques`{' with --quick' if options.quick else ''}, {datetime.date.today()}, "
+        f"{platform.machine()} CPU ({_processor()}), one thread, "
         f"Python {platform.python_version()}, torch {torch.__version__}.",
         "",
     ]
