@@ -84,10 +84,15 @@ class Absent(_StandIn):
 class Constant(_StandIn):
     """A layer without input channels: an empty `(B, 0, ...)` to its bias, or zeros, in every place."""
 
-    def __init__(self, layer: nn.Module, channels: int, *, normalised: bool) -> None:
+    def __init__(self, layer: nn.Module, *, normalised: bool) -> None:
         super().__init__(layer)
-        self.channels = channels
+        self.out_dim = 1 if isinstance(layer, _ConvTransposeNd) else 0
         self.view = normalised and self._parameters.get("bias") is None
+
+    @property
+    def channels(self) -> int:
+        """The outputs that are left: another cut may take some of them."""
+        return int(self.get_parameter("weight").shape[self.out_dim])
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the bias in the layer's output shape: nothing is multiplied, and nothing stored for a batch norm."""
@@ -158,7 +163,7 @@ def _stand_in(module: nn.Module, *, normalised: bool, uniform: bool) -> nn.Modul
         inputs, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
         if outputs == 0:
             return Absent(module)
-        return Constant(module, outputs, normalised=normalised) if inputs == 0 else module
+        return Constant(module, normalised=normalised) if inputs == 0 else module
     if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)):
         width = weight if weight is not None else module._buffers.get("running_mean")
         if width is not None and width.numel() == 0:

@@ -20,7 +20,7 @@ from autoprune.network.sequential import Targets
 from autoprune.network.tables import Tables
 from autoprune.network.workbench import Knowledge
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_knowledge(path: Path, knowledge: Knowledge) -> None:
@@ -42,7 +42,7 @@ def write_knowledge(path: Path, knowledge: Knowledge) -> None:
         tensors["images"] = knowledge.targets.images
         for name, rows in knowledge.targets.outputs.items():
             tensors[f"target|{name}"] = rows
-        about["|rows"] = [knowledge.targets.rows]
+        about["|rows"] = [knowledge.targets.rows, knowledge.targets.seed]
     save_state(tensors, path, {"schema": str(SCHEMA), "about": json.dumps(about)})
 
 
@@ -75,7 +75,7 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
         for name, values in about.items()
         if name != "|rows"
     }
-    targets = Targets(tensors["images"].to(device), outputs, about["|rows"][0]) if "images" in tensors else None
+    targets = Targets(tensors["images"].to(device), outputs, *about["|rows"]) if "images" in tensors else None
     return Knowledge(statistics, targets, scores, tables)
 
 

@@ -57,7 +57,6 @@ def repair_masked(
     targets: Targets | None,
     *,
     ridge: float = 1e-3,
-    seed: int = 0,
 ) -> None:
     """Refits the masked `model` in place; with `targets` its batch norms' statistics are taken too.
 
@@ -68,10 +67,9 @@ def repair_masked(
         statistics: Moments of the dense layers' inputs.
         targets: What the dense layers give; None: the moments alone decide, and batch norms are left as they are.
         ridge: Relative to the mean of the diagonal of the moments.
-        seed: The one that `targets` were gathered with.
     """
     if targets is None:
         compensate_masked(network, model, selection, statistics, ridge=ridge, recalibrated=False)
         return
     masks = mask_tensors(network, selection)
-    refit_sequentially(network, model, {}, targets, ridge=ridge, seed=seed, masks=masks)
+    refit_sequentially(network, model, {}, targets, ridge=ridge, masks=masks)

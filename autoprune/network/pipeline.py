@@ -32,7 +32,8 @@ from autoprune.network.mask_learning import learn_weights
 from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
 from autoprune.network.own_criteria import criteria_key
-from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
+from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
+from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
@@ -76,10 +77,15 @@ def recipe_of(space: Space) -> Recipe:
     """Returns the space's recipe section as the network's own type."""
     section = space.recipe.model_dump()
     distillation, baseline = section.pop("distillation"), section.pop("baseline")
+    schedule, regularisation = section.pop("schedule"), section.pop("regularisation")
+    if schedule:
+        schedule.pop("kind")
     return Recipe(
         **section,
         distillation=Distillation(**distillation) if distillation else None,
         baseline=Baseline(**baseline),
+        schedule=Iterative(**schedule) if schedule else None,
+        regularisation=Regularisation(**regularisation) if regularisation else None,
     )
 
 
@@ -147,8 +153,10 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
     if not ingredients.untrained:
         return
     model, splits = ingredients.model, ingredients.splits
-    recipe = replace(recipe_of(space), distillation=None)
-    settings = [ingredients.data_key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
+    recipe = replace(recipe_of(space), distillation=None, compensation=True, schedule=None, regularisation=None)
+    # What a schedule is plays no part here, and baselines from before there were any are found.
+    plain = {key: value for key, value in asdict(recipe).items() if key not in ("schedule", "regularisation")}
+    settings = [ingredients.data_key, space.model.model_dump(mode="json"), plain, space.seed]
     path = cache / f"baseline-{digest(settings)}.safetensors"
     if path.is_file():
         load_checkpoint(model, path)
@@ -321,7 +329,9 @@ def workbench_of(
         else:
             knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
-    if not recipe.compensation:
+    if recipe.regularisation is not None:
+        regulariser_of(network, {}, recipe.regularisation)  # refused here rather than in the middle of a search
+    if recipe.compensation is not True:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
     training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)

@@ -101,7 +101,7 @@ def prune(
     if selection and inputs:
         compensate(network, model, selection, statistics)
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
-        refit_sequentially(network, model, selection, targets, seed=seed)
+        refit_sequentially(network, model, selection, targets)
     return model
 
 
@@ -149,7 +149,7 @@ def _masked(network: Network, widths: Mapping[str, int], criterion: str, *, batc
     model = masked(network, selection)
     if selection and pairs:
         targets = gather_targets(network, torch.cat([x for x, _ in pairs]), seed=seed)
-        repair_masked(network, model, selection, evidence.statistics, targets, seed=seed)
+        repair_masked(network, model, selection, evidence.statistics, targets)
     return model
 
 

@@ -39,11 +39,15 @@ IMAGE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them."""
+    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them.
+
+    `seed` drew the positions; a refit draws the same ones.
+    """
 
     images: Tensor
     outputs: dict[str, Tensor]
     rows: int
+    seed: int = 0
 
 
 def refittable_layers(network: Network) -> dict[str, Links]:
@@ -95,7 +99,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     finally:
         for handle in handles:
             handle.remove()
-    return Targets(images, found, rows)
+    return Targets(images, found, rows, seed)
 
 
 def refit_sequentially(
@@ -105,7 +109,6 @@ def refit_sequentially(
     targets: Targets,
     *,
     ridge: float = 1e-3,
-    seed: int = 0,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
@@ -114,9 +117,8 @@ def refit_sequentially(
         network: The traced dense network that `model` was cut from.
         model: The pruned network; its weights are the starting point that the ridge pulls towards.
         selection: The channels that stayed.
-        targets: What `gather_targets` found, with the same `seed`.
+        targets: What `gather_targets` found.
         ridge: λ relative to the mean of the diagonal of `X' X'ᵀ`.
-        seed: Draws the positions.
         masks: Parameter → boolean tensor of its shape; what is false in it is zero and stays so.
     """
     kept = unit_mask(network, selection)
@@ -139,7 +141,7 @@ def refit_sequentially(
                 if bias is not None:
                     set_constant(module, bias + wanted.mean(1).reshape(-1))
                 return
-            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
+            patches = sample_patches(module, args[0], targets.rows, _generator(targets.seed))
             mask = masks.get(links.layer.weight) if masks is not None else None
             _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge, mask=mask)
 

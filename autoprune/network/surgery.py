@@ -53,6 +53,8 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
 
 def kept_indices(units: Labels, kept: np.ndarray) -> Labels:
     """Returns the indices of one parameter dimension that stay; `units` is its row of the index map."""
+    if len(kept) == 0:
+        return np.flatnonzero(units < 0)  # every group has gone whole in an earlier cut
     return np.flatnonzero((units < 0) | kept[np.maximum(units, 0)])
 
 

@@ -41,6 +41,7 @@ def pruning_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
     if groups.get("blocks", False) is True:
         text = f"removes all channels of a group; a mask keeps every layer: leave it out with `pruning: {pruning}`"
         yield ("groups", "blocks"), text
+    yield from _recipe_faults(raw, pruning)
     if pruning == SEMI_STRUCTURED:
         low, high = number(groups.get("min_ratio", 0.0)), number(groups.get("max_ratio", 0.9))
         if low is not None and low > 0.5:
@@ -48,6 +49,20 @@ def pruning_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
         if high is not None and high < 0.5:
             yield ("groups", "max_ratio"), f"2:4 removes half of the weights of a layer; {high} allows nothing"
     yield from _criteria_faults(raw, pruning)
+
+
+def _recipe_faults(raw: Mapping[str, Any], pruning: str) -> Iterator[Found]:
+    recipe = raw.get("recipe")
+    recipe = recipe if isinstance(recipe, Mapping) else {}
+    if recipe.get("compensation") == "merge":
+        text = f"merge folds whole channels into others; take true or false with `pruning: {pruning}`"
+        yield ("recipe", "compensation"), text
+    if recipe.get("schedule") not in (None, "one_shot"):
+        text = f"cuts channels in steps, and masks are set once; leave it out with `pruning: {pruning}`"
+        yield ("recipe", "schedule"), text
+    if recipe.get("regularisation") is not None:
+        text = f"makes whole channels small; leave it out with `pruning: {pruning}`"
+        yield ("recipe", "regularisation"), text
 
 
 def _criteria_faults(raw: Mapping[str, Any], pruning: str) -> Iterator[Found]:

@@ -43,6 +43,23 @@ def _as_distillation(value: Any) -> Any:
     return None if value is False else {} if value is True else value
 
 
+def _as_schedule(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in ("one_shot", "iterative"):
+            names = ("one_shot", "iterative")
+            raise PydanticCustomError("fault", "{text}", {"text": f"unknown value {value!r}{nearest(value, names)}"})
+        return None if value == "one_shot" else {}
+    return value
+
+
+def _compensation(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "merge":
+        shown = f"the text {value!r}" if isinstance(value, str) else f"{value!r}"
+        text = f"expected true or false, or merge; got {shown}"
+        raise PydanticCustomError("fault", "{text}", {"text": text})
+    return value
+
+
 def _limit(value: Any) -> Any:
     if value is None:
         return None
@@ -188,6 +205,39 @@ class BaselineSettings(Section):
     lr: float = Field(default=0.1, gt=0, description="Peak learning rate.")
 
 
+class IterativeSettings(Section):
+    """The network is pruned in several cuts with fine-tuning between them; the epochs in all are those of the rung."""
+
+    kind: Literal["iterative"] = Field(default="iterative", description="Cuts in steps; the alternative is one_shot.")
+    steps: int = Field(default=3, ge=2, le=100, description="Number of cuts; widths fall linearly over them.")
+    share: float = Field(
+        default=0.5, gt=0, lt=1, description="Fraction of the epochs that is spent between the first and the last cut."
+    )
+
+
+class RegularisationSettings(Section):
+    """Training of the dense network that makes channels small before they are cut."""
+
+    kind: Literal["bn_l1", "group_lasso", "growing_l2", "targeted_dropout"] = Field(
+        description="bn_l1: L1 on the scales of normalisations; group_lasso: L2 norms of whole channels; growing_l2: a "
+        "growing decay of the channels that will go; targeted_dropout: those channels are dropped at random."
+    )
+    strength: float | None = Field(
+        default=None,
+        ge=0,
+        description="What is taken off in all, relative to the mean, by bn_l1 (0.25) and group_lasso (0.1); "
+        "growing_l2: exponent of the decay in all (5); targeted_dropout: probability (0.5). Null: what brackets say.",
+    )
+    share: float = Field(default=0.3, gt=0, lt=1, description="Fraction of the epochs of a rung that is spent on it.")
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that a probability is one."""
+        strength = number(raw.get("strength"))
+        if raw.get("kind") == "targeted_dropout" and strength is not None and strength > 1:
+            yield ("strength",), f"the strength of targeted_dropout is a probability, got {strength}"
+
+
 _Switch = DistillationSettings | bool | None
 
 
@@ -211,9 +261,10 @@ class RecipeSettings(Section):
         default_factory=DistillationSettings,
         description="Fine-tuning also imitates the dense network's outputs. Null or false: off.",
     )
-    compensation: bool = Field(
+    compensation: Annotated[bool | Literal["merge"], BeforeValidator(_compensation)] = Field(
         default=True,
-        description="Weights that consume the kept channels are refitted to reproduce the dense layer's output.",
+        description="Weights that consume the kept channels are refitted to reproduce the dense layer's output. merge: "
+        "instead each removed channel is folded into the kept one that is most like it, without data.",
     )
     ridge: float = Field(
         default=0.001,
@@ -232,6 +283,35 @@ class RecipeSettings(Section):
     baseline: BaselineSettings = Field(
         default_factory=BaselineSettings, description="Training of the dense network where there is no checkpoint."
     )
+    schedule: Annotated[
+        IterativeSettings | None,
+        BeforeValidator(
+            _as_schedule, json_schema_input_type=IterativeSettings | Literal["one_shot", "iterative"] | None
+        ),
+    ] = Field(
+        default=None,
+        description="one_shot (or null): the network is cut once, then fine-tuned. {kind: iterative}: it is cut in "
+        "steps. On rungs with epochs.",
+    )
+    regularisation: RegularisationSettings | None = Field(
+        default=None,
+        description="The dense network is trained for a part of the epochs, before it is cut, so that channels become "
+        "small. On rungs with epochs. Null: it is not.",
+    )
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that the stages leave epochs for the last one."""
+        shares = []
+        for key, default in (("schedule", 0.5), ("regularisation", 0.3)):
+            part = raw.get(key)
+            if isinstance(part, Mapping):
+                shares.append(number(part.get("share", default)))
+            elif isinstance(part, Section) or part == "iterative":
+                shares.append(number(getattr(part, "share", default)))
+        known = [share for share in shares if share is not None]
+        if len(known) == 2 and sum(known) >= 1:
+            yield ("regularisation", "share"), f"with schedule.share it leaves no epochs for the last cut: {known}"
 
 
 class RungSettings(Section):

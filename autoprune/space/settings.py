@@ -79,6 +79,15 @@ class Space(Section):
         if isinstance(model, Mapping) and model.get("weights") is not None and raw.get("checkpoint") is not None:
             yield ("checkpoint",), "`checkpoint` and `model.weights` exclude each other"
         yield from pruning_faults(raw)
+        recipe, search = raw.get("recipe"), raw.get("search")
+        ladder = search.get("ladder") if isinstance(search, Mapping) else None
+        if not isinstance(recipe, Mapping) or not isinstance(ladder, (list, tuple)):
+            return
+        if any(not isinstance(rung, Mapping) or rung.get("epochs", 0) != 0 for rung in ladder):
+            return
+        for key in ("schedule", "regularisation"):
+            if recipe.get(key) not in (None, "one_shot"):
+                yield ("recipe", key), "it needs a rung with epochs; no rung of `search.ladder` has any"
 
     def fingerprint_sections(self) -> dict[str, str]:
         """Returns a digest for each section that decides what a trial's result is.
@@ -88,12 +97,16 @@ class Space(Section):
         """
         plain = self.model_dump(mode="json", by_alias=True)
         plain["data"].pop("download")
+        # Keys that came later are left out where they are not used: studies from before there were any go on.
         if not self.groups.blocks:
-            plain["groups"].pop("blocks")  # as in studies from before there was the key
+            plain["groups"].pop("blocks")
+        for key in ("schedule", "regularisation"):
+            if plain["recipe"][key] is None:
+                plain["recipe"].pop(key)
         ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
         sections = ["model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed"]
         if self.pruning == CHANNEL:
-            plain["groups"].pop("step")  # no part of such a search; studies from before it existed go on
+            plain["groups"].pop("step")
         else:
             sections.append("pruning")
         if self.activations.choices:

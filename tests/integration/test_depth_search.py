@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
+from autoprune.coordinator import explain_trial, write_report
 from autoprune.network.emptied import Absent
 from autoprune.network.models import build_model
 
@@ -59,6 +60,11 @@ def test_a_search_with_blocks_and_activations_lowers_the_depth_and_its_models_co
     outcome = autoprune.search(
         model, data=data, budget={"macs": 0.35}, criteria=["l2"], trials=12, home=tmp_path / "home", **SETTINGS
     )
+    emptied = next(p for p in outcome.front if p.trial is not None)
+    said, why = explain_trial(outcome.stored.name, home=tmp_path / "home", trial=int(emptied.trial or 0))
+    assert {row["group"]: row["width"] for row in why["groups"]} == dict(emptied.widths)
+    page = write_report(outcome.stored.name, home=tmp_path / "home", output=tmp_path / "report.html")
+    assert "relu6" in said + page.read_text()
     tuned = [shown.result for shown in outcome.stored.shown()]
     screened = [t.result for t in outcome.stored.rungs["screen"] if t.result is not None]
     shallow = [r for r in screened if 0 in r.widths.values()]
