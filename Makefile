@@ -49,6 +49,9 @@ dashboard: $(READY) ## Optuna dashboard on 127.0.0.1: PORT=8080
 mlflow-ui: $(READY) ## MLflow UI on 127.0.0.1:5000, as mlflow/server.env says
 	set -a; . ./mlflow/server.env; exec .venv/bin/mlflow server
 
+techniques: $(READY) ## compare pruning techniques side by side: tests/benchmarks/results/techniques.md (10 to 20 minutes)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/techniques.py --output tests/benchmarks/results/techniques.md
+
 test: $(READY) ## run the default tests
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -m "not slow"
 

@@ -5,7 +5,7 @@ Decides what kinds of failure exist and which exit status each one means. Knows 
     AutopruneError
     ├── InputError (ValueError)     what the user gave cannot be used: exit status 2
     │   ├── SpaceError              a space file; carries all of its faults
-    │   ├── PolicyError             a policy that names no group, or a ratio outside [0, 1)
+    │   ├── PolicyError             a policy that names no group, or a ratio that no group takes
     │   ├── BudgetError             a budget that cannot be read, or that no policy can meet
     │   ├── CheckpointError         a checkpoint that does not fit the model
     │   ├── DataError               a data set that is missing, empty or malformed
@@ -64,7 +64,7 @@ class SpaceError(InputError):
 
 
 class PolicyError(InputError):
-    """A policy that names an unknown group or criterion, or a ratio outside [0, 1)."""
+    """A policy that names an unknown group or criterion, or a ratio that the group does not take."""
 
 
 class BudgetError(InputError):

@@ -10,20 +10,32 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from autoprune.errors import PolicyError, nearest
 
 SCHEMA = 1
+CHANNEL, UNSTRUCTURED, SEMI_STRUCTURED = "channel", "unstructured", "2:4"
+"""Ways of pruning: whole channels are removed, or single weights are masked (any, or two of every four)."""
+UNITS = {CHANNEL: "channels", UNSTRUCTURED: "weights", SEMI_STRUCTURED: "weights"}
+"""Way of pruning → what a group's size counts."""
+
+
+def caveat(pruning: str) -> str:
+    """Returns what must be said beside costs: that those of masks are no latency; empty for channels."""
+    if pruning == CHANNEL:
+        return ""
+    return f"Pruning {pruning}: costs count non-zeros, and give no latency without a sparse kernel."
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """A pruning group as the search sees it: `size` channels that may shrink to any of `widths`.
 
-    `widths` ascends and may leave `size` out (where a minimum ratio is asked for). `scope` names the part of the
+    `widths` ascends and may leave `size` out (where a minimum ratio is asked for); it begins with 0 where the group may
+    be removed whole, because the network works without it. `scope` names the part of the
     network whose criterion is chosen together with this group's: `model`, a stage, or the group itself.
     """
 
@@ -37,13 +49,21 @@ class Group:
             raise PolicyError(f"group {self.name!r} has {self.size} channels")
         if not self.widths or any(b <= a for a, b in zip(self.widths, self.widths[1:], strict=False)):
             raise PolicyError(f"group {self.name!r} needs ascending widths, got {self.widths}")
-        if self.widths[0] < 1 or self.widths[-1] > self.size:
+        if self.widths[0] < 0 or self.widths[-1] < 1 or self.widths[-1] > self.size:
             raise PolicyError(f"group {self.name!r} has {self.size} channels, got widths {self.widths}")
 
     def width(self, ratio: float) -> int:
         """Returns the feasible width that is nearest to keeping `1 - ratio` of the channels."""
         wanted = self.size * (1.0 - ratio)
         return min(self.widths, key=lambda w: (abs(w - wanted), -w))
+
+    def check(self, ratio: float) -> None:
+        """Raises a `PolicyError` where `ratio` removes every channel of a group that must keep some."""
+        if ratio >= 1.0 and self.widths[0] > 0:
+            raise PolicyError(
+                f"pruning ratio {ratio!r} would remove group {self.name!r} whole; it keeps at least"
+                f" {self.widths[0]} of its {self.size} channels (groups.blocks decides which groups may go)"
+            )
 
     def ratio(self, width: int) -> float:
         """Returns the fraction of channels that `width` removes."""
@@ -64,41 +84,47 @@ def feasible_widths(size: int, *, min_ratio: float = 0.0, max_ratio: float = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a policy says about one group: which criterion ranks its channels and which fraction of them goes."""
+    """What a policy says about one group: which criterion ranks its channels and which fraction of them goes.
+
+    A ratio of 1 removes the group whole, which only a group with the width 0 takes.
+    """
 
     criterion: str
     ratio: float
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.ratio, (int, float)) and 0.0 <= self.ratio < 1.0):
-            raise PolicyError(f"pruning ratio {self.ratio!r} is outside [0, 1)")
+        if not (isinstance(self.ratio, (int, float)) and 0.0 <= self.ratio <= 1.0):
+            raise PolicyError(f"pruning ratio {self.ratio!r} is outside [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A complete assignment group → (criterion, ratio)."""
+    """A complete assignment group → (criterion, ratio), and where activations are searched `<scope>/<kind>` → kind."""
 
     choices: Mapping[str, Choice]
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(sorted(self.choices.items()))))
+        object.__setattr__(self, "activations", MappingProxyType(dict(sorted(self.activations.items()))))
 
-    def __reduce__(self) -> tuple[type[Policy], tuple[dict[str, Choice]]]:
-        return Policy, (dict(self.choices),)
+    def __reduce__(self) -> tuple[type[Policy], tuple[dict[str, Choice], dict[str, str]]]:
+        return Policy, (dict(self.choices), dict(self.activations))
 
     def __hash__(self) -> int:
-        return hash(tuple(self.choices.items()))
+        return hash((tuple(self.choices.items()), tuple(self.activations.items())))
 
     @property
     def id(self) -> str:
         """Twelve hexadecimal digits that are the same for equal policies on every machine."""
-        return digest([[name, c.criterion, round(c.ratio, 9)] for name, c in self.choices.items()])
+        plain: list[Any] = [[name, c.criterion, round(c.ratio, 9)] for name, c in self.choices.items()]
+        return digest([plain, dict(self.activations)] if self.activations else plain)
 
     def widths(self, groups: Iterable[Group]) -> dict[str, int]:
         """Returns the integer width of every group.
 
         Raises:
-            PolicyError: The policy misses a group or names one that does not exist.
+            PolicyError: The policy misses a group, names one that does not exist, or removes whole one that must stay.
         """
         known = {group.name: group for group in groups}
         for name in self.choices:
@@ -107,12 +133,15 @@ class Policy:
         missing = [name for name in known if name not in self.choices]
         if missing:
             raise PolicyError(f"the policy says nothing about {', '.join(missing[:5])}")
+        for name, group in known.items():
+            group.check(self.choices[name].ratio)
         return {name: group.width(self.choices[name].ratio) for name, group in known.items()}
 
     def to_json(self) -> dict[str, Any]:
         """Returns the policy as plain JSON values."""
         groups = {name: {"criterion": c.criterion, "ratio": c.ratio} for name, c in self.choices.items()}
-        return {"schema": SCHEMA, "groups": groups}
+        extra = {"activations": dict(self.activations)} if self.activations else {}
+        return {"schema": SCHEMA, "groups": groups, **extra}
 
     @staticmethod
     def from_json(data: Any) -> Policy:
@@ -129,11 +158,12 @@ class Policy:
                 str(name): Choice(str(entry["criterion"]), float(entry["ratio"]))
                 for name, entry in data["groups"].items()
             }
+            activations = {str(place): str(kind) for place, kind in data.get("activations", {}).items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, PolicyError):
                 raise
             raise PolicyError(f"malformed policy: {error!r}") from error
-        return Policy(choices)
+        return Policy(choices, activations)
 
 
 def uniform_policy(groups: Iterable[Group], ratio: float, criterion: str) -> Policy:

@@ -37,12 +37,21 @@ class Fidelity:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Everything that the search knows about a network: groups, prices, budget, and the criteria that may be chosen."""
+    """Everything that the search knows about a network: groups, prices, budget, and the criteria that may be chosen.
+
+    `activations` maps `<scope>/<kind>` to the kinds of activation that may stand there, the default first.
+    """
 
     groups: tuple[Group, ...]
     cost_model: CostModel
     budget: Budget
     criteria: tuple[str, ...]
+    activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def default_activations(self) -> dict[str, str]:
+        """The first choice of every place."""
+        return {place: kinds[0] for place, kinds in self.activations.items()}
 
     @property
     def scopes(self) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def search(
         criteria: What may rank channels.
         loss: Own loss `loss(output, target)`, the mean over a batch; by default cross-entropy.
         metric: Own metric `metric(output, target)`, higher is better; by default top-1 accuracy.
-        **settings: Any other section of a space file: `recipe`, `search`, `groups`, `device`, `seed`.
+        **settings: Any other section of a space file: `pruning`, `recipe`, `search`, `groups`, `device`, `seed`.
 
     Raises:
         InputError: Model, data or settings cannot be used, or the study belongs to others.

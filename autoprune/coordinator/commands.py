@@ -73,7 +73,7 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     from autoprune.network import inspection, pipeline
 
     ingredients = pipeline.ingredients_of(space, cache=home / "cache")
-    network = pipeline.trace_ingredients(ingredients)
+    network = pipeline.trace_ingredients(ingredients, space)
     data = inspection.describe(network, pipeline.searchable_groups(network, space))
     width, color = terminal()
     return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data

@@ -18,6 +18,7 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.reporting import page_of
 from autoprune.coordinator.views import CONTROLS, StoredSearch
+from autoprune.policy import CHANNEL, caveat
 from autoprune.report import SearchView
 from autoprune.results import Problem
 from autoprune.search import StoredTrial
@@ -35,8 +36,10 @@ class Records:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         say: Callable[[str], None],
+        pruning: str = CHANNEL,
     ) -> None:
         self.name = name
+        self.caveat = caveat(pruning)
         self.problem = problem
         self.uri = tracking.resolve_uri(home, os.environ)
         self.address = tracking.ui_address(self.uri)
@@ -150,6 +153,7 @@ class Records:
             description=(
                 f"Pruning-policy search **{self.name}**. The run of kind `search` holds the front, its plot and its"
                 " tables; every trial is a run of kind `trial`; those with the tag `pareto = true` are the front."
+                + (f" {self.caveat}" if self.caveat else "")
             ),
             environment=tracking.environment_tags(),
         )

@@ -123,7 +123,7 @@ class Session:
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
-        self.network: Network = pipeline.trace_ingredients(ingredients)
+        self.network: Network = pipeline.trace_ingredients(ingredients, space)
         groups = pipeline.searchable_groups(self.network, space)
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
@@ -143,6 +143,7 @@ class Session:
             home=self.home,
             params=self._params(),
             tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
+            pruning=self.space.pruning,
             say=self.progress.note,
         )
         begun = time.monotonic()
@@ -193,7 +194,7 @@ class Session:
         starts: tuple[WarmStart, ...] = ()
         if self.space.search.warm_starts:
             tables, count = self.bench.knowledge.tables, max(1, min(60, trials // 2))
-            starts = warm_starts(self.problem, self._scores(), tables, count=count)
+            starts = warm_starts(self.problem, self.bench.ranking(), tables, count=count)
         return LadderPlan(
             name=self.space.name,
             problem=self.problem,
@@ -206,11 +207,6 @@ class Session:
             workers=workers,
             tables=self.bench.knowledge.tables or None,
         )
-
-    def _scores(self) -> dict[str, dict[str, list[float]]]:
-        """Returns criterion → group → scores as plain numbers, as the search takes them."""
-        known = self.bench.knowledge.scores
-        return {name: {group: scores.tolist() for group, scores in by.items()} for name, by in known.items()}
 
     def _params(self) -> dict[str, Any]:
         plain = self.space.model_dump(mode="json", by_alias=True)
@@ -277,7 +273,7 @@ class Session:
         count = self.space.search.controls
         if count < 1:
             return None
-        starts = control_policies(self.problem, self._scores(), count=count)
+        starts = control_policies(self.problem, self.bench.ranking(), count=count)
         identities = {self.bench.identity(start.policy) for start in starts}
         last = plan.rungs[-1].fidelity
         rung = RungPlan(replace(last, rung=CONTROLS), len(identities))
@@ -305,7 +301,9 @@ class Session:
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
-        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
+        facts = facts_of(
+            self.problem, dense, [rung.fidelity for rung in plan.rungs], stages, pruning=self.space.pruning
+        )
         studies.write_facts(study, facts)
 
     def _background(self) -> Background:

@@ -16,6 +16,7 @@ import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.background import Background, unpack
 from autoprune.errors import StudyError
+from autoprune.policy import CHANNEL
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
 from autoprune.search import Audit, Failure, StoredTrial
@@ -28,11 +29,17 @@ HOME = Path(".autoprune")
 
 
 def facts_of(
-    problem: Problem, dense_metrics: Mapping[str, float], rungs: Sequence[Fidelity], stages: Mapping[str, str]
+    problem: Problem,
+    dense_metrics: Mapping[str, float],
+    rungs: Sequence[Fidelity],
+    stages: Mapping[str, str],
+    *,
+    pruning: str = CHANNEL,
 ) -> dict[str, Any]:
     """Returns what a reader of the studies needs to know beside the trials."""
     return {
         "schema": 1,
+        "pruning": pruning,
         "primary": problem.budget.primary,
         "sizes": {group.name: group.size for group in problem.groups},
         "stages": dict(stages),
@@ -211,6 +218,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         limits=facts["limits"],
         samples=background.samples if background is not None and background.accuracy else {},
         notes=(*audit_notes(stored), *notes),
+        pruning=facts.get("pruning", CHANNEL),
     )
 
 

@@ -20,12 +20,22 @@ import torch
 from torch import nn
 
 from autoprune.errors import CheckpointError
+from autoprune.network.activations import replace_activations
 from autoprune.network.attention import replace_attention, replaced
 from autoprune.network.checkpoints import read_state, save_state
+from autoprune.network.emptied import settle
 from autoprune.network.inspection import layer_table
 from autoprune.network.literals import set_attributes
+from autoprune.network.masks import masked, masked_layers, sparsities
 from autoprune.network.models import build_model
-from autoprune.network.surgery import Selection, attribute_values, kept_indices, refresh_attributes, unit_mask
+from autoprune.network.surgery import (
+    Selection,
+    attribute_values,
+    kept_indices,
+    refresh_attributes,
+    uniform_norms,
+    unit_mask,
+)
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
 
@@ -40,13 +50,30 @@ def model_document(
     selection: Selection,
     result: Mapping[str, Any],
     origin: Mapping[str, Any],
+    *,
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Returns what `policy.json` says about a pruned model."""
+    """Returns what `policy.json` says about a pruned model.
+
+    Of a masked network the zeros of the weights tell which ones are kept; `sparsity` then counts what is not zero in
+    each weight of `model` (None: as the selection says), and costs are non-zeros too.
+    """
     dense = network.cost_model.dense()
+    if network.masked:
+        own: dict[str, Any] = {
+            "pruning": network.pruning,
+            "kept": {},
+            "sparsity": sparsities(model if model is not None else masked(network, selection), network),
+            "layers": masked_layers(network, selection),
+        }
+    else:
+        kept = {name: [int(i) for i in kept] for name, kept in selection.items()}
+        norms = uniform_norms(network, unit_mask(network, selection))
+        own = {"kept": kept, "uniform_norms": norms, "layers": layer_table(network, selection)}
     return {
+        **own,
         "schema": SCHEMA,
         "policy": policy.to_json() if policy is not None else None,
-        "kept": {name: [int(i) for i in kept] for name, kept in selection.items()},
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
         "replaced": replaced(network.model),
         "attributes": attribute_values(network, unit_mask(network, selection)),
@@ -55,7 +82,6 @@ def model_document(
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
         "dense_costs": dense,
         "costs": network.cost_model.costs({name: len(kept) for name, kept in selection.items()}),
-        "layers": layer_table(network, selection),
         "result": {key: result[key] for key in ("metrics", "widths", "fidelity", "identity", "seed") if key in result},
     }
 
@@ -123,7 +149,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn
 
 
 def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn.Module:
-    """Gives a dense `model` the saved, smaller parameters, in place.
+    """Returns a dense `model` with the saved, smaller parameters, which it is given in place.
 
     Raises:
         CheckpointError: Names do not match, or a tensor is larger than the dense model's.
@@ -155,7 +181,8 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
                 module._buffers[name] = state[prefix + name].to(buffer.dtype)
         refresh_attributes(module, depthwise=module_path in depthwise)
     set_attributes(model, document.get("attributes", {}))
-    return model
+    replace_activations(model, document.get("activations") or {})
+    return settle(model, document.get("uniform_norms"))
 
 
 def _unsaved_buffers(network: Network, selection: Selection) -> dict[str, dict[str, list[int]]]:

@@ -6,7 +6,7 @@ patches `x` of `d` entries these are the mean of `x` and the Gram matrix, the me
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,10 +68,12 @@ def gather(
     max_rows: int = 65536,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    layers: Mapping[str, Links] | None = None,
 ) -> Statistics:
     """Runs `batches` of inputs `(B, ...)` through the dense network and returns the moments of every refittable layer.
 
-    At most about `max_rows` patches a layer are used, drawn evenly over the batches.
+    At most about `max_rows` patches a layer are used, drawn evenly over the batches. `layers` names other
+    layers than the refittable ones, by module path.
 
     Raises:
         DataError: There is no batch, or an activation is not finite.
@@ -79,7 +81,7 @@ def gather(
     inputs = [batch.to(device) for batch in batches]
     if not inputs:
         raise DataError("there are no calibration images")
-    layers = refittable(network)
+    layers = refittable(network) if layers is None else layers
     modules = dict(network.model.named_modules())
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}

@@ -96,6 +96,8 @@ def refit(
     """
     groups = moments.gram.shape[0]
     entries = entries_of(stay, moments.kernel).to(weight.device)
+    if len(stay) == 0:
+        return _without_inputs(weight, moments, centred=centred)
     matrix = moments.covariance() if centred else moments.gram
     flat = weight.reshape(groups, weight.shape[0] // groups, -1).double()  # (G, N/G, d)
     matrix = matrix.to(weight.device).double()
@@ -115,6 +117,15 @@ def refit(
         shift = (flat @ mean - solved @ mean[:, entries]).squeeze(2)
     shape = (weight.shape[0], len(stay), *weight.shape[2:])
     return solved.reshape(shape).to(weight.dtype), shift.reshape(-1).to(weight.dtype)
+
+
+def _without_inputs(weight: Tensor, moments: Moments, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Returns an empty weight `(N, 0, k...)` and the layer's mean output `(N,)`, which its bias takes over."""
+    groups = moments.gram.shape[0]
+    flat = weight.reshape(groups, weight.shape[0] // groups, -1).double()  # (G, N/G, d)
+    mean = moments.mean.to(weight.device).double().unsqueeze(2)  # (G, d, 1)
+    shift = (flat @ mean).reshape(-1) if centred else weight.new_zeros(weight.shape[0])
+    return weight[:, :0], shift.to(weight.dtype)
 
 
 def entries_of(channels: Labels, kernel: int) -> Tensor:

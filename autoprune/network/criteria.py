@@ -8,89 +8,38 @@ nothing of policies.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.errors import DataError, PolicyError, nearest
-from autoprune.network.calibration import Statistics
+from autoprune.errors import PolicyError, nearest
 from autoprune.network.compensation import entries_of, layer_moments
-from autoprune.network.groups import Links, PruningGroup, positions_in
-from autoprune.network.trace import Network, evaluating
-
-Scores = np.ndarray
-"""`(n,)` float64: one score a channel of a group."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What criteria may look at: the dense network, its calibration statistics and its gradients."""
-
-    network: Network
-    statistics: Statistics = field(default_factory=dict)
-    gradients: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    """Parameter → `weight * gradient`, summed over everything but its output channels, one `(n,)` tensor a batch."""
-    seed: int = 0
-
-    def uses(self, group: PruningGroup, kinds: Iterable[str]) -> list[Links]:
-        """Returns the layers of the given kinds that produce (or normalise) the group's channels, each weight once."""
-        found: dict[str, Links] = {}
-        for links in self.network.links:
-            if links.layer.kind in kinds and _inside(links.outputs, group).any():
-                found.setdefault(f"{links.layer.weight}:{links.layer.start}", links)
-        return list(found.values())
-
-    def consumers(self, group: PruningGroup) -> list[Links]:
-        """Returns the refittable layers that read the group's channels and have statistics."""
-        found: dict[str, Links] = {}
-        for links in self.network.links:
-            if links.inputs is not None and links.module in self.statistics and _inside(links.inputs, group).any():
-                found.setdefault(links.module, links)
-        return list(found.values())
-
-    def parameter(self, name: str) -> Tensor:
-        """Returns a parameter of the dense model, detached."""
-        return self.network.model.get_parameter(name).detach()
-
-
-Criterion = Callable[[Evidence, PruningGroup], Scores]
-_PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent", "computed", "product")
-
-
-def _inside(units: np.ndarray, group: PruningGroup) -> np.ndarray:
-    return positions_in(units, group) >= 0
-
-
-def _rows(links: Links, weight: Tensor) -> Tensor:
-    """Returns the rows of the weight that a layer uses as `(outputs, fan-in)` double."""
-    rows = weight.movedim(links.layer.out_dim, 0).reshape(weight.shape[links.layer.out_dim], -1).double()
-    return rows[links.layer.start : links.layer.start + len(links.outputs)]
-
-
-def _by_unit(values: Tensor, units: np.ndarray, group: PruningGroup) -> Scores:
-    """Adds up `values` `(m,)` of indices that belong to the same channel: `(n,)`."""
-    positions = positions_in(units, group)
-    inside = positions >= 0
-    result = np.zeros(group.size)
-    np.add.at(result, positions[inside], values.cpu().numpy()[inside])
-    return result
-
-
-def _relative(scores: Scores) -> Scores:
-    mean = float(scores.mean())
-    return scores / mean if mean != 0 else np.ones_like(scores)  # a NaN stays one, for `score` to refuse
+from autoprune.network.evidence import (
+    PRODUCERS,
+    Criterion,
+    by_unit,
+    is_inside,
+    relative,
+    rows_of,
+)
+from autoprune.network.evidence import Evidence as Evidence
+from autoprune.network.evidence import Scores as Scores
+from autoprune.network.evidence import gather_fisher as gather_fisher
+from autoprune.network.evidence import gather_gradients as gather_gradients
+from autoprune.network.evidence import gather_ranks as gather_ranks
+from autoprune.network.groups import Links, PruningGroup
+from autoprune.network.own_criteria import own_criterion
 
 
 def _norms(evidence: Evidence, group: PruningGroup, power: int) -> Scores:
     total = np.zeros(group.size)
-    for links in evidence.uses(group, _PRODUCERS):
-        rows = _rows(links, evidence.parameter(links.layer.weight))
-        summed = _by_unit(rows.abs().pow(power).sum(1), links.outputs, group)
-        total += _relative(summed ** (1.0 / power))
-    return _relative(total)
+    for links in evidence.uses(group, PRODUCERS):
+        rows = rows_of(links, evidence.parameter(links.layer.weight))
+        summed = by_unit(rows.abs().pow(power).sum(1), links.outputs, group)
+        total += relative(summed ** (1.0 / power))
+    return relative(total)
 
 
 def l1(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -116,8 +65,8 @@ def bn_scale(evidence: Evidence, group: PruningGroup) -> Scores:
         return l2(evidence, group)
     total = np.zeros(group.size)
     for links in norms:
-        total += _relative(_by_unit(evidence.parameter(links.layer.weight).double().abs(), links.outputs, group))
-    return _relative(total)
+        total += relative(by_unit(evidence.parameter(links.layer.weight).double().abs(), links.outputs, group))
+    return relative(total)
 
 
 def fpgm(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -126,15 +75,15 @@ def fpgm(evidence: Evidence, group: PruningGroup) -> Scores:
     Source: He et al., Filter Pruning via Geometric Median, CVPR 2019.
     """
     total = np.zeros(group.size)
-    for links in evidence.uses(group, _PRODUCERS):
-        rows = _rows(links, evidence.parameter(links.layer.weight))
-        inside = np.flatnonzero(_inside(links.outputs, group))
+    for links in evidence.uses(group, PRODUCERS):
+        rows = rows_of(links, evidence.parameter(links.layer.weight))
+        inside = np.flatnonzero(is_inside(links.outputs, group))
         picked = rows[torch.from_numpy(inside).to(rows.device)]
         distances = torch.cdist(picked, picked).sum(1)
         values = torch.zeros(rows.shape[0], dtype=torch.float64)
         values[torch.from_numpy(inside)] = distances.cpu()
-        total += _relative(_by_unit(values, links.outputs, group))
-    return _relative(total)
+        total += relative(by_unit(values, links.outputs, group))
+    return relative(total)
 
 
 def lamp(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -158,13 +107,13 @@ def taylor(evidence: Evidence, group: PruningGroup) -> Scores:
     if not evidence.gradients:
         raise PolicyError("the criterion taylor needs gradients on labelled calibration images")
     total = np.zeros(group.size)
-    for links in evidence.uses(group, (*_PRODUCERS, "norm")):
+    for links in evidence.uses(group, (*PRODUCERS, "norm")):
         names = [links.layer.weight] + ([links.layer.bias] if links.layer.kind == "norm" and links.layer.bias else [])
         batches = [sum(parts) for parts in zip(*(evidence.gradients[name] for name in names), strict=True)]
         for products in batches:
             used = torch.as_tensor(products).double()[links.layer.start : links.layer.start + len(links.outputs)]
-            total += _by_unit(used, links.outputs, group) ** 2
-    return _relative(total)
+            total += by_unit(used, links.outputs, group) ** 2
+    return relative(total)
 
 
 def activation(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -177,8 +126,8 @@ def activation(evidence: Evidence, group: PruningGroup) -> Scores:
         assert links.inputs is not None
         moments = evidence.statistics[links.module]
         power = moments.gram.diagonal(dim1=1, dim2=2).sum(0).reshape(-1, moments.kernel).mean(1)  # (C/G,)
-        total += _relative(np.sqrt(_by_unit(power.double(), links.inputs, group)))
-    return _relative(total)
+        total += relative(np.sqrt(by_unit(power.double(), links.inputs, group)))
+    return relative(total)
 
 
 def obs(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -195,12 +144,12 @@ def obs(evidence: Evidence, group: PruningGroup) -> Scores:
     total = np.zeros(group.size)
     for links in consumers:
         assert links.inputs is not None
-        inside = np.flatnonzero(_inside(links.inputs, group))
+        inside = np.flatnonzero(is_inside(links.inputs, group))
         increase, power = _block_errors(evidence, links, inside)
         values = torch.zeros(len(links.inputs), dtype=torch.float64)
         values[torch.from_numpy(inside)] = increase / power
-        total += _by_unit(values, links.inputs, group)
-    return _relative(total)
+        total += by_unit(values, links.inputs, group)
+    return relative(total)
 
 
 def _block_errors(evidence: Evidence, links: Links, channels: np.ndarray) -> tuple[Tensor, float]:
@@ -222,6 +171,40 @@ def _block_errors(evidence: Evidence, links: Links, channels: np.ndarray) -> tup
     return (columns * solved).sum((0, 2, 3)).cpu(), power
 
 
+def hessian(evidence: Evidence, group: PruningGroup) -> Scores:
+    """Optimal brain damage with Fisher's diagonal for the Hessian: Σ (g·w)² over the weights that make the channel.
+
+    Source: LeCun et al., Optimal Brain Damage, NIPS 1989; Theis et al., Faster Gaze Prediction with Dense Networks and
+    Fisher Pruning, 2018.
+    """
+    if not evidence.fisher:
+        raise PolicyError("the criterion hessian needs gradients on labelled calibration images")
+    total = np.zeros(group.size)
+    for links in evidence.uses(group, (*PRODUCERS, "norm")):
+        names = [links.layer.weight] + ([links.layer.bias] if links.layer.kind == "norm" and links.layer.bias else [])
+        for name in names:
+            start = links.layer.start if name == links.layer.weight else links.layer.bias_start
+            used = evidence.fisher[name].double()[start : start + len(links.outputs)]
+            total += by_unit(used, links.outputs, group)
+    return relative(total)
+
+
+def hrank(evidence: Evidence, group: PruningGroup) -> Scores:
+    """Mean rank of the channel's feature map where it is consumed; `l2` where no consumer reads images.
+
+    Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
+    """
+    total = np.zeros(group.size)
+    read = False
+    for links in evidence.network.links:
+        ranks = evidence.ranks.get(links.module)
+        if ranks is not None and links.inputs is not None and len(ranks) == len(links.inputs):
+            inside = is_inside(links.inputs, group)
+            read |= bool(inside.any())
+            total += by_unit(torch.from_numpy(ranks), links.inputs, group)
+    return relative(total) if read else l2(evidence, group)
+
+
 def random(evidence: Evidence, group: PruningGroup) -> Scores:
     """Numbers drawn from the seed and the group's name: the control that every other criterion must beat."""
     rng = np.random.default_rng([evidence.seed, zlib.crc32(group.name.encode())])
@@ -237,23 +220,42 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": taylor,
     "activation": activation,
     "obs": obs,
+    "hessian": hessian,
+    "hrank": hrank,
     "random": random,
 }
-NEEDS_STATISTICS = frozenset({"activation", "obs"})
+NEEDS_STATISTICS = frozenset({"activation", "obs", "hrank"})
 NEEDS_GRADIENTS = frozenset({"taylor"})
+NEEDS_FISHER = frozenset({"hessian"})
+NEEDS_RANKS = frozenset({"hrank"})
+
+
+def criterion_of(name: str) -> Criterion:
+    """Returns the function behind a name of `CRITERIA`, or behind `package.module:function`.
+
+    Raises:
+        PolicyError: There is no such criterion.
+        InputError: A function of the user's own cannot be imported.
+    """
+    if ":" in name:
+        return own_criterion(name)
+    if name not in CRITERIA:
+        raise PolicyError(f"unknown criterion {name!r}{nearest(name, CRITERIA)}")
+    return CRITERIA[name]
 
 
 def score(evidence: Evidence, criteria: Iterable[str]) -> dict[str, dict[str, Scores]]:
     """Returns criterion → group → scores.
 
     Raises:
-        PolicyError: A criterion is unknown, needs what `evidence` lacks, or gives a score that is not finite.
+        PolicyError: A criterion is unknown, needs what `evidence` lacks, or gives scores that are not finite or not one
+            a channel.
+        InputError: A criterion of the user's own cannot be imported.
     """
     result: dict[str, dict[str, Scores]] = {}
     for name in criteria:
-        if name not in CRITERIA:
-            raise PolicyError(f"unknown criterion {name!r}{nearest(name, CRITERIA)}")
-        result[name] = {group.name: CRITERIA[name](evidence, group) for group in evidence.network.groups}
+        function = criterion_of(name)
+        result[name] = {group.name: function(evidence, group) for group in evidence.network.groups}
         for group, scores in result[name].items():
             if not np.isfinite(scores).all():
                 raise PolicyError(f"criterion {name!r} gives scores that are not finite for group {group!r}")
@@ -263,40 +265,3 @@ def score(evidence: Evidence, criteria: Iterable[str]) -> dict[str, dict[str, Sc
 def choose(scores: Scores, width: int) -> np.ndarray:
     """Returns the ascending positions of the `width` highest scores; of equal scores the first ones."""
     return np.sort(np.argsort(-scores, kind="stable")[:width])
-
-
-def gather_gradients(
-    network: Network,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    *,
-    device: torch.device | str = "cpu",
-) -> dict[str, tuple[Tensor, ...]]:
-    """Returns `weight * gradient` summed over each output channel's weights, for every producer and norm, one tensor
-    a batch.
-
-    Raises:
-        DataError: There is no batch.
-    """
-    dims = {links.layer.weight: links.layer.out_dim for links in network.links}
-    dims |= {links.layer.bias: 0 for links in network.links if links.layer.bias}
-    parameters = {name: network.model.get_parameter(name) for name in dims if name}
-    trainable = {name: p.requires_grad for name, p in parameters.items()}
-    found: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    try:
-        for p in parameters.values():
-            p.requires_grad_(True)
-        with evaluating(network.model), torch.enable_grad():
-            for x, y in batches:
-                value = loss(network.model(x.to(device)), y.to(device))
-                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-                for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
-                    dim = dims[name]
-                    product = (p.detach() * gradient) if gradient is not None else torch.zeros_like(p)
-                    found[name].append(product.movedim(dim, 0).reshape(p.shape[dim], -1).sum(1).cpu())
-    finally:
-        for name, p in parameters.items():
-            p.requires_grad_(trainable[name])
-    if not any(found.values()):
-        raise DataError("there are no labelled calibration images")
-    return {name: tuple(tensors) for name, tensors in found.items()}

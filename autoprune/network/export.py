@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +144,16 @@ def _count(path: Path, stored: int, model: nn.Module) -> None:
         raise AutopruneError(f"{path} holds {stored:,} parameters, the model {count_params(model):,}")
 
 
+def _count_zeros(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> None:
+    """Checks that each masked weight holds as many non-zeros as the model's document counts."""
+    for entry in document.get("sparsity", {}).values():
+        stored = int(torch.count_nonzero(model.get_parameter(entry["parameter"])))
+        if stored != entry["nonzero"]:
+            raise AutopruneError(
+                f"{entry['parameter']} in {folder} has {stored:,} non-zeros, its document says {entry['nonzero']:,}"
+            )
+
+
 FORMATS: dict[str, Callable[[Path, nn.Module, Tensor, Path], list[Path]]] = {
     "safetensors": export_safetensors,
     "pt2": export_pt2,
@@ -160,6 +171,7 @@ def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}{nearest(format, FORMATS)}")
-    model = load(folder, factory)
-    example = torch.zeros(2, *read_document(folder)["input_shape"])
+    model, document = load(folder, factory), read_document(folder)
+    _count_zeros(folder, model, document)
+    example = torch.zeros(2, *document["input_shape"])
     return FORMATS[format](folder, model, example, target)

@@ -163,7 +163,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     groups: list[PruningGroup] = []
     reasons: dict[int, str] = {}
     frozen: list[Frozen] = []
-    stages = _stages(record.layers)
+    stages = stages_of(record.layers)
     offset = 0
     for name, first, members in _buckets(record, producers):
         reason = broken.get(name)
@@ -276,8 +276,11 @@ def _first_producer(
     return seen
 
 
-def _stages(layers: Iterable[Layer]) -> dict[str, str]:
-    """Numbers the spatial resolutions in the order in which layers reach them; layers without space are the `head`."""
+def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
+    """Returns weight → stage.
+
+    Spatial resolutions are numbered in the order in which layers reach them; layers without space are the `head`.
+    """
     stages: dict[str, str] = {}
     resolutions: dict[tuple[int, ...], str] = {}
     for layer in layers:

@@ -50,6 +50,7 @@ def describe(network: Network, groups: Sequence[Group]) -> dict[str, Any]:
     narrowest = {group.name: group.widths[0] for group in groups}
     return {
         "schema": 1,
+        "pruning": network.pruning,
         "dense": dense,
         "narrowest": network.cost_model.costs(narrowest),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],

@@ -6,6 +6,7 @@ Decides names and layout in that file. A file that cannot be read is learnt anew
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from autoprune.errors import CheckpointError
 from autoprune.network.calibration import Moments
 from autoprune.network.checkpoints import read_metadata, read_state, save_state
 from autoprune.network.sequential import Targets
+from autoprune.network.tables import Tables
 from autoprune.network.workbench import Knowledge
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def write_knowledge(path: Path, knowledge: Knowledge) -> None:
@@ -33,12 +35,14 @@ def write_knowledge(path: Path, knowledge: Knowledge) -> None:
             tensors[f"score|{criterion}|{group}"] = torch.from_numpy(scores)
     for group, by_criterion in knowledge.tables.items():
         for criterion, curve in by_criterion.items():
-            tensors[f"table|{group}|{criterion}"] = torch.tensor(curve, dtype=torch.float64)
+            # A curve by width is stored as its widths and errors, one that has every width as errors alone.
+            numbers = [list(curve), list(curve.values())] if isinstance(curve, Mapping) else list(curve)
+            tensors[f"table|{group}|{criterion}"] = torch.tensor(numbers, dtype=torch.float64)
     if knowledge.targets is not None:
         tensors["images"] = knowledge.targets.images
         for name, rows in knowledge.targets.outputs.items():
             tensors[f"target|{name}"] = rows
-        about["|rows"] = [knowledge.targets.rows]
+        about["|rows"] = [knowledge.targets.rows, knowledge.targets.seed]
     save_state(tensors, path, {"schema": str(SCHEMA), "about": json.dumps(about)})
 
 
@@ -54,7 +58,7 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
         return None
     about = json.loads(metadata["about"])
     scores: dict[str, dict[str, np.ndarray]] = {}
-    tables: dict[str, dict[str, tuple[float, ...]]] = {}
+    tables: Tables = {}
     outputs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("|")
@@ -63,7 +67,7 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
             scores.setdefault(criterion, {})[group] = tensor.numpy()
         elif kind == "table":
             group, _, criterion = rest.rpartition("|")
-            tables.setdefault(group, {})[criterion] = tuple(tensor.tolist())
+            tables.setdefault(group, {})[criterion] = _curve(tensor)
         elif kind == "target":
             outputs[rest] = tensor.to(device)
     statistics = {
@@ -71,5 +75,12 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
         for name, values in about.items()
         if name != "|rows"
     }
-    targets = Targets(tensors["images"].to(device), outputs, about["|rows"][0]) if "images" in tensors else None
+    targets = Targets(tensors["images"].to(device), outputs, *about["|rows"]) if "images" in tensors else None
     return Knowledge(statistics, targets, scores, tables)
+
+
+def _curve(stored: Tensor) -> tuple[float, ...] | dict[int, float]:
+    if stored.ndim == 1:
+        return tuple(stored.tolist())
+    widths, errors = stored.tolist()
+    return {int(width): error for width, error in zip(widths, errors, strict=True)}

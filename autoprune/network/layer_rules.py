@@ -159,6 +159,7 @@ def _layer(
             normalised=tape.normalised,
             start=weight.start,
             bias_start=bias.start if bias is not None else 0,
+            norm=tape.norm,
         )
     )
 

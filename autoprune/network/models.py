@@ -36,6 +36,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU()
         self.stride = stride
         self.padding = planes - in_planes
         self.shortcut: nn.Module | None = None
@@ -46,14 +47,14 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, in_planes, H, W)` to `(N, planes, ceil(H / stride), ceil(W / stride))`."""
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.shortcut is not None:
             x = self.shortcut(x)
         elif self.stride != 1 or self.padding:
             before = self.padding // 2
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.padding - before))
-        return F.relu(out + x)
+        return cast(Tensor, self.relu(out + x))
 
 
 class CifarResNet(nn.Module):
@@ -68,6 +69,7 @@ class CifarResNet(nn.Module):
             raise InputError(f"shortcut must be 'A' or 'B', not {shortcut!r}")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(16, 16, blocks=blocks, stride=1, shortcut=shortcut)
         self.layer2 = _stage(16, 32, blocks=blocks, stride=2, shortcut=shortcut)
         self.layer3 = _stage(32, 64, blocks=blocks, stride=2, shortcut=shortcut)
@@ -78,7 +80,7 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(N, in_channels, H, W)` to logits `(N, num_classes)`."""
-        x = F.relu(self.bn1(self.conv1(x)))  # (N, 16, H, W)
+        x = self.relu(self.bn1(self.conv1(x)))  # (N, 16, H, W)
         x = self.layer3(self.layer2(self.layer1(x)))  # (N, 64, H/4, W/4)
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (N, 64)
         return cast(Tensor, self.linear(x))
@@ -231,7 +233,7 @@ def build_model(
     return model
 
 
-def import_factory(path: str) -> Callable[..., Any]:
+def import_factory(path: str, *, what: str = "factory") -> Callable[..., Any]:
     """Returns the function that `package.module:function` names; modules of the working directory are found too.
 
     Raises:
@@ -240,7 +242,7 @@ def import_factory(path: str) -> Callable[..., Any]:
     """
     module_name, colon, attribute = path.partition(":")
     if not (module_name and colon and attribute):
-        raise InputError(f"factory {path!r} must have the form package.module:function")
+        raise InputError(f"{what} {path!r} must have the form package.module:function")
     if os.getcwd() not in sys.path:  # an installed command starts without it; last, so that it shadows nothing
         sys.path.append(os.getcwd())
     try:
@@ -248,17 +250,17 @@ def import_factory(path: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise InputError(
-                f"factory {path!r}: there is no module {error.name!r} (working directory: {os.getcwd()})"
+                f"{what} {path!r}: there is no module {error.name!r} (working directory: {os.getcwd()})"
             ) from error
-        raise InputError(f"factory {path!r}: {module_name} needs the module {error.name!r}, not installed") from error
+        raise InputError(f"{what} {path!r}: {module_name} needs the module {error.name!r}, not installed") from error
     except (ImportError, SyntaxError) as error:
-        raise InputError(f"factory {path!r}: importing {module_name} fails: {error}") from error
+        raise InputError(f"{what} {path!r}: importing {module_name} fails: {error}") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
-        raise InputError(f"factory {path!r}: {module_name} has no {attribute!r}{nearest(attribute, public)}")
+        raise InputError(f"{what} {path!r}: {module_name} has no {attribute!r}{nearest(attribute, public)}")
     function = getattr(module, attribute)
     if not callable(function):
-        raise InputError(f"factory {path!r}: {attribute} is a {type(function).__name__} and cannot be called")
+        raise InputError(f"{what} {path!r}: {attribute} is a {type(function).__name__} and cannot be called")
     return cast(Callable[..., Any], function)
 
 

@@ -18,24 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoprune.budget import resolve_budget
-from autoprune.errors import DataError, InputError, nearest
+from autoprune.errors import InputError, nearest
+from autoprune.network.activations import activation_sites, choices_of
 from autoprune.network.attention import prunable
-from autoprune.network.calibration import gather
+from autoprune.network.blocks import with_removable
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
-from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
+from autoprune.network.evaluation import Loss, Precision, check_task, device_name, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.learning import learn, mean_loss
+from autoprune.network.mask_learning import learn_weights
+from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
-from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
-from autoprune.network.sequential import gather_targets
-from autoprune.network.tables import error_tables
+from autoprune.network.own_criteria import criteria_key
+from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
+from autoprune.network.regularisation import Regularisation, regulariser_of
+from autoprune.network.schedule import check_steps
 from autoprune.network.trace import Network, trace
-from autoprune.network.workbench import Knowledge, Workbench
-from autoprune.policy import Group, digest, feasible_widths
+from autoprune.network.workbench import Workbench
+from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
 from autoprune.space import Space
 
@@ -76,10 +79,15 @@ def recipe_of(space: Space) -> Recipe:
     """Returns the space's recipe section as the network's own type."""
     section = space.recipe.model_dump()
     distillation, baseline = section.pop("distillation"), section.pop("baseline")
+    schedule, regularisation = section.pop("schedule"), section.pop("regularisation")
+    if schedule:
+        schedule.pop("kind")
     return Recipe(
         **section,
         distillation=Distillation(**distillation) if distillation else None,
         baseline=Baseline(**baseline),
+        schedule=Iterative(**schedule) if schedule else None,
+        regularisation=Regularisation(**regularisation) if regularisation else None,
     )
 
 
@@ -149,8 +157,10 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
     if not ingredients.untrained:
         return
     model, splits = ingredients.model, ingredients.splits
-    recipe = replace(recipe_of(space), distillation=None)
-    settings = [ingredients.data_key, space.model.model_dump(mode="json"), asdict(recipe), space.seed]
+    recipe = replace(recipe_of(space), distillation=None, compensation=True, schedule=None, regularisation=None)
+    # What a schedule is plays no part here, and baselines from before there were any are found.
+    plain = {key: value for key, value in asdict(recipe).items() if key not in ("schedule", "regularisation")}
+    settings = [ingredients.data_key, space.model.model_dump(mode="json"), plain, space.seed]
     path = cache / f"baseline-{digest(settings)}.safetensors"
     if path.is_file():
         load_checkpoint(model, path)
@@ -213,13 +223,24 @@ def example_of(splits: Splits) -> Tensor:
     return torch.zeros(2, *splits.sample_shape)
 
 
-def trace_ingredients(ingredients: Ingredients) -> Network:
-    """Traces the dense model on the CPU.
+def trace_ingredients(ingredients: Ingredients, space: Space | None = None) -> Network:
+    """Traces the dense model on the CPU for the way of pruning of `space` (by default channels), and finds which groups
+    may be removed whole where the space lets them.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
+        InputError: Blocks may be removed and no searched group is one.
     """
-    return trace(ingredients.model, example_of(ingredients.splits))
+    example = example_of(ingredients.splits)
+    network = trace(ingredients.model, example, pruning=CHANNEL if space is None else space.pruning)
+    if space is None or not space.groups.blocks:
+        return network
+    names = [group.name for group in searchable_groups(network, space)]
+    network, reasons = with_removable(network, names)
+    if not network.removable:
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"groups.blocks: none of the {len(names)} groups can be removed whole; {name}: {reason}")
+    return network
 
 
 def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
@@ -246,13 +267,21 @@ def searchable_groups(network: Network, space: Space) -> tuple[Group, ...]:
         Group(
             group.name,
             group.size,
-            feasible_widths(
-                group.size, min_ratio=settings.min_ratio, max_ratio=settings.max_ratio, round_to=settings.round_to
-            ),
+            ((0,) if settings.blocks and group.name in network.removable else ()) + _widths(space, group.size),
             {"model": "model", "stage": group.stage, "layer": group.name}[scope],
         )
         for group in chosen
     )
+
+
+def _widths(space: Space, size: int) -> tuple[int, ...]:
+    settings = space.groups
+    low, high = settings.min_ratio, settings.max_ratio
+    if space.pruning == CHANNEL:
+        return feasible_widths(size, min_ratio=low, max_ratio=high, round_to=settings.round_to)
+    if space.pruning == SEMI_STRUCTURED:
+        return pair_widths(size, min_ratio=low, max_ratio=high)
+    return grid_widths(size, step=settings.step, min_ratio=low, max_ratio=high)
 
 
 def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Problem:
@@ -260,9 +289,15 @@ def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Probl
 
     Raises:
         BudgetError: No policy meets the budget.
+        InputError: An activation is to be replaced and the network has no module of that kind.
     """
     budget = resolve_budget(space.budget.limits, network.cost_model, groups, front=space.budget.front)
-    return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices))
+    activations = choices_of(network, space.activations.choices, _activation_scope(space))
+    return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices), activations)
+
+
+def _activation_scope(space: Space) -> str:
+    return space.activations.scope or space.criteria.scope
 
 
 def workbench_of(
@@ -277,16 +312,32 @@ def workbench_of(
     recipe = recipe_of(space)
     groups = searchable_groups(network, space)
     network.model.to(device)
-    key = digest(
-        [model_digest(network.model), ingredients.data_key, list(space.criteria.choices), space.seed, _KNOWLEDGE]
-    )
+    parts = [
+        model_digest(network.model),
+        ingredients.data_key,
+        criteria_key(space.criteria.choices),
+        space.seed,
+        _KNOWLEDGE,
+    ]
+    if network.masked:
+        parts.append([network.pruning, [[group.name, group.widths] for group in groups]])
+    key = digest(parts)
     path = cache / f"knowledge-{key}.safetensors"
     knowledge = read_knowledge(path, device=device)
     if knowledge is None:
-        note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
-        knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
+        choices, loss, calibration = space.criteria.choices, ingredients.loss, ingredients.splits.calibration
+        note(f"learning about {len(network.groups)} pruning groups on {len(calibration)} samples")
+        if network.masked:
+            batches = list(calibration.batches(64, device=device))
+            knowledge = learn_weights(network, batches, groups, criteria=choices, loss=mean_loss(loss), seed=space.seed)
+        else:
+            knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
-    if not recipe.compensation:
+    if recipe.schedule is not None:
+        check_steps(network)
+    if recipe.regularisation is not None:
+        regulariser_of(network, {}, recipe.regularisation)  # refused here rather than in the middle of a search
+    if recipe.compensation is not True:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
     training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
@@ -304,37 +355,13 @@ def workbench_of(
         models=models,
         loss=ingredients.loss,
         metric=ingredients.metric,
+        activations=activation_sites(network) if space.activations.choices else (),
+        activation_scope=_activation_scope(space),
     )
 
 
 _KNOWLEDGE = 1
-"""Version of what `learn` computes; a change makes cached files stale."""
-
-
-def learn(network: Network, ingredients: Ingredients, *, criteria: Sequence[str], device: str, seed: int) -> Knowledge:
-    """Gathers moments, targets, gradients, scores and error tables on the calibration images.
-
-    Raises:
-        DataError: There are no calibration images.
-        PolicyError: A criterion gives scores that are not finite.
-    """
-    calibration = ingredients.splits.calibration
-    loss = ingredients.loss
-
-    def mean_loss(output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target) if loss is None else loss(output, target)
-
-    batches = [x for x, _ in calibration.batches(64, device=device)]
-    if not batches:
-        raise DataError("there are no calibration images")
-    statistics = gather(network, batches, seed=seed, device=device)
-    gradients: dict[str, tuple[Tensor, ...]] = {}
-    if NEEDS_GRADIENTS & set(criteria):
-        gradients = gather_gradients(network, calibration.batches(64, device=device), mean_loss, device=device)
-    evidence = Evidence(network, statistics, gradients, seed)
-    scores = score(evidence, criteria)
-    targets = gather_targets(network, torch.cat(batches), seed=seed)
-    return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+"""Version of what `learn` and `learn_weights` compute; a change makes cached files stale."""
 
 
 def model_digest(model: nn.Module) -> str:

@@ -13,22 +13,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
+from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import (
-    CRITERIA,
+    NEEDS_FISHER,
     NEEDS_GRADIENTS,
+    NEEDS_RANKS,
     NEEDS_STATISTICS,
     Evidence,
     choose,
+    criterion_of,
+    gather_fisher,
     gather_gradients,
+    gather_ranks,
     score,
 )
 from autoprune.network.evaluation import logits_of
+from autoprune.network.groups import PruningGroup
+from autoprune.network.mask_repair import gather_evidence, repair_masked
+from autoprune.network.mask_scores import weight_criterion_of, weight_scores
+from autoprune.network.masks import keep, mask_weights, masked
 from autoprune.network.sequential import gather_targets, refit_sequentially
 from autoprune.network.surgery import cut
 from autoprune.network.trace import Network
-from autoprune.policy import Choice, Group, feasible_widths
+from autoprune.policy import SEMI_STRUCTURED, Choice, Group, feasible_widths
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 
@@ -42,62 +51,114 @@ def prune(
     round_to: int = 1,
     seed: int = 0,
 ) -> nn.Module:
-    """Returns a new, smaller module; the dense model is left as it is.
+    """Returns a new, smaller module (with masks: one with zeros); the dense model is left as it is.
 
     Args:
-        network: What `trace` returned.
-        ratios: The fraction of channels that every group loses, or a fraction for some groups by name (the others
-            stay whole).
-        criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA`.
+        network: What `trace` returned; `trace(..., pruning="unstructured")` or `"2:4"` for masks.
+        ratios: The fraction of channels (with masks: of weights; 2:4 takes 0.5 and 0) that every group loses, or a
+            fraction for some groups by name (the others stay whole). A fraction of 1 removes a group of channels whole,
+            where the network works without it.
+        criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA` or
+            `package.module:function`, see `autoprune.network.own_criteria`; with masks a name in
+            `autoprune.network.mask_scores.WEIGHT_CRITERIA`.
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
-            refitted and batch norm statistics are taken anew; without them the network is only cut. `activation` and
-            `obs` need inputs, `taylor` targets.
+            refitted and batch norm statistics are taken anew; without them the network is only cut. `activation`,
+            `obs` and `hrank` need inputs, `taylor` and `hessian` targets.
         round_to: Widths become multiples of this number.
         seed: For `random`, and for the patches that refits are solved on.
 
     Raises:
-        PolicyError: A ratio is outside [0, 1), a group or the criterion is unknown, or the criterion needs batches it
-            did not get.
+        PolicyError: A ratio is outside [0, 1], a group or the criterion is unknown, the network does not work without a
+            group that is to be removed whole, or the criterion needs batches that it did not get.
     """
     names = [group.name for group in network.groups]
     wanted = dict(ratios) if isinstance(ratios, Mapping) else dict.fromkeys(names, ratios)
     for name in wanted:
         if name not in names:
             raise PolicyError(f"no pruning group {name!r}{nearest(name, names)}")
-    if criterion not in CRITERIA:
-        raise PolicyError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
-    widths = {
-        group.name: Group(
-            group.name, group.size, feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
-        ).width(Choice(criterion, wanted.get(group.name, 0.0)).ratio)
-        for group in network.groups
-    }
+    if network.masked:
+        weight_criterion_of(criterion)
+    else:
+        criterion_of(criterion)
+    choices = {name: Choice(criterion, wanted.get(name, 0.0)) for name in names}
+    network = _without(network, [name for name in names if choices[name].ratio == 1.0])
+    widths = {group.name: _width(network, group, choices[group.name].ratio, round_to) for group in network.groups}
+    narrowed = {group.name: widths[group.name] for group in network.groups if widths[group.name] < group.size}
     batches = [] if calibration is None else list(calibration)
-    inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-    if criterion in NEEDS_STATISTICS and not inputs:
+    if criterion in NEEDS_STATISTICS and not batches:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
+    if network.masked:
+        return _masked(network, narrowed, criterion, batches=batches, seed=seed)
+    inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     statistics = gather(network, inputs, seed=seed) if inputs else {}
-    gradients = _gradients(network, batches) if criterion in NEEDS_GRADIENTS else {}
-    scores = score(Evidence(network, statistics, gradients, seed), [criterion])[criterion]
-    selection = {
-        group.name: choose(scores[group.name], widths[group.name])
-        for group in network.groups
-        if widths[group.name] < group.size
-    }
+    gradients = gather_gradients(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_GRADIENTS else {}
+    fisher = gather_fisher(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_FISHER else {}
+    ranks = gather_ranks(network, torch.cat(inputs)) if criterion in NEEDS_RANKS else {}
+    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
+    scores = score(evidence, [criterion])[criterion]
+    selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
         compensate(network, model, selection, statistics)
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
-        refit_sequentially(network, model, selection, targets, seed=seed)
+        refit_sequentially(network, model, selection, targets)
     return model
 
 
-def _gradients(network: Network, batches: list[Any]) -> dict[str, tuple[Tensor, ...]]:
+def _without(network: Network, names: list[str]) -> Network:
+    """Returns the network with the named groups marked as removable.
+
+    Raises:
+        PolicyError: The network does not work without one of them.
+    """
+    if not names:
+        return network
+    if network.masked:
+        raise PolicyError(f"masks keep at least one weight of {names[0]!r}: the ratio must be below 1, got 1")
+    network, reasons = with_removable(network, names)
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        raise PolicyError(f"group {name!r} cannot be removed whole: {reason}")
+    return network
+
+
+def _width(network: Network, group: PruningGroup, ratio: float, round_to: int) -> int:
+    if ratio == 1.0:
+        return 0
+    if not network.masked:
+        widths = feasible_widths(group.size, max_ratio=0.999999, round_to=round_to)
+        return Group(group.name, group.size, widths).width(ratio)
+    if round_to != 1:
+        raise PolicyError(f"round_to counts channels; masks have none, got {round_to}")
+    if network.pruning == SEMI_STRUCTURED and ratio not in (0.0, 0.5):
+        raise PolicyError(f"2:4 removes half of a weight or nothing: the ratio is 0.5 or 0, got {ratio} ({group.name})")
+    return max(1, round(group.size * (1.0 - ratio)))
+
+
+def _masked(network: Network, widths: Mapping[str, int], criterion: str, *, batches: list[Any], seed: int) -> nn.Module:
+    """Returns the copy with zeros, refitted and recalibrated where there are batches."""
+    pairs = [(batch, torch.empty(0)) if isinstance(batch, Tensor) else batch for batch in batches]
+    if criterion in NEEDS_GRADIENTS:
+        _pairs(batches, criterion)
+    evidence = Evidence(network, seed=seed)
+    if pairs:
+        evidence = gather_evidence(network, pairs, [criterion], loss=_loss, seed=seed)
+    scores = weight_scores(evidence, [criterion])[criterion]
+    weights = mask_weights(network)
+    selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}
+    model = masked(network, selection)
+    if selection and pairs:
+        targets = gather_targets(network, torch.cat([x for x, _ in pairs]), seed=seed)
+        repair_masked(network, model, selection, evidence.statistics, targets)
+    return model
+
+
+def _pairs(batches: list[Any], criterion: str) -> list[tuple[Tensor, Tensor]]:
     pairs = [batch for batch in batches if not isinstance(batch, Tensor)]
     if not pairs:
-        raise PolicyError("the criterion taylor needs calibration batches of (inputs, targets)")
+        raise PolicyError(f"the criterion {criterion} needs calibration batches of (inputs, targets)")
+    return pairs
 
-    def loss(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target)
 
-    return gather_gradients(network, pairs, loss)
+def _loss(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits_of(output).float(), target)

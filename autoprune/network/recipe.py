@@ -37,6 +37,7 @@ from autoprune.network.evaluation import (
     one_number,
     widened,
 )
+from autoprune.network.regularisation import Regularisation, Regulariser
 from autoprune.network.samples import Device, Split
 
 
@@ -69,10 +70,28 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class Iterative:
+    """Pruning in `steps` cuts instead of one; `share` of a rung's epochs is spent between the first and the last cut.
+
+    Source: Zhu & Gupta, To prune, or not to prune, 2017, with widths that fall linearly.
+    """
+
+    steps: int = 3
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise InputError(f"schedule.steps must be at least 2 (one cut is one_shot), got {self.steps}")
+        if not 0 < self.share < 1:
+            raise InputError(f"schedule.share must lie in (0, 1), got {self.share}")
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """The recipe section of a space file.
 
-    `warmup` is a fraction of the steps; `ridge` is relative to the mean of the Gram matrix's diagonal.
+    `warmup` is a fraction of the steps; `ridge` is relative to the mean of the Gram matrix's diagonal. `compensation`
+    is True, False or "merge". `schedule` None means one cut.
     """
 
     batch_size: int = 64
@@ -83,13 +102,25 @@ class Recipe:
     warmup: float = 0.1
     label_smoothing: float = 0.0
     distillation: Distillation | None = field(default_factory=Distillation)
-    compensation: bool = True
+    compensation: bool | str = True
     ridge: float = 1e-3
     recalibration_batches: int = 10
     precision: str = "auto"
     baseline: Baseline = field(default_factory=Baseline)
+    schedule: Iterative | None = None
+    regularisation: Regularisation | None = None
+
+    @property
+    def staged(self) -> bool:
+        """Whether a rung's epochs are spent in several stages."""
+        return self.schedule is not None or self.regularisation is not None
 
     def __post_init__(self) -> None:
+        if self.compensation not in (True, False, "merge"):
+            raise InputError(f"compensation is true, false or 'merge', got {self.compensation!r}")
+        shares = [part.share for part in (self.schedule, self.regularisation) if part is not None]
+        if sum(shares) >= 1:
+            raise InputError(f"schedule.share and regularisation.share leave no epochs for the rest: {shares}")
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.optimizer not in _OPTIMIZERS:
@@ -135,6 +166,23 @@ class History:
     val_accuracy: tuple[float, ...] = ()
     lr: tuple[float, ...] = ()
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The part of a training between two fractions of its steps; the learning rate is that of the whole training."""
+
+    start: float = 0.0
+    stop: float = 1.0
+    regulariser: Regulariser | None = None
+
+    def bounds(self, steps: int) -> tuple[int, int]:
+        """Returns the first step and the one after the last, out of `steps`; a stage has at least one step."""
+        first = min(round(self.start * steps), steps - 1)
+        return first, max(first + 1, round(self.stop * steps))
+
+
+_WHOLE = Stage()
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -195,6 +243,7 @@ def fine_tune(
     on_epoch: Callable[[Epoch], None] | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
+    stage: Stage = _WHOLE,
 ) -> History:
     """Trains `model` in place by the recipe, and returns what happened. The same seed gives the same weights on a CPU.
 
@@ -215,6 +264,7 @@ def fine_tune(
             in float32. Where it is given, distillation is the mean squared error to the teacher's output, and
             gradients are clipped, so that the recipe's rate suits a loss of any scale.
         metric: Own metric for `val`, the mean over a batch, higher is better; None: top-1 accuracy.
+        stage: The part of the `epochs` that is run here, and what it does to the weights.
 
     Raises:
         InputError: The samples have no classes and `loss` (or, with `val`, `metric`) is missing, or one of them does
@@ -235,19 +285,21 @@ def fine_tune(
     batch_size = min(recipe.batch_size, len(train))
     steps_an_epoch = len(train) // batch_size
     steps = max(1, round(epochs * steps_an_epoch))
-    total_epochs = math.ceil(steps / steps_an_epoch)
+    step, end = stage.bounds(steps)
+    begin, regulariser = step, stage.regulariser
+    total_epochs = math.ceil((end - begin) / steps_an_epoch)
     order = Generator().manual_seed(seed)
     model.to(device)
     precision.arrange_model(model)
     optimizer = _OPTIMIZERS[recipe.optimizer](model, recipe, peak)
     trained = [p for p in model.parameters() if p.requires_grad]
+    smoothing = recipe.label_smoothing
     distillation = recipe.distillation if teacher is not None else None
     taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
     losses: list[float] = []
     accuracies: list[float] = []
     rates: list[float] = []
     start = time.perf_counter()
-    step = 0
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), taught_mode:
         torch.manual_seed(seed)  # dropout
@@ -257,28 +309,31 @@ def fine_tune(
             total = torch.zeros((), device=device)  # summed on the device, read once an epoch
             with mode(model, training=True):
                 for x, y in train.batches(batch_size, shuffle=order, augment=True, device=device):
-                    if step == steps or step - first == steps_an_epoch:  # the rest is smaller than a batch
+                    if step == end or step - first == steps_an_epoch:  # the rest is smaller than a batch
                         break
                     x = precision.arrange(x)  # (n, C, H, W)
                     for group in optimizer.param_groups:
                         group["lr"] = peak * _rate(step, steps=steps, warmup=recipe.warmup)
-                    with autocast(device, precision.autocast_dtype):
-                        output = model(x)
-                    if loss is not None:
-                        output = widened(output)
-                        value = one_number(loss(output, y), "loss")
-                    else:  # logits (n, classes)
-                        value = F.cross_entropy(logits_of(output).float(), y, label_smoothing=recipe.label_smoothing)
-                    if distillation is not None and teacher is not None:
-                        with torch.no_grad(), autocast(device, precision.autocast_dtype):
-                            taught = teacher(x)
-                        soft = _taught(output, taught, distillation, own_loss=loss is not None)
-                        value = distillation.weight * soft + (1 - distillation.weight) * value
                     optimizer.zero_grad(set_to_none=True)
-                    torch.autograd.backward(value)
+                    with nullcontext() if regulariser is None else regulariser.hiding():
+                        with autocast(device, precision.autocast_dtype):
+                            output = model(x)
+                        if loss is not None:
+                            output = widened(output)
+                            value = one_number(loss(output, y), "loss")
+                        else:  # logits (n, classes)
+                            value = F.cross_entropy(logits_of(output).float(), y, label_smoothing=smoothing)
+                        if distillation is not None and teacher is not None:
+                            with torch.no_grad(), autocast(device, precision.autocast_dtype):
+                                taught = teacher(x)
+                            soft = _taught(output, taught, distillation, own_loss=loss is not None)
+                            value = distillation.weight * soft + (1 - distillation.weight) * value
+                        torch.autograd.backward(value)
                     if loss is not None:
                         nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)
                     optimizer.step()
+                    if regulariser is not None:
+                        regulariser.shrink((step - begin + 1) / (end - begin), end - begin)
                     total += value.detach()
                     step += 1
             mean = float(total) / (step - first)

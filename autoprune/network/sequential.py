@@ -15,7 +15,7 @@ Source: the asymmetric reconstruction of Zhang et al., Accelerating Very Deep Co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from autoprune.network.calibration import MAX_ENTRIES, sample_patches
+from autoprune.network.emptied import emptied, set_constant
 from autoprune.network.groups import Links
+from autoprune.network.mask_compensation import masked_solve
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network, evaluating
 
@@ -37,16 +39,22 @@ IMAGE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them."""
+    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them.
+
+    `seed` drew the positions; a refit draws the same ones.
+    """
 
     images: Tensor
     outputs: dict[str, Tensor]
     rows: int
+    seed: int = 0
 
 
 def refittable_layers(network: Network) -> dict[str, Links]:
     """Returns every layer, by module path, that mixes channels and whose weight is used once by a module of its own."""
     modules = dict(network.model.named_modules())
+    # A depthwise layer mixes the positions of its kernel, which single weights can be masked of.
+    kinds = ("conv", "linear") if not network.masked else ("conv", "linear", "depthwise")
     uses: dict[str, int] = {}
     for links in network.links:
         uses[links.layer.weight] = uses.get(links.layer.weight, 0) + 1
@@ -54,7 +62,7 @@ def refittable_layers(network: Network) -> dict[str, Links]:
     for links in network.links:
         module = modules.get(links.module)
         plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if plain and links.layer.kind in ("conv", "linear") and uses[links.layer.weight] == 1:
+        if plain and links.layer.kind in kinds and uses[links.layer.weight] == 1:
             weight = network.model.get_parameter(links.layer.weight)
             if weight[0].numel() <= MAX_ENTRIES:
                 found[links.module] = links
@@ -91,11 +99,17 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     finally:
         for handle in handles:
             handle.remove()
-    return Targets(images, found, rows)
+    return Targets(images, found, rows, seed)
 
 
 def refit_sequentially(
-    network: Network, model: nn.Module, selection: Selection, targets: Targets, *, ridge: float = 1e-3, seed: int = 0
+    network: Network,
+    model: nn.Module,
+    selection: Selection,
+    targets: Targets,
+    *,
+    ridge: float = 1e-3,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
 
@@ -103,9 +117,9 @@ def refit_sequentially(
         network: The traced dense network that `model` was cut from.
         model: The pruned network; its weights are the starting point that the ridge pulls towards.
         selection: The channels that stayed.
-        targets: What `gather_targets` found, with the same `seed`.
+        targets: What `gather_targets` found.
         ridge: λ relative to the mean of the diagonal of `X' X'ᵀ`.
-        seed: Draws the positions.
+        masks: Parameter → boolean tensor of its shape; what is false in it is zero and stays so.
     """
     kept = unit_mask(network, selection)
     layers = refittable_layers(network)
@@ -116,9 +130,8 @@ def refit_sequentially(
     def hook(path: str) -> RemovableHandle:
         def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             links = layers[path]
-            patches = sample_patches(module, args[0], targets.rows, _generator(seed))
-            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(patches.device)
             wanted = targets.outputs[path]  # (G, rows, N/G)
+            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
             per_group = wanted.shape[2]
             if len(index) < per_group * wanted.shape[0]:
                 # Groups of a convolution shrink alike, so the first group's positions serve all.
@@ -129,7 +142,13 @@ def refit_sequentially(
             if scale is not None:  # the queries of an attention are wanted in the scale of their new width
                 wanted = wanted * scale.to(wanted)
                 bias = None if bias is None else bias * scale.to(bias)
-            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge)
+            if emptied(module):
+                if bias is not None:
+                    set_constant(module, bias + wanted.mean(1).reshape(-1))
+                return
+            patches = sample_patches(module, args[0], targets.rows, _generator(targets.seed))
+            mask = masks.get(links.layer.weight) if masks is not None else None
+            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge, mask=mask)
 
         handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)
         return handle
@@ -143,7 +162,14 @@ def refit_sequentially(
 
 
 def _solve(
-    module: nn.Module, patches: Tensor, wanted: Tensor, *, bias: Tensor | None, normalised: bool, ridge: float
+    module: nn.Module,
+    patches: Tensor,
+    wanted: Tensor,
+    *,
+    bias: Tensor | None,
+    normalised: bool,
+    ridge: float,
+    mask: Tensor | None = None,
 ) -> None:
     """Sets weight and bias of one layer from its actual input `(G, rows, s)` and wanted output `(G, rows, n)`."""
     groups, rows, s = patches.shape
@@ -157,10 +183,17 @@ def _solve(
     weight = module.get_parameter("weight")
     start = weight.detach().reshape(groups, -1, s).transpose(1, 2).double()  # (G, s, n)
     gram.diagonal(dim1=1, dim2=2).add_(strength.view(-1, 1))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool(failed.any()) or not bool(torch.isfinite(cross).all()):
+    right = cross + strength * start
+    if not bool(torch.isfinite(right).all()):
         return  # degenerate inputs (a dead layer): the weight that it came with is kept
-    solved = torch.cholesky_solve(cross + strength * start, factor)
+    if mask is not None:
+        support = mask.to(right.device).reshape(groups, -1, s).transpose(1, 2)  # (G, s, n)
+        solved = masked_solve(gram, right, support, start)
+    else:
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed.any()):
+            return
+        solved = torch.cholesky_solve(right, factor)
     with torch.no_grad():
         weight.copy_(solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype))
         if bias is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,21 +17,24 @@ from torch import Tensor, nn
 
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.attention import refresh_multihead
-from autoprune.network.groups import stays
+from autoprune.network.emptied import settle
+from autoprune.network.groups import module_of, stays
 from autoprune.network.labels import Labels
 from autoprune.network.literals import set_attributes
 from autoprune.network.recurrent import refresh_recurrent
 from autoprune.network.trace import Network
 
 Selection = Mapping[str, Labels]
-"""Group → ascending positions (0 .. size-1) of the channels that stay. Groups that are left out stay whole."""
+"""Group → ascending positions (0 .. size-1) of the channels that stay, none of them only in a group that is removable.
+Groups that are left out stay whole.
+"""
 
 
 def unit_mask(network: Network, selection: Selection) -> np.ndarray:
     """Returns a `(units,)` boolean array: which channels of the whole network stay.
 
     Raises:
-        PolicyError: There is no such group, or it keeps no channel, or one that it does not have.
+        PolicyError: There is no such group, or it keeps no channel and is not removable, or one that it does not have.
     """
     names = [group.name for group in network.groups]
     for name in selection:
@@ -41,17 +45,19 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
         chosen = selection.get(group.name)
         if chosen is None:
             continue
-        if len(chosen) == 0:
+        if len(chosen) == 0 and group.name not in network.removable:
             raise PolicyError(f"group {group.name!r} would keep no channel")
-        if chosen.min() < 0 or chosen.max() >= group.size:
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= group.size):
             raise PolicyError(f"group {group.name!r} has channels 0 to {group.size - 1}")
         kept[group.offset : group.offset + group.size] = False
-        kept[group.offset + np.asarray(chosen)] = True
+        kept[group.offset + np.asarray(chosen, dtype=np.int64)] = True
     return kept
 
 
 def kept_indices(units: Labels, kept: np.ndarray) -> Labels:
     """Returns the indices of one parameter dimension that stay; `units` is its row of the index map."""
+    if len(kept) == 0:
+        return np.flatnonzero(~(units >= 0).reshape(len(units), -1).any(1))  # every group went whole in an earlier cut
     return np.flatnonzero(stays(units, kept))
 
 
@@ -76,7 +82,7 @@ def cut(network: Network, selection: Selection) -> nn.Module:
         smaller[name] = tensor * factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
     model = rebuild(network, smaller)
     set_attributes(model, attribute_values(network, kept))
-    return model
+    return settle(model, uniform_norms(network, kept))
 
 
 def row_factors(network: Network, kept: np.ndarray) -> dict[str, Tensor]:
@@ -166,6 +172,15 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
         module.num_parameters = module.weight.shape[0]
 
 
+def uniform_norms(network: Network, kept: np.ndarray) -> dict[str, str]:
+    """Returns layers of which no input stays → the batch norms behind them, which read a constant; both by path."""
+    return {
+        links.module: module_of(links.layer.norm)
+        for links in network.links
+        if links.layer.norm is not None and links.inputs is not None and not len(kept_indices(links.inputs, kept))
+    }
+
+
 def masked_twin(network: Network, selection: Selection) -> nn.Module:
     """Returns a copy of the dense model in which every layer ignores the channels that `selection` leaves out.
 
@@ -173,25 +188,58 @@ def masked_twin(network: Network, selection: Selection) -> nn.Module:
     activations sums over (dimensions of queries and keys) have no such weights: those that make them are zero. A
     surgically pruned network must give the same output.
     """
-    kept = unit_mask(network, selection)
     twin = copy.deepcopy(network.model)
+    _silence(network, twin, selection)
+    return twin
+
+
+@contextmanager
+def ignoring(network: Network, twin: nn.Module, selection: Selection) -> Iterator[None]:
+    """Makes a copy of the dense model a masked twin, and what it was again afterwards: no copy for each of many
+    selections.
+    """
+    before = _silence(network, twin, selection)
+    try:
+        yield
+    finally:
+        state = _state(twin)
+        with torch.no_grad():
+            for name, weight in before.items():
+                state[name].copy_(weight)
+
+
+def _silence(network: Network, twin: nn.Module, selection: Selection) -> dict[str, Tensor]:
+    """Zeroes the weights that consume what `selection` leaves out, in place; returns what they were, by name."""
+    kept = unit_mask(network, selection)
     state = _state(twin)
+    before: dict[str, Tensor] = {}
+
+    def zero(name: str, dim: int, gone: np.ndarray, start: int = 0) -> None:
+        if gone.any():
+            before.setdefault(name, state[name].detach().clone())
+            index = torch.from_numpy(start + np.flatnonzero(gone)).to(state[name].device)
+            with torch.no_grad():
+                state[name].index_fill_(dim, index, 0.0)
+
     summed = np.zeros(len(kept), dtype=bool)
     for labels in network.record.contracted:
         units = network.units_of(labels)
         summed[units[units >= 0]] = True
     for links in network.links:
         layer = links.layer
-        weight = state[layer.weight]
-        if layer.out_dim == 0:  # the rows that this layer uses
-            weight = weight[layer.start : layer.start + len(links.outputs)]
         if links.inputs is not None and layer.in_dim is not None:
-            _zero(weight, layer.in_dim, ~stays(links.inputs, kept))
+            gone = ~stays(links.inputs, kept)
+            if layer.out_dim == 0 and len(links.outputs) < len(state[layer.weight]):
+                # One of several layers that share a packed weight: its rows alone.
+                before.setdefault(layer.weight, state[layer.weight].detach().clone())
+                _zero(state[layer.weight][layer.start : layer.start + len(links.outputs)], layer.in_dim, gone)
+            else:
+                zero(layer.weight, layer.in_dim, gone)
         gone = ~stays(links.outputs, kept | ~summed)
-        _zero(weight, layer.out_dim, gone)
+        zero(layer.weight, layer.out_dim, gone, layer.start if layer.out_dim == 0 else 0)
         if layer.bias is not None:
-            _zero(state[layer.bias][layer.bias_start : layer.bias_start + len(gone)], 0, gone)
-    return twin
+            zero(layer.bias, 0, gone, layer.bias_start)
+    return before
 
 
 def _zero(tensor: Tensor, dim: int, gone: np.ndarray) -> None:

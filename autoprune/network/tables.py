@@ -16,8 +16,9 @@ from autoprune.network.compensation import entries_of, layer_moments
 from autoprune.network.criteria import Evidence, Scores
 from autoprune.network.groups import Links, PruningGroup, positions_in
 
-Tables = dict[str, dict[str, tuple[float, ...]]]
-"""Group → criterion → relative error at each width from 0 to the group's size; falls with width, 0 at full width."""
+Tables = dict[str, dict[str, tuple[float, ...] | dict[int, float]]]
+"""Group → criterion → relative error at each width from 0 to the group's size (of single weights: by width, at those
+that the group may take); falls with width, 0 at full width."""
 
 
 def error_tables(evidence: Evidence, scores: Mapping[str, Mapping[str, Scores]]) -> Tables:

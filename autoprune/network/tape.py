@@ -50,6 +50,8 @@ class Layer:
     """First entry of the bias that is used."""
     normalised: bool = False
     """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
+    norm: str | None = None
+    """Name of that batch norm's weight, where a single one follows and has a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Tape:
     literals: list[Size] = field(default_factory=list)
     stored: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
     """Labels that each parameter got, by its name: a computed weight is known by those that it still carries."""
+    norm: str | None = None
+    """Name of the weight of the only batch norm that reads it."""
 
     def fixed(self, size: int, reason: str) -> Labels:
         """Returns labels that are frozen from the start."""

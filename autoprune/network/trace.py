@@ -39,6 +39,7 @@ from autoprune.network.literals import Attribute, following, inferred_axis, widt
 from autoprune.network.queries import query_rows
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
+from autoprune.policy import CHANNEL
 
 _ALIASES = frozenset(
     [
@@ -86,6 +87,15 @@ class Network:
     assembly: Assembly
     broken: dict[str, str]
     notes: tuple[str, ...] = ()
+    removable: frozenset[str] = frozenset()
+    """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
+    pruning: str = CHANNEL
+    """What a group is: `channel`, or a weight whose elements are masked (`unstructured`, `2:4`)."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether single weights are masked, instead of channels removed."""
+        return self.pruning != CHANNEL
 
     @property
     def groups(self) -> tuple[PruningGroup, ...]:
@@ -135,19 +145,26 @@ class Network:
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""
         broken = self.broken | reasons
-        return replace(self, broken=broken, assembly=assemble(self.record, broken))
+        return replace(
+            self, broken=broken, assembly=assemble(self.record, broken), removable=self.removable - reasons.keys()
+        )
 
 
-def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True) -> Network:
+def trace(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify: bool = True, pruning: str = CHANNEL
+) -> Network:
     """Finds what can be pruned in `model`, and what every choice costs.
 
     Args:
         model: Any module that `torch.export` accepts. It is not changed.
         example_inputs: One tensor `(B, ...)`, or the tuple of positional inputs. Their values do not matter.
         verify: Prune each group on a copy, run it, and compare it with its masked twin; a group that fails is frozen.
+            Masks change no shape and need none of that.
+        pruning: What is pruned: `channel`, or single weights: `unstructured`, `2:4`.
 
     Raises:
         TraceError: The model cannot be exported (the message names the operator), or nothing in it can be pruned.
+        InputError: `pruning` is unknown.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
@@ -158,7 +175,12 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
         record, unknown = _run(program, model, inputs[0].shape[0])
     record, assembly, uncounted = _with_uncounted(record, model, inputs)
     network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
-    if verify and network.groups:
+    if pruning != CHANNEL:
+        from autoprune.network.masks import mask_assembly
+
+        assembly = mask_assembly(record, assembly.cost_model.dense(), pruning)
+        network = replace(network, assembly=assembly, pruning=pruning, notes=tuple(uncounted))
+    elif verify and network.groups:
         from autoprune.network.verify import verified
 
         network = verified(network)
@@ -257,6 +279,7 @@ def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) ->
                 tied[id(tensor)] = env[node]
         elif node.op == "call_function":
             _prepare(tape, node, widths, named)
+            tape.norm = _norm_behind(node, named)
             env[node] = _call(tape, node, env)
             tape.literals += written_sizes(node, operator_name(node.target), _module(node), env[node])
         elif node.op == "get_attr":
@@ -393,6 +416,15 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.freeze_all(list(kwargs.values()), reason)
     values = tuple(Value(shape, (None,) * len(shape)) for shape in tape.shapes)
     return values if isinstance(result, (tuple, list)) else values[0]
+
+
+def _norm_behind(node: torch.fx.Node, named: dict[str, str]) -> str | None:
+    """Returns the name of the weight of the batch norm that alone reads a node's result, where it has one."""
+    users = list(node.users)
+    if len(users) != 1 or operator_name(users[0].target) != "batch_norm":
+        return None
+    weight = users[0].args[1] if len(users[0].args) > 1 else None
+    return named.get(weight.name) if isinstance(weight, torch.fx.Node) else None
 
 
 def _module(node: torch.fx.Node) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,7 @@ def verified(network: Network) -> Network:
     exact = [group.name for group in network.groups if not group.approximate]
     for names in (exact, [group.name for group in network.groups]):
         left = {group.name for group in network.groups}
-        reasons = _search(network, [name for name in names if name in left], shapes)
+        reasons = bisected(_checked(network, shapes), [name for name in names if name in left])
         if reasons:
             network, shapes = network.freeze(reasons), shapes.freeze(reasons)
     return network
@@ -50,22 +50,30 @@ def on_meta(network: Network) -> Network:
     return replace(network, model=copy.deepcopy(network.model, memo))
 
 
-def _search(network: Network, names: list[str], shapes: Network) -> dict[str, str]:
-    fault = check(network, names, shapes) if names else None
+def _checked(network: Network, shapes: Network) -> Callable[[list[str]], str | None]:
+    return lambda names: check(network, names, shapes)
+
+
+def bisected(tried: Callable[[list[str]], str | None], names: list[str]) -> dict[str, str]:
+    """Returns the names that cannot be `tried` together with the others, with what is then wrong.
+
+    All are tried together first; only where that fails they are divided until the guilty ones are found.
+    """
+    fault = tried(names) if names else None
     if fault is None:
         return {}
     if len(names) == 1:
         return {names[0]: fault}
     found: dict[str, str] = {}
     for part in _parts(names):
-        found |= _search(network, part, shapes)
+        found |= bisected(tried, part)
     left = [name for name in names if name not in found]
-    if not left or check(network, left, shapes) is None:
+    if not left or tried(left) is None:
         return found
     # Each part is sound and all together are not: add one at a time and freeze those that do not get along.
     good: list[str] = []
     for name in left:
-        fault = check(network, [*good, name], shapes)
+        fault = tried([*good, name])
         if fault is None:
             good.append(name)
         else:
@@ -97,12 +105,16 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
 
 
 def check(network: Network, names: list[str], shapes: Network | None = None) -> str | None:
-    """Prunes the named groups on a copy; returns what is wrong, or None where all is well.
+    """Halves the named groups on a copy; returns what is wrong, or None where all is well.
 
     `shapes` is what `on_meta` returns, where it is at hand.
     """
-    selection = halved(network, names)
-    inputs = _informative(network.example_inputs)
+    return faults(network, halved(network, names), shapes)
+
+
+def faults(network: Network, selection: Selection, shapes: Network | None = None) -> str | None:
+    """Prunes a copy to `selection`; returns what is wrong, or None where all is well. See `check` for `shapes`."""
+    inputs = informative(network.example_inputs)
     try:
         counted = count_macs(cut(shapes or on_meta(network), selection), network.example_inputs)
         pruned = cut(network, selection)
@@ -111,7 +123,8 @@ def check(network: Network, names: list[str], shapes: Network | None = None) -> 
     except Exception as error:  # whatever the model's own code raises on unexpected widths
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         return f"the pruned network does not run: {type(error).__name__}: {line}"
-    if not any(group.approximate for group in network.groups if group.name in names):
+    # A group that is gone as a whole has nothing left that its norm could shift.
+    if not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups):
         twin = masked_twin(network, selection)
         with evaluating(twin), torch.no_grad():
             expected = twin(*inputs)
@@ -125,7 +138,7 @@ def check(network: Network, names: list[str], shapes: Network | None = None) -> 
     return None
 
 
-def _informative(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def informative(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Returns `inputs` with random numbers in place of constant ones: zeros would hide any fault of a network that has
     no biases.
     """

@@ -6,6 +6,8 @@ evaluation. It is a plain value that travels to worker processes, and knows neit
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import TrialError
+from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
-from autoprune.network.calibration import Statistics
+from autoprune.network.calibration import Statistics, gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
 from autoprune.network.evaluation import Loss, Precision, Score, evaluate, measure_latency, recalibrate
-from autoprune.network.recipe import History, Recipe, fine_tune
-from autoprune.network.sequential import Targets, refit_sequentially
+from autoprune.network.mask_repair import repair_masked
+from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
+from autoprune.network.merging import merge
+from autoprune.network.recipe import History, Recipe, Stage, fine_tune
+from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
+from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.tables import Tables
 from autoprune.network.trace import Network
@@ -35,6 +42,9 @@ from autoprune.results import Fidelity, TrialResult
 
 _CURVE_EPOCHS = 2
 """Fine-tuning of at least so many epochs records the validation accuracy after each of them."""
+_LISTED = 100_000
+_SAMPLED = 8192
+"""More than any layer has channels: only groups of single weights are sampled."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Workbench:
     models: Path | None = None
     loss: Loss | None = None
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
+    activations: tuple[Site, ...] = ()
+    activation_scope: str = "model"
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -77,17 +89,34 @@ class Workbench:
             PolicyError: The policy does not fit the groups.
         """
         widths = policy.widths(self.groups)
-        return {
-            group.name: choose(
-                self.knowledge.scores[policy.choices[group.name].criterion][group.name], widths[group.name]
-            )
-            for group in self.groups
-            if widths[group.name] < group.size
-        }
+        narrowed = [group.name for group in self.groups if widths[group.name] < group.size]
+        scores = {name: self.knowledge.scores[policy.choices[name].criterion][name] for name in narrowed}
+        if self.network.masked:
+            weights, pattern = mask_weights(self.network), self.network.pruning
+            return {name: keep(weights[name], scores[name], widths[name], pattern) for name in narrowed}
+        return {name: choose(scores[name], widths[name]) for name in narrowed}
 
     def identity(self, policy: Policy) -> str:
-        """Returns the same text for policies that keep the same channels, whatever criteria chose them."""
-        return _identity(self.selection(policy))
+        """Returns the same text for policies that keep the same channels, whatever criteria chose them, and the same
+        activations.
+
+        In stages the criteria also decide what goes first and what a trained network keeps, so there they count.
+        """
+        return self._identity(policy, self.selection(policy))
+
+    def replaced(self, policy: Policy) -> dict[str, str]:
+        """Returns path → new kind for every activation module that `policy` replaces."""
+        return replacements(self.activations, self.activation_scope, policy.activations)
+
+    def ranking(self) -> dict[str, dict[str, list[float]]]:
+        """Returns criterion → group → scores as plain numbers, for global rankings.
+
+        Of a group of many single weights there is an even sample of the sorted scores.
+        """
+        return {
+            criterion: {group: _sample(scores).tolist() for group, scores in by_group.items()}
+            for criterion, by_group in self.knowledge.scores.items()
+        }
 
     def evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         """Prunes, repairs, fine-tunes and scores one policy.
@@ -109,17 +138,28 @@ class Workbench:
         return metrics | self._latency(self.network.model)
 
     def repair(self, selection: Selection) -> nn.Module:
-        """Returns the pruned network after surgery, compensation and recalibration."""
-        return self._repaired(cut(self.network, selection), selection)
+        """Returns the pruned network after surgery (or masking), compensation and recalibration."""
+        return self._repaired(self._pruned(selection), selection)
 
     # --- the steps of a trial ---
+
+    def _learnt(self, network: Network) -> Knowledge:
+        """Gathers what compensation needs to know about a network that a schedule has trained."""
+        if self.recipe.compensation is not True:
+            return Knowledge()
+        inputs = [x for x, _ in self.splits.calibration.batches(64, device=self.device)]
+        statistics = gather(network, inputs, seed=self.seed, device=self.device)
+        return Knowledge(statistics, gather_targets(network, torch.cat(inputs), seed=self.seed))
 
     def _evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         clock = _Clock()
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
+        if self.recipe.staged and fidelity.epochs > 0:
+            return self._result(policy, fidelity, self._staged(policy, fidelity, clock), clock)
         with clock("surgery"):
-            model = cut(self.network, selection).to(self.device)
+            model = self._pruned(selection).to(self.device)
+            replace_activations(model, self.replaced(policy))
         if fidelity.epochs > 0:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
@@ -130,7 +170,7 @@ class Workbench:
         metrics |= repaired
         curves: dict[str, tuple[float, ...]] = {}
         if fidelity.epochs > 0:
-            model, tuned, curves = self._tuned(model, fidelity, clock)
+            model, tuned, curves = self._tuned(model, selection, fidelity, clock)
             metrics |= tuned
         else:
             metrics |= {
@@ -139,6 +179,11 @@ class Workbench:
             }
             if fidelity.test:
                 metrics |= self._scored("test", model, None)
+        return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
+
+    def _result(self, policy: Policy, fidelity: Fidelity, found: _Found, clock: _Clock) -> TrialResult:
+        """Measures the finished model, keeps it where models are kept, and says what was found."""
+        model, selection, metrics, curves = found
         if not np.isfinite(metrics["val_accuracy"]):
             raise TrialError(f"the validation accuracy is {metrics['val_accuracy']}")
         if fidelity.epochs > 0 or fidelity.test:
@@ -147,7 +192,7 @@ class Workbench:
         widths = policy.widths(self.groups)
         result = TrialResult(
             policy=policy,
-            identity=_identity(selection),
+            identity=self.identity(policy),
             fidelity=fidelity,
             widths=widths,
             costs=self.network.cost_model.costs(widths),
@@ -160,20 +205,86 @@ class Workbench:
         if self.models is None or fidelity.epochs <= 0:
             return result
         folder = self.models / f"{fidelity.rung}-{result.identity}"
-        document = model_document(self.network, policy, selection, result.to_json(), self.origin)
+        document = model_document(self.network, policy, selection, result.to_json(), self.origin, model=model) | {
+            "activations": self.replaced(policy)
+        }
         save_model(folder, model, document)
         return replace(result, model_path=str(folder))
 
-    def _repaired(self, model: nn.Module, selection: Selection) -> nn.Module:
-        recipe, knowledge = self.recipe, self.knowledge
-        if recipe.compensation and selection and knowledge.statistics:
+    def _pruned(self, selection: Selection) -> nn.Module:
+        return masked(self.network, selection) if self.network.masked else cut(self.network, selection)
+
+    def _identity(self, policy: Policy, selection: Selection) -> str:
+        kept: dict[str, Any]
+        if self.network.masked and sum(map(len, selection.values())) > _LISTED:  # listing millions takes seconds
+            kept = {name: hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest() for name, kept in selection.items()}
+        else:
+            kept = {name: kept.tolist() for name, kept in selection.items()}
+        if self.recipe.staged:
+            kept = {name: [policy.choices[name].criterion, channels] for name, channels in kept.items()}
+        replaced = self.replaced(policy)
+        return digest([kept, replaced] if replaced else kept)
+
+    def _staged(self, policy: Policy, fidelity: Fidelity, clock: _Clock) -> _Found:
+        """Runs the recipe's schedule once a seed; returns what `_tuned` does, and the channels of the first seed."""
+        choices, scores = policy.choices, self.knowledge.scores
+        names = [group.name for group in self.groups]
+        ranking = Ranking(
+            criteria={name: choices[name].criterion for name in names},
+            scores={name: scores[choices[name].criterion][name] for name in names},
+            widths=policy.widths(self.groups),
+        )
+        found: list[dict[str, float]] = []
+        outcomes: list[Outcome] = []
+        for number in range(fidelity.seeds):
+            metrics: dict[str, float] = {}
+            tools = self._tools(policy, fidelity, number, metrics=metrics, clock=clock)
+            outcomes.append(run_schedule(self.network, ranking, self.recipe, tools))
+            with clock("evaluation"):
+                metrics |= self._scored_tuned(outcomes[-1].model, fidelity)
+            found.append(metrics)
+        first = outcomes[0]
+        return first.model, first.selection, _mean(found), _curves(first.history)
+
+    def _tools(
+        self, policy: Policy, fidelity: Fidelity, number: int, *, metrics: dict[str, float], clock: _Clock
+    ) -> Tools:
+        """Returns how one seed's schedule trains, repairs and scores; scores of the last cut go into `metrics`."""
+
+        def train(model: nn.Module, stage: Stage, place: int) -> History:
+            with clock("fine_tuning"):
+                return self._fine_tuned(model, fidelity, number, stage=stage, seed=self.seed + number + 1000 * place)
+
+        def repair(network: Network, model: nn.Module, selection: Selection) -> None:
+            with clock("compensation"):
+                self._repaired(model, selection, network)
+
+        def watch(step: str, model: nn.Module) -> None:
+            with clock("evaluation"):
+                metrics.update(self._scored("val", model, fidelity.images, f"_{step}"))
+
+        def alter(model: nn.Module) -> None:
+            replace_activations(model, self.replaced(policy))
+
+        return Tools(train, repair, watch, alter)
+
+    def _repaired(self, model: nn.Module, selection: Selection, cut_from: Network | None = None) -> nn.Module:
+        """Repairs `model` in place, which was cut from the dense network or from what a schedule made of it."""
+        recipe, network = self.recipe, cut_from or self.network
+        knowledge = self.knowledge if network is self.network else self._learnt(network)
+        if network.masked and recipe.compensation and selection:
+            targets = knowledge.targets if recipe.recalibration_batches > 0 else None
+            repair_masked(network, model, selection, knowledge.statistics, targets, ridge=recipe.ridge)
+            if targets is not None:
+                return model
+        elif recipe.compensation == "merge" and selection:
+            merge(network, model, selection)
+        elif recipe.compensation and selection and knowledge.statistics:
             recalibrated = recipe.recalibration_batches > 0
             ridge, statistics = recipe.ridge, knowledge.statistics
-            compensate(self.network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
+            compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
             if knowledge.targets is not None and recalibrated:
-                refit_sequentially(
-                    self.network, model, selection, knowledge.targets, ridge=recipe.ridge, seed=self.seed
-                )
+                refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge)
                 return model  # that pass took the batch norms' statistics too
         # The very same statistics for every candidate: the same images in the same order.
         batches, calibration = recipe.recalibration_batches, self.splits.calibration
@@ -181,44 +292,47 @@ class Workbench:
         return model
 
     def _tuned(
-        self, start: nn.Module, fidelity: Fidelity, clock: _Clock
+        self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: _Clock
     ) -> tuple[nn.Module, dict[str, float], dict[str, tuple[float, ...]]]:
         """Fine-tunes once a seed; returns the model of the first seed, mean metrics, and the first seed's curves."""
-        import copy
-
         found: list[dict[str, float]] = []
         first: nn.Module | None = None
         curves: dict[str, tuple[float, ...]] = {}
+        masks = mask_tensors(self.network, selection) if self.network.masked else {}
         for number in range(fidelity.seeds):
             model = copy.deepcopy(start) if fidelity.seeds > 1 else start
-            with clock("fine_tuning"):
-                history = fine_tune(
-                    model,
-                    self.splits.train,
-                    recipe=self.recipe,
-                    epochs=fidelity.epochs,
-                    teacher=self.network.model if self.recipe.distillation is not None else None,
-                    seed=self.seed + number,
-                    device=self.device,
-                    precision=self.training_precision,
-                    val=self.splits.val if number == 0 and fidelity.epochs >= _CURVE_EPOCHS else None,
-                    loss=self.loss,
-                    metric=self.metric,
-                )
+            with clock("fine_tuning"), zeros_kept(model, masks):
+                history = self._fine_tuned(model, fidelity, number, stage=Stage(), seed=self.seed + number)
             with clock("evaluation"):
-                metrics = self._scored("val", model, fidelity.images)
-                if fidelity.test:
-                    metrics |= self._scored("test", model, None)
-            metrics["val_accuracy_tuned"] = metrics["val_accuracy"]
-            found.append(metrics)
+                found.append(self._scored_tuned(model, fidelity))
             if first is None:
                 first, curves = model, _curves(history)
         assert first is not None
-        mean = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
-        if len(found) > 1:
-            for name in [n for n in mean if n.endswith("accuracy")]:
-                mean[f"{name}_spread"] = float(np.std([m[name] for m in found], ddof=1))
-        return first, mean, curves
+        return first, _mean(found), curves
+
+    def _fine_tuned(self, model: nn.Module, fidelity: Fidelity, number: int, *, stage: Stage, seed: int) -> History:
+        """Trains `model` in place for one stage; the first of several seeds records its validation accuracy."""
+        return fine_tune(
+            model,
+            self.splits.train,
+            recipe=self.recipe,
+            epochs=fidelity.epochs,
+            teacher=self.network.model if self.recipe.distillation is not None else None,
+            seed=seed,
+            device=self.device,
+            precision=self.training_precision,
+            val=self.splits.val if number == 0 and fidelity.epochs >= _CURVE_EPOCHS else None,
+            loss=self.loss,
+            metric=self.metric,
+            stage=stage,
+        )
+
+    def _scored_tuned(self, model: nn.Module, fidelity: Fidelity) -> dict[str, float]:
+        metrics = self._scored("val", model, fidelity.images)
+        if fidelity.test:
+            metrics |= self._scored("test", model, None)
+        metrics["val_accuracy_tuned"] = metrics["val_accuracy"]
+        return metrics
 
     def _scored(self, split: str, model: nn.Module, limit: int | None, suffix: str = "") -> dict[str, float]:
         score: Score = evaluate(
@@ -244,13 +358,29 @@ class Workbench:
         return {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms}
 
 
-def _identity(selection: Selection) -> str:
-    return digest({name: kept.tolist() for name, kept in selection.items()})
+def _sample(scores: Scores) -> Scores:
+    if len(scores) <= _SAMPLED:
+        return scores
+    ordered = np.sort(scores)
+    return ordered[np.linspace(0, len(ordered) - 1, _SAMPLED).round().astype(np.int64)]
+
+
+def _mean(found: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of every metric over the seeds, and the spread of accuracies where there are several."""
+    mean = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
+    if len(found) > 1:
+        for name in [n for n in mean if n.endswith("accuracy")]:
+            mean[f"{name}_spread"] = float(np.std([m[name] for m in found], ddof=1))
+    return mean
 
 
 def _curves(history: History) -> dict[str, tuple[float, ...]]:
     series = {"train_loss": history.train_loss, "val_accuracy": history.val_accuracy, "lr": history.lr}
     return {name: values for name, values in series.items() if values}
+
+
+_Found = tuple[nn.Module, Selection, dict[str, float], dict[str, tuple[float, ...]]]
+"""A finished model, the channels that it holds, its metrics and its curves."""
 
 
 class _Clock:

@@ -54,13 +54,16 @@ class RungPair:
     warning: str | None = None
 
 
-def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], marked: Explanation | None = None) -> go.Figure:
-    """Returns the error of every group against the fraction of its channels that is removed; a button a criterion.
+def sensitivity_figure(
+    curves: Curves, sizes: Mapping[str, int], marked: Explanation | None = None, *, unit: str = "channels"
+) -> go.Figure:
+    """Returns the error of every group against the fraction of it that is removed; a button a criterion.
 
     Args:
         curves: Group → criterion → error curve.
         sizes: Dense widths, in the network's order, which colours the lines.
         marked: An explained policy, whose widths are marked on the lines of the criteria that it uses.
+        unit: What widths count.
     """
     import plotly.graph_objects as go
 
@@ -75,7 +78,7 @@ def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], marked: Explana
             if curve is None:
                 continue
             color = _along(place / max(1, len(names) - 1))
-            said = f"{html.escape(name)}<br>%{{x:.0f}}% of {size} channels removed<br>error %{{y:.3g}}<extra></extra>"
+            said = f"{html.escape(name)}<br>%{{x:.0f}}% of {size} {unit} removed<br>error %{{y:.3g}}<extra></extra>"
             common = {"name": html.escape(name), "visible": criterion == criteria[0], "meta": criterion}
             # A logarithmic axis has no place for an error of nothing, at full width.
             known = [(w, e) for w, e in zip(curve.widths, curve.errors, strict=True) if e > 0]
@@ -91,7 +94,7 @@ def sensitivity_figure(curves: Curves, sizes: Mapping[str, int], marked: Explana
     figure.update_layout(**layout("error of each pruning group", height=560), showlegend=len(names) <= _LEGEND)
     if len(criteria) > 1:
         figure.update_layout(updatemenus=[_buttons(figure, criteria)], margin={"t": 100})
-    figure.update_xaxes(title_text="channels removed (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
+    figure.update_xaxes(title_text=f"{unit} removed (%)", ticksuffix="%", gridcolor=GRID, zeroline=False)
     title = "error (part of the consumers' output)"
     figure.update_yaxes(title_text=title, type="log", exponentformat="power", gridcolor=GRID, zeroline=False, dtick=1)
     return figure

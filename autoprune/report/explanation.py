@@ -33,6 +33,8 @@ def render_explanation(
         f"validation accuracy {units.percent(point.val_accuracy)} (dense {units.percent(view.dense.val_accuracy)})"
     )
     console.print(Text.assemble((view.name, "bold"), f", trial {point.name}: {accuracy}"))
+    if view.caveat:
+        console.print(view.caveat)
     for line in summary(why):
         console.print(line)
     console.print()
@@ -133,7 +135,7 @@ def _reason(why: Explanation, row: GroupPrice) -> str:
             " so it could use more"
         )
     if row.up is None:
-        return f"{_rank(why, row)}removing channels adds {_times(row.down, why.price)} error for what it saves"
+        return f"{_rank(why, row)}removing more adds {_times(row.down, why.price)} error for what it saves"
     if row.down is None:
         return f"it is as narrow as it may be, and a step up is worth {_times(row.up, why.price)} error"
     return (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.cost import COSTS
+from autoprune.policy import CHANNEL
 from autoprune.report import units
 from autoprune.report.view import FrontPoint, SearchView
 
@@ -90,7 +91,7 @@ def widths_figure(view: SearchView) -> go.Figure:
     heads = [html.escape(p.name) for p in view.front]
     said = [
         [
-            f"{html.escape(name)}<br>trial {head}: {point.widths.get(name, size)} of {size} channels"
+            f"{html.escape(name)}<br>trial {head}: {point.widths.get(name, size)} of {size} {view.unit}"
             for head, point in zip(heads, view.front, strict=True)
         ]
         for name, size in view.sizes.items()
@@ -109,10 +110,10 @@ def widths_figure(view: SearchView) -> go.Figure:
             zmax=100,
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "channels kept"}, "ticksuffix": "%", "outlinewidth": 0},
+            colorbar={"title": {"text": f"{view.unit} kept"}, "ticksuffix": "%", "outlinewidth": 0},
         )
     )
-    style = layout(f"{html.escape(view.name)}: channels that each point of the front keeps")
+    style = layout(f"{html.escape(view.name)}: {view.unit} that each point of the front keeps")
     figure.update_layout(**{**style, "height": max(360, 160 + 22 * len(names))})
     labels = [f"{head}<br>{column}" for head, column in zip(heads, columns, strict=True)]
     title = f"trial, and {units.LABELS[view.primary]} kept of dense"
@@ -198,11 +199,11 @@ def widths_png(view: SearchView, path: Path) -> Path:
     figure = Figure(figsize=(max(6.5, 3.4 + 0.62 * len(columns)), height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    _dress(axes, f"{_plain(view.name)}: channels that each point of the front keeps")
+    _dress(axes, f"{_plain(view.name)}: {view.unit} that each point of the front keeps")
     colors = LinearSegmentedColormap.from_list("kept", list(_SCALE))
     if columns and names:
         image = axes.pcolormesh(kept, cmap=colors, vmin=0, vmax=100, edgecolors="white", linewidth=1.5)
-        bar = figure.colorbar(image, ax=axes, label="channels kept (%)")
+        bar = figure.colorbar(image, ax=axes, label=f"{view.unit} kept (%)")
         bar.outline.set_visible(False)
         for row, values in enumerate(kept):
             for column, value in enumerate(values):
@@ -331,7 +332,8 @@ def _named(view: SearchView) -> set[int]:
 
 def _cost_axis(view: SearchView) -> str:
     dense = units.cost(view.primary, view.dense.costs[view.primary])
-    return f"{units.AXES[view.primary]} (% of the dense network's {dense})"
+    counted = "" if view.pruning == CHANNEL else ": non-zeros, no latency without a sparse kernel"
+    return f"{units.AXES[view.primary]} (% of the dense network's {dense}){counted}"
 
 
 def _kept(view: SearchView) -> tuple[list[str], list[str], list[list[float]]]:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from autoprune.policy import CHANNEL, UNITS, caveat
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
 from autoprune.report.names import beside, collapse
@@ -25,8 +26,8 @@ def render_inspection(data: Mapping[str, Any], *, title: str, console_width: int
     """Returns the description of a traced network as text.
 
     Args:
-        data: `groups`, `frozen`, `notes`, `dense`, `narrowest` and `input_shape`, as the network's description gives
-            them.
+        data: `groups`, `frozen`, `notes`, `dense`, `narrowest`, `input_shape` and (by default channels) `pruning`, as
+            the network's description gives them.
         title: What stands above the tables.
         console_width: Columns of the terminal.
         color: Whether escape codes may be used.
@@ -42,13 +43,17 @@ def render_inspection(data: Mapping[str, Any], *, title: str, console_width: int
         f"At their narrowest the groups leave {_part(narrowest, dense, 'macs')} of the MACs and"
         f" {_part(narrowest, dense, 'params')} of the parameters."
     )
-    console.print(f"\n{_count(len(data['groups']), 'pruning group')}")
-    console.print(_groups(data["groups"]))
-    console.print("… is the path that a layer shares with the name of its group.")
+    pruning = data.get("pruning", CHANNEL)
+    unit, said = UNITS[pruning], caveat(pruning)
+    console.print(f"\n{_count(len(data['groups']), 'pruning group')}" + (f". {said}" if said else ""))
+    console.print(_groups(data["groups"], unit))
+    if pruning == CHANNEL:
+        console.print("… is the path that a layer shares with the name of its group.")
     _approximate(console, data["groups"])
     if data["frozen"]:
-        console.print(f"\n{_count(len(data['frozen']), 'frozen layer')}: their output channels all stay")
-        console.print(_frozen(data["frozen"]))
+        whole = "output channels" if pruning == CHANNEL else unit
+        console.print(f"\n{_count(len(data['frozen']), 'frozen layer')}: their {whole} all stay")
+        console.print(_frozen(data["frozen"], unit))
     for note in data["notes"]:
         console.print(f"Note: {note}")
     return text_of(console)
@@ -62,18 +67,22 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _groups(groups: Sequence[Mapping[str, Any]]) -> Table:
+def _groups(groups: Sequence[Mapping[str, Any]], unit: str) -> Table:
+    coupled = unit == UNITS[CHANNEL]  # a weight goes with nothing else
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("group", overflow="fold", min_width=min(44, max((len(g["name"]) for g in groups), default=5) + 2))
-    table.add_column("channels", justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("may keep", justify="right", no_wrap=True)
     table.add_column("MACs", justify="right", no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("goes with", overflow="fold")
-    table.add_column("read by", overflow="fold")
+    if coupled:
+        table.add_column("goes with", overflow="fold")
+        table.add_column("read by", overflow="fold")
     for group in groups:
         kept = "all (excluded)" if group["widths"] is None else f"{group['widths'][0]}–{group['widths'][1]}"
+        others = [name for name in group["producers"] if name != group["name"]]
+        ends = [_few(others, _NAMES, group["name"]), _few(group["consumers"], _NAMES, group["name"]) or "nothing"]
         table.add_row(
             group["name"] + (" ≈" if group["approximate"] else ""),
             str(group["size"]),
@@ -81,8 +90,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> Table:
             units.percent(group["macs_share"], 0),
             units.percent(group["params_share"], 0),
             group["stage"],
-            _few([name for name in group["producers"] if name != group["name"]], _NAMES, group["name"]),
-            _few(group["consumers"], _NAMES, group["name"]) or "nothing",
+            *(ends if coupled else []),
         )
     return table
 
@@ -102,11 +110,11 @@ def _few(names: Sequence[str], limit: int, path: str = "") -> str:
     return ", ".join(shown[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _frozen(frozen: Sequence[Mapping[str, Any]]) -> Table:
+def _frozen(frozen: Sequence[Mapping[str, Any]], unit: str) -> Table:
     """One row a reason; the layer's own name in a reason stands for each layer of the row."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("layers", justify="right")
-    table.add_column("channels", justify="right")
+    table.add_column(unit, justify="right")
     table.add_column("why", overflow="fold", ratio=1)
     table.add_column("which", overflow="fold", ratio=1)
     rows: dict[str, list[Mapping[str, Any]]] = {}

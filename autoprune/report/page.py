@@ -131,7 +131,7 @@ def _figures(data: PageData) -> dict[str, go.Figure | None]:
         figures["figure-widths"] = widths_figure(view).update_layout(meta={"tall": True})
     if data.curves:
         marked = data.explanations.get(knee.trial) if knee is not None and knee.trial is not None else None
-        figures["figure-sensitivity"] = sensitivity_figure(data.curves, view.sizes, marked)
+        figures["figure-sensitivity"] = sensitivity_figure(data.curves, view.sizes, marked, unit=view.unit)
     if has_latency(view):
         figures["figure-latency"] = latency_figure(view)
     for number, pair in enumerate(data.pairs):

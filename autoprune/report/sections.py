@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoprune.cost import COSTS
+from autoprune.policy import CHANNEL
 from autoprune.prices import CHEAP, DEAR, Curves, Explanation
 from autoprune.report import units
 from autoprune.report.diagnostics import RungPair, RungTime
@@ -43,6 +44,7 @@ def front(view: SearchView) -> str:
     rows = [_front_row(view, view.dense, tested=tested)]
     rows += [_front_row(view, point, tested=tested) for point in reversed(view.front)]
     body = _figure("figure-front") + _table(heads, rows)
+    body += f"<p class='note'>{_e(view.caveat)}</p>" if view.caveat else ""
     body += f"<p class='note'>{_margins(view)}{_closing(view)}</p>"
     body += "".join(f"<p class='{'warning' if n.startswith('Warning') else 'note'}'>{_e(n)}</p>" for n in view.notes)
     if view.controls:
@@ -99,7 +101,8 @@ def sensitivity(curves: Curves, view: SearchView, missing: str) -> str:
         return _section("Sensitivity", f"<p class='note'>{_e(missing or 'No error tables are stored.')}</p>")
     marked = view.knee or (view.front[-1] if view.front else None)
     marks = f" The marks are the widths of trial {_e(marked.name)}." if marked is not None else ""
-    text = "What each pruning group loses as its channels go, after its consumers are refitted, without fine-tuning."
+    refitted = "after its consumers are refitted" if view.pruning == CHANNEL else "after the others are refitted"
+    text = f"What each pruning group loses as its {view.unit} go, {refitted}, without fine-tuning."
     text += (
         f" Lines run from the network's first groups (green) to its last (pink).{marks} At full width nothing is lost."
     )

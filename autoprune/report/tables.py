@@ -24,12 +24,12 @@ def front_table(view: SearchView) -> pd.DataFrame:
 
     Columns: `trial`, `val_accuracy`, `test_accuracy` (NaN where it was not measured), each cost (`macs`, `params`,
     `size_bytes`, `activation_bytes`), its fraction of dense and what is saved (`macs_saved` = dense less pruned),
-    `criterion`, `origin`, `knee`.
+    `criterion`, `origin`, `knee`; where costs count non-zeros, `caveat` too.
     """
     import pandas as pd
 
     rows = [_row(view, point) for point in view.front]
-    return pd.DataFrame(rows, columns=_columns())
+    return pd.DataFrame(rows, columns=_columns(view))
 
 
 def controls_table(view: SearchView) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def controls_table(view: SearchView) -> pd.DataFrame:
     for point in view.controls:
         gain = view.gain(point)
         rows.append({**_row(view, point), "front_gain": math.nan if gain is None else gain})
-    return pd.DataFrame(rows, columns=[*_columns(), "front_gain"])
+    return pd.DataFrame(rows, columns=[*_columns(view), "front_gain"])
 
 
 def group_table(view: SearchView) -> pd.DataFrame:
@@ -88,6 +88,8 @@ def front_json(view: SearchView) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": view.name,
         "rung": view.rung,
+        "pruning": view.pruning,
+        "caveat": view.caveat,
         "primary": view.primary,
         "limits": dict(view.limits),
         "dense": _json_row(view, view.dense),
@@ -102,11 +104,11 @@ def front_json(view: SearchView) -> dict[str, Any]:
     }
 
 
-def _columns() -> list[str]:
+def _columns(view: SearchView) -> list[str]:
     columns = ["trial", "val_accuracy", "test_accuracy"]
     for name in COSTS:
         columns += [name, _FRACTION[name], f"{name}_saved"]
-    return [*columns, "criterion", "origin", "knee"]
+    return [*columns, "criterion", "origin", "knee", *(["caveat"] if view.caveat else [])]
 
 
 def _row(view: SearchView, point: FrontPoint) -> dict[str, Any]:
@@ -119,6 +121,8 @@ def _row(view: SearchView, point: FrontPoint) -> dict[str, Any]:
         row[name] = point.costs[name]
         row[_FRACTION[name]] = view.fraction(point, name)
         row[f"{name}_saved"] = view.dense.costs[name] - point.costs[name]
+    if view.caveat:
+        row["caveat"] = view.caveat
     knee = view.knee
     return {**row, "criterion": point.criterion, "origin": point.origin, "knee": knee is not None and point is knee}
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from autoprune.cost import COSTS, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
+from autoprune.policy import CHANNEL
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
@@ -36,6 +37,8 @@ def render_front(view: SearchView, *, console_width: int = 120, color: bool = Fa
     if not front:
         console.print(f"{view.name}: no trial of the rung {view.rung} has finished yet.")
         return text_of(console)
+    if view.caveat:
+        console.print(view.caveat)
     costs = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
     count = f"{len(front)} of {len(view.trials)} trials" if len(front) < len(view.trials) else f"{len(front)} trials"
     console.print(Text.assemble((view.name, "bold"), ": the front after the rung ", (view.rung, "bold"), f" ({count})"))
@@ -71,7 +74,7 @@ def render_layers(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, show_footer=True)
     macs, params = _totals(rows)
     table.add_column("layer", footer="sum")
-    table.add_column("width", justify="right")
+    table.add_column("width" if view.pruning == CHANNEL else "non-zeros", justify="right")
     table.add_column("MACs", justify="right", footer=_change(*macs, units.quantity))
     table.add_column("saved", justify="right", footer=units.quantity(macs[0] - macs[1]))
     table.add_column("params", justify="right", footer=_change(*params, units.quantity))
@@ -91,6 +94,8 @@ def render_layers(
     dense = units.percent(view.dense.val_accuracy)
     said = f", trial {trial}: validation accuracy {units.percent(point.val_accuracy)} (dense {dense})"
     console.print(Text.assemble((view.name, "bold"), said))
+    if view.caveat:
+        console.print(view.caveat)
     console.print(table)
     return text_of(console)
 

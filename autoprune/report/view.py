@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from autoprune.cost import COSTS, MACS
 from autoprune.pareto import Point, front_indices, hypervolume, knee_index
-from autoprune.policy import Policy
+from autoprune.policy import CHANNEL, UNITS, Policy, caveat
 from autoprune.results import TrialResult
 
 
@@ -68,7 +68,8 @@ class SearchView:
     hypervolume's reference point (validation error, fraction of the dense primary cost), as stored with the study.
     `limits` are the budget's upper limits in absolute numbers. `samples` holds the number of samples of each split
     where accuracies are fractions of them, so that their standard errors follow. `notes` are sentences for the end
-    of the report, such as the proxy audit's.
+    of the report, such as the proxy audit's. `pruning` says what a group's width counts: channels, or the non-zeros of
+    a weight.
     """
 
     name: str
@@ -82,12 +83,23 @@ class SearchView:
     limits: Mapping[str, int] = field(default_factory=dict)
     samples: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    pruning: str = CHANNEL
 
     def __post_init__(self) -> None:
         if self.primary not in COSTS:
             raise ValueError(f"unknown primary cost {self.primary!r}")
         if not self.dense.costs[self.primary] > 0:
             raise ValueError(f"the dense network's {self.primary} is {self.dense.costs[self.primary]}")
+
+    @property
+    def unit(self) -> str:
+        """What widths count: `channels` or `weights`."""
+        return UNITS[self.pruning]
+
+    @property
+    def caveat(self) -> str:
+        """A sentence about costs that stands in every table and figure; empty where there is none."""
+        return caveat(self.pruning)
 
     def fraction(self, point: FrontPoint, cost: str | None = None) -> float:
         """Returns a cost of `point`, by default the primary one, relative to dense; NaN where dense costs nothing."""
@@ -147,14 +159,25 @@ class SearchView:
 
 
 def criterion_text(policy: Policy) -> str:
-    """Returns the criteria of `policy`, most frequent first: `obs`, or `obs 7, taylor 2`."""
+    """Returns the criteria of `policy`, most frequent first, and the activations that it replaces: `obs`, or
+    `obs 7, taylor 2; relu → relu6 in stage1`.
+    """
     counts: dict[str, int] = {}
     for choice in policy.choices.values():
         counts[choice.criterion] = counts.get(choice.criterion, 0) + 1
     ordered = sorted(counts, key=lambda name: (-counts[name], name))
-    if len(ordered) == 1:
-        return ordered[0]
-    return ", ".join(f"{name} {counts[name]}" for name in ordered)
+    text = ordered[0] if len(ordered) == 1 else ", ".join(f"{name} {counts[name]}" for name in ordered)
+    places: dict[tuple[str, str], list[str]] = {}
+    for place, kind in policy.activations.items():
+        scope, _, dense = place.rpartition("/")
+        if kind != dense:
+            places.setdefault((dense, kind), []).append(scope)
+    swaps = [f"{dense} → {kind}{_where(scopes)}" for (dense, kind), scopes in places.items()]
+    return "; ".join([text, *swaps])
+
+
+def _where(scopes: list[str]) -> str:
+    return "" if scopes == ["model"] else f" in {', '.join(scopes) if len(scopes) <= 3 else f'{len(scopes)} places'}"
 
 
 def point_of(result: TrialResult, *, trial: int | None, origin: str = "") -> FrontPoint:

@@ -19,8 +19,10 @@ from autoprune.errors import BudgetError
 from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Problem
 
-Curves = Mapping[str, Sequence[float]]
-"""Group → error at each width from 0 to the group's size."""
+Curve = Sequence[float] | Mapping[int, float]
+"""The error of a group at each width from 0 to its size, or by width at those that it may take."""
+Curves = Mapping[str, Curve]
+"""Group → its error curve."""
 
 _SWEEPS = 8
 _BISECTIONS = 36
@@ -170,23 +172,37 @@ class AdditiveSolver:
         return model.cost(limit.cost, grown) - model.cost(limit.cost, widths)
 
 
-def best_curves(problem: Problem, tables: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[dict[str, str], Curves]:
+def best_curves(problem: Problem, tables: Mapping[str, Mapping[str, Curve]]) -> tuple[dict[str, str], Curves]:
     """Returns the criterion of each group whose scope loses least in total, and the curves that follow from it."""
     chosen: dict[str, str] = {}
     for scope in problem.scopes:
         members = [group for group in problem.groups if group.scope == scope]
 
         def loss(criterion: str, members: Sequence[Group] = members) -> float:
-            return sum(sum(tables[group.name][criterion]) / group.size for group in members)
+            return sum(_mean(tables[group.name][criterion]) for group in members)
 
         winner = min(problem.criteria, key=loss)
         chosen.update({group.name: winner for group in members})
     return chosen, {name: tables[name][criterion] for name, criterion in chosen.items()}
 
 
+def scaled_curve(curve: Curve, factor: float) -> Curve:
+    """Returns a curve whose errors are `factor` times as large."""
+    if isinstance(curve, Mapping):
+        return {width: factor * error for width, error in curve.items()}
+    return [factor * error for error in curve]
+
+
+def _mean(curve: Curve) -> float:
+    """Returns the mean error over the widths but the full one, where it is 0."""
+    errors = list(curve.values()) if isinstance(curve, Mapping) else curve
+    return sum(errors) / max(len(errors) - 1, 1)
+
+
 def policy_from_widths(problem: Problem, widths: Mapping[str, int], criteria: Mapping[str, str]) -> Policy:
     """Returns the policy with the given widths and criteria."""
-    return Policy({g.name: Choice(criteria[g.name], g.ratio(widths[g.name])) for g in problem.groups})
+    choices = {g.name: Choice(criteria[g.name], g.ratio(widths[g.name])) for g in problem.groups}
+    return Policy(choices, problem.default_activations)
 
 
 def targets(budget: Budget, count: int) -> list[float]:

@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
-from autoprune.search.additive import AdditiveSolver, best_curves, policy_from_widths
+from autoprune.search.additive import AdditiveSolver, Curve, best_curves, policy_from_widths, scaled_curve
 
-Tables = Mapping[str, Mapping[str, Sequence[float]]]
-"""Group → criterion → error at each width from 0 to the group's size."""
+Tables = Mapping[str, Mapping[str, Curve]]
+"""Group → criterion → error at each width that the group may take."""
 Array = npt.NDArray[np.float64]
 
 LEAST_TRIALS = 8
@@ -76,7 +76,7 @@ class LearnedAdditive:
         weights = self._draw(results)
         scaled = {
             group.name: {
-                name: [weights.groups[group.name] * weights.factors[name] * value for value in curve]
+                name: scaled_curve(curve, weights.groups[group.name] * weights.factors[name])
                 for name, curve in self._tables[group.name].items()
                 if name in self._problem.criteria
             }

@@ -41,6 +41,14 @@ class _Limit:
     shares: tuple[CostModel, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Proposal:
+    """Ratios in the order of the groups, and the places of those groups that are to stay away."""
+
+    wanted: Sequence[float]
+    held: frozenset[int]
+
+
 class Projector:
     """Projects proposals for one problem; what can be prepared once is prepared on construction."""
 
@@ -61,6 +69,10 @@ class Projector:
         most, until no group can grow any more. So a projection of its own output changes nothing, and a higher target
         never gives a lower primary cost.
 
+        A group whose proposed ratio removes it whole stays away: the shift and the slack go to the others, because a
+        block that is there with two channels is no near neighbour of one that is gone. It comes back only where all
+        others are as wide as they may be and the target is still not met.
+
         Args:
             ratios: The proposed fraction of channels to remove, by group.
             target: Upper limit on the primary cost as a fraction of the dense network's, which the widths approach from
@@ -71,16 +83,23 @@ class Projector:
             PolicyError: A group has no ratio, or a ratio is not finite.
         """
         wanted = self._wanted(ratios)
+        held = frozenset(
+            i
+            for i, (g, r) in enumerate(zip(self._groups, wanted, strict=True))
+            if nearest_width(g, g.size * (1 - r)) == 0
+        )
         limits = self._limits
         if target is not None:
             most = target * self._dense
             # The slack undoes the rounding of a fraction that was itself computed from an integer cost.
             goal = replace(self._unlimited, limit=math.floor(most + 1e-6 + 4 * math.ulp(most)))
             limits = (goal, *limits)
-        shift, widths = self._bisect(wanted, limits, low=-1.0 if target is not None else 0.0)
+        shift, widths = self._bisect(_Proposal(wanted, held), limits, low=-1.0 if target is not None else 0.0)
         if target is None and shift == 0.0:
             return widths
-        return self._spend(wanted, shift, widths, limits)
+        widths = self._spend(wanted, shift, widths, limits, held=held)
+        full = all(widths[g.name] == g.widths[-1] for i, g in enumerate(self._groups) if i not in held)
+        return self._spend(wanted, shift, widths, limits) if held and full else widths
 
     def fraction(self, widths: Mapping[str, int]) -> float:
         """Returns the primary cost of `widths` as a fraction of the dense network's."""
@@ -105,14 +124,17 @@ class Projector:
             wanted.append(min(max(ratio, low), high))
         return wanted
 
-    def _at(self, wanted: Sequence[float], shift: float) -> dict[str, int]:
-        return {g.name: nearest_width(g, g.size * (1.0 - r - shift)) for g, r in zip(self._groups, wanted, strict=True)}
+    def _at(self, proposal: _Proposal, shift: float) -> dict[str, int]:
+        return {
+            g.name: 0 if i in proposal.held else nearest_width(g, g.size * (1.0 - r - shift))
+            for i, (g, r) in enumerate(zip(self._groups, proposal.wanted, strict=True))
+        }
 
     def _meets(self, widths: Mapping[str, int], limits: Sequence[_Limit]) -> bool:
         values = {**self._fixed, **widths}
         return all(self._model.cost(limit.cost, values) <= limit.limit for limit in limits)
 
-    def _bisect(self, wanted: Sequence[float], limits: Sequence[_Limit], *, low: float) -> tuple[float, dict[str, int]]:
+    def _bisect(self, wanted: _Proposal, limits: Sequence[_Limit], *, low: float) -> tuple[float, dict[str, int]]:
         """Returns the smallest shift from `low` on whose widths meet the limits, and these widths."""
         wide = self._at(wanted, low)
         if self._meets(wide, limits):
@@ -140,13 +162,21 @@ class Projector:
         raise AssertionError("every limit is met")  # pragma: no cover
 
     def _spend(
-        self, wanted: Sequence[float], shift: float, widths: dict[str, int], limits: Sequence[_Limit]
+        self,
+        wanted: Sequence[float],
+        shift: float,
+        widths: dict[str, int],
+        limits: Sequence[_Limit],
+        *,
+        held: frozenset[int] = frozenset(),
     ) -> dict[str, int]:
-        """Grows groups step by step while the limits hold, first the one whose rounding lost most of its channels."""
+        """Grows groups but those `held` while the limits hold, first the one whose rounding lost most of its
+        channels.
+        """
         values = {**self._fixed, **widths}
         spent = [self._model.cost(limit.cost, values) for limit in limits]
         ideal = [g.size * (1.0 - r - shift) for g, r in zip(self._groups, wanted, strict=True)]
-        heap = [(_gain(g, ideal[i], widths[g.name]), i) for i, g in enumerate(self._groups)]
+        heap = [(_gain(g, ideal[i], widths[g.name]), i) for i, g in enumerate(self._groups) if i not in held]
         heapq.heapify(heap)
         streak = 0
         while heap:

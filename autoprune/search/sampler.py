@@ -25,6 +25,7 @@ from autoprune.search.projection import Projector, nearest_width
 
 RATIO = "ratio/"
 CRITERION = "criterion/"
+ACTIVATION = "activation/"
 TARGET = "target/"
 
 
@@ -32,7 +33,8 @@ def search_space(problem: Problem) -> dict[str, BaseDistribution]:
     """Returns the parameters of a trial; what has only one value is left out.
 
     `target/<key>` is the fraction of the dense primary cost that the policy reaches, `ratio/<group>` the fraction of
-    the group's channels that go, `criterion/<scope>` what ranks the channels of the scope's groups.
+    the group's channels that go, `criterion/<scope>` what ranks the channels of the scope's groups,
+    `activation/<scope>/<kind>` what stands in the place of the scope's activations of that kind.
     """
     space: dict[str, BaseDistribution] = {}
     low, high = problem.budget.span
@@ -43,6 +45,9 @@ def search_space(problem: Problem) -> dict[str, BaseDistribution]:
             space[RATIO + group.name] = FloatDistribution(group.ratio(group.widths[-1]), group.ratio(group.widths[0]))
     for scope in _open_scopes(problem):
         space[CRITERION + scope] = CategoricalDistribution(problem.criteria)
+    for place, kinds in problem.activations.items():
+        if len(kinds) > 1:
+            space[ACTIVATION + place] = CategoricalDistribution(kinds)
     return space
 
 
@@ -50,7 +55,8 @@ def params_of(problem: Problem, policy: Policy) -> dict[str, Any]:
     """Returns the parameters that stand for `policy`, its ratios moved to the nearest feasible widths.
 
     Raises:
-        PolicyError: The policy misses a group, names an unknown group or criterion, or mixes criteria within a scope.
+        PolicyError: The policy misses a group, names an unknown group, criterion or activation, or mixes criteria
+            within a scope.
     """
     widths = widths_of(problem, policy)
     params: dict[str, Any] = {}
@@ -64,6 +70,9 @@ def params_of(problem: Problem, policy: Policy) -> dict[str, Any]:
             params[RATIO + group.name] = group.ratio(widths[group.name])
     for scope in _open_scopes(problem):
         params[CRITERION + scope] = _criterion(problem, policy, scope, widths)
+    for place, kind in _activations(problem, policy).items():
+        if len(problem.activations[place]) > 1:
+            params[ACTIVATION + place] = kind
     return params
 
 
@@ -71,11 +80,13 @@ def widths_of(problem: Problem, policy: Policy) -> dict[str, int]:
     """Returns the width of every group, as `Policy.widths` does.
 
     Raises:
-        PolicyError: The policy misses a group or names one that does not exist.
+        PolicyError: The policy misses a group, names one that does not exist, or removes one whole that must stay.
     """
     names = {group.name for group in problem.groups}
     if policy.choices.keys() != names:
         return policy.widths(problem.groups)  # says what is wrong
+    for group in problem.groups:
+        group.check(policy.choices[group.name].ratio)
     return {g.name: nearest_width(g, g.size * (1.0 - policy.choices[g.name].ratio)) for g in problem.groups}
 
 
@@ -87,7 +98,11 @@ def policy_of(problem: Problem, params: Mapping[str, Any]) -> Policy:
     """
     scopes = _open_scopes(problem)
     try:
-        return Policy({group.name: _choice(problem, group, params, scopes) for group in problem.groups})
+        activations = {
+            place: params[ACTIVATION + place] if len(kinds) > 1 else kinds[0]
+            for place, kinds in problem.activations.items()
+        }
+        return Policy({group.name: _choice(problem, group, params, scopes) for group in problem.groups}, activations)
     except KeyError as error:
         raise PolicyError(f"the parameter {error.args[0]!r} is missing") from error
 
@@ -103,6 +118,15 @@ def _open_scopes(problem: Problem) -> list[str]:
     if len(problem.criteria) < 2:
         return []
     return list(dict.fromkeys(g.scope for g in problem.groups if g.widths != (g.size,)))
+
+
+def _activations(problem: Problem, policy: Policy) -> dict[str, str]:
+    for place, kind in policy.activations.items():
+        if place not in problem.activations:
+            raise PolicyError(f"no activation {place!r} is searched{nearest(place, problem.activations)}")
+        if kind not in problem.activations[place]:
+            raise PolicyError(f"unknown activation {kind!r} for {place!r}{nearest(kind, problem.activations[place])}")
+    return problem.default_activations | dict(policy.activations)
 
 
 def _criterion(problem: Problem, policy: Policy, scope: str, widths: Mapping[str, int]) -> str:
@@ -185,7 +209,7 @@ class BudgetSampler(BaseSampler):
         target = TARGET + key_of(self._problem.budget.primary)
         ratios = {group.name: proposed.get(RATIO + group.name, 0.0) for group in self._problem.groups}
         widths = self._projector.project(ratios, proposed.get(target, high))
-        projected = {name: value for name, value in proposed.items() if name.startswith(CRITERION)}
+        projected = {name: value for name, value in proposed.items() if name.startswith((CRITERION, ACTIVATION))}
         for group in self._problem.groups:
             if len(group.widths) > 1:
                 projected[RATIO + group.name] = group.ratio(widths[group.name])

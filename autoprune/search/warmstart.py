@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 from autoprune.policy import Policy
 from autoprune.results import Problem, WarmStart
-from autoprune.search.additive import AdditiveSolver, best_curves, policy_from_widths, targets
+from autoprune.search.additive import AdditiveSolver, Curve, best_curves, policy_from_widths, targets
 from autoprune.search.projection import Projector
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""Criterion → group → one score a channel; higher means keep."""
-Tables = Mapping[str, Mapping[str, Sequence[float]]]
-"""Group → criterion → error at each width from 0 to the group's size."""
+"""Criterion → group → one score a channel, or an even sample of them; higher means keep."""
+Tables = Mapping[str, Mapping[str, Curve]]
+"""Group → criterion → error at each width that the group may take."""
 
 
 def uniform(problem: Problem, criterion: str, target: float) -> Policy:
@@ -49,7 +49,7 @@ def global_ranking(problem: Problem, scores: Scores, criterion: str, target: flo
     def widths_at(level: int) -> dict[str, int]:
         threshold = levels[level] if level < len(levels) else math.inf
         kept = {name: sum(value >= threshold for value in values) for name, values in ranked.items()}
-        return {g.name: g.width(1.0 - kept[g.name] / g.size) for g in problem.groups}
+        return {g.name: g.width(1.0 - kept[g.name] / len(ranked[g.name])) for g in problem.groups}
 
     def meets(widths: Mapping[str, int]) -> bool:
         costs = problem.cost_model.costs(widths)

@@ -5,23 +5,59 @@ Decides their keys, meanings and valid values. Must not know how any of it is ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from autoprune.budget import KEYS, parse_limit
-from autoprune.errors import BudgetError
-from autoprune.space.section import NAME_PATTERN, Found, Globs, Section, as_tuple, number
+from autoprune.errors import BudgetError, nearest
+from autoprune.space.masking import DEFAULT_STEP
+from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Found, Globs, Section, as_tuple, number
 
-CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random")
-Criterion = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "random"]
-assert get_args(Criterion) == CRITERIA
+CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "hessian", "hrank", "random")
+
+
+def _criterion(value: Any) -> Any:
+    if isinstance(value, str) and (value in CRITERIA or re.match(FACTORY_PATTERN, value)):
+        return value
+    if isinstance(value, str):
+        text = f"unknown value {value!r}{nearest(value, CRITERIA)}, or package.module:function"
+    else:
+        text = f"expected one of {', '.join(CRITERIA)}, or package.module:function; got {value!r}"
+    raise PydanticCustomError("fault", "{text}", {"text": text})
+
+
+Criterion = Annotated[
+    str,
+    BeforeValidator(_criterion),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "enum": list(CRITERIA)}, {"type": "string", "pattern": FACTORY_PATTERN}]}
+    ),
+]
 
 
 def _as_distillation(value: Any) -> Any:
     return None if value is False else {} if value is True else value
+
+
+def _as_schedule(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in ("one_shot", "iterative"):
+            names = ("one_shot", "iterative")
+            raise PydanticCustomError("fault", "{text}", {"text": f"unknown value {value!r}{nearest(value, names)}"})
+        return None if value == "one_shot" else {}
+    return value
+
+
+def _compensation(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "merge":
+        shown = f"the text {value!r}" if isinstance(value, str) else f"{value!r}"
+        text = f"expected true or false, or merge; got {shown}"
+        raise PydanticCustomError("fault", "{text}", {"text": text})
+    return value
 
 
 def _limit(value: Any) -> Any:
@@ -97,10 +133,25 @@ class GroupSettings(Section):
         default=0.0, ge=0, lt=1, description="Least fraction of channels that is removed from each group."
     )
     max_ratio: float = Field(
-        default=0.9, ge=0, lt=1, description="Largest fraction of channels that is removed from a group."
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="Largest fraction of channels (with masks: of weights) that is removed from a group.",
     )
     round_to: int = Field(
         default=1, ge=1, description="Widths are multiples of this number (8 suits many accelerators)."
+    )
+    step: float = Field(
+        default=DEFAULT_STEP,
+        gt=0,
+        le=0.5,
+        description="With `pruning: unstructured`, ratios are multiples of this number; min_ratio and max_ratio too.",
+    )
+
+    blocks: bool = Field(
+        default=False,
+        description="A group may also be removed whole (ratio 1), whatever max_ratio says, where the network works "
+        "without it: the inside of a residual block, an SE gate. So depth is searched together with width.",
     )
 
     @classmethod
@@ -119,7 +170,8 @@ class CriteriaSettings(Section):
         min_length=1,
         description="l1, l2: norm of a channel's weights; bn_scale: BatchNorm scale; fpgm: distance to the geometric "
         "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
-        "obs: error increase under refit; random.",
+        "obs: error increase under refit; hessian: optimal brain damage with Fisher's diagonal; hrank: rank of feature "
+        "maps; random; package.module:function: your own, see autoprune.network.own_criteria.",
     )
     scope: Literal["model", "stage", "layer"] = Field(
         default="model",
@@ -153,6 +205,39 @@ class BaselineSettings(Section):
     lr: float = Field(default=0.1, gt=0, description="Peak learning rate.")
 
 
+class IterativeSettings(Section):
+    """The network is pruned in several cuts with fine-tuning between them; the epochs in all are those of the rung."""
+
+    kind: Literal["iterative"] = Field(default="iterative", description="Cuts in steps; the alternative is one_shot.")
+    steps: int = Field(default=3, ge=2, le=100, description="Number of cuts; widths fall linearly over them.")
+    share: float = Field(
+        default=0.5, gt=0, lt=1, description="Fraction of the epochs that is spent between the first and the last cut."
+    )
+
+
+class RegularisationSettings(Section):
+    """Training of the dense network that makes channels small before they are cut."""
+
+    kind: Literal["bn_l1", "group_lasso", "growing_l2", "targeted_dropout"] = Field(
+        description="bn_l1: L1 on the scales of normalisations; group_lasso: L2 norms of whole channels; growing_l2: a "
+        "growing decay of the channels that will go; targeted_dropout: those channels are dropped at random."
+    )
+    strength: float | None = Field(
+        default=None,
+        ge=0,
+        description="What is taken off in all, relative to the mean, by bn_l1 (0.25) and group_lasso (0.1); "
+        "growing_l2: exponent of the decay in all (5); targeted_dropout: probability (0.5). Null: what brackets say.",
+    )
+    share: float = Field(default=0.3, gt=0, lt=1, description="Fraction of the epochs of a rung that is spent on it.")
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that a probability is one."""
+        strength = number(raw.get("strength"))
+        if raw.get("kind") == "targeted_dropout" and strength is not None and strength > 1:
+            yield ("strength",), f"the strength of targeted_dropout is a probability, got {strength}"
+
+
 _Switch = DistillationSettings | bool | None
 
 
@@ -176,9 +261,10 @@ class RecipeSettings(Section):
         default_factory=DistillationSettings,
         description="Fine-tuning also imitates the dense network's outputs. Null or false: off.",
     )
-    compensation: bool = Field(
+    compensation: Annotated[bool | Literal["merge"], BeforeValidator(_compensation)] = Field(
         default=True,
-        description="Weights that consume the kept channels are refitted to reproduce the dense layer's output.",
+        description="Weights that consume the kept channels are refitted to reproduce the dense layer's output. merge: "
+        "instead each removed channel is folded into the kept one that is most like it, without data.",
     )
     ridge: float = Field(
         default=0.001,
@@ -197,6 +283,35 @@ class RecipeSettings(Section):
     baseline: BaselineSettings = Field(
         default_factory=BaselineSettings, description="Training of the dense network where there is no checkpoint."
     )
+    schedule: Annotated[
+        IterativeSettings | None,
+        BeforeValidator(
+            _as_schedule, json_schema_input_type=IterativeSettings | Literal["one_shot", "iterative"] | None
+        ),
+    ] = Field(
+        default=None,
+        description="one_shot (or null): the network is cut once, then fine-tuned. {kind: iterative}: it is cut in "
+        "steps. On rungs with epochs.",
+    )
+    regularisation: RegularisationSettings | None = Field(
+        default=None,
+        description="The dense network is trained for a part of the epochs, before it is cut, so that channels become "
+        "small. On rungs with epochs. Null: it is not.",
+    )
+
+    @classmethod
+    def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
+        """Checks that the stages leave epochs for the last one."""
+        shares = []
+        for key, default in (("schedule", 0.5), ("regularisation", 0.3)):
+            part = raw.get(key)
+            if isinstance(part, Mapping):
+                shares.append(number(part.get("share", default)))
+            elif isinstance(part, Section) or part == "iterative":
+                shares.append(number(getattr(part, "share", default)))
+        known = [share for share in shares if share is not None]
+        if len(known) == 2 and sum(known) >= 1:
+            yield ("regularisation", "share"), f"with schedule.share it leaves no epochs for the last cut: {known}"
 
 
 class RungSettings(Section):

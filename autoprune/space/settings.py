@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from autoprune.errors import Fault, SpaceError
-from autoprune.policy import digest
+from autoprune.policy import CHANNEL, digest
+from autoprune.space.activations import ActivationSettings
 from autoprune.space.faults import plain_faults
 from autoprune.space.file import Document, override, parse_document, read_document, write_document
 from autoprune.space.inputs import DataSettings, ModelSettings
+from autoprune.space.masking import Pruning, pruning_faults
 from autoprune.space.method import BudgetSettings, CriteriaSettings, GroupSettings, RecipeSettings, SearchSettings
 from autoprune.space.section import NAME_PATTERN, Found, Section
 
@@ -43,6 +45,12 @@ class Space(Section):
         "Null: a baseline is trained by `recipe.baseline` and cached, unless `model.weights` names some.",
     )
     data: DataSettings = Field(description="The data to fine-tune and score on.")
+    pruning: Pruning = Field(
+        default="channel",
+        description="What is removed. channel: whole channels. unstructured: single weights become zero. 2:4: two of "
+        "every four neighbouring weights, layer by layer all of them or none. Zeros are counted as costs saved, and "
+        "give no latency without a sparse kernel.",
+    )
     budget: BudgetSettings = Field(
         default_factory=BudgetSettings, description="Upper limits on costs, several at once, and the span of the front."
     )
@@ -50,6 +58,9 @@ class Space(Section):
         default_factory=GroupSettings, description="Which pruning groups may shrink, and how far."
     )
     criteria: CriteriaSettings = Field(default_factory=CriteriaSettings, description="How channels may be ranked.")
+    activations: ActivationSettings = Field(
+        default_factory=ActivationSettings, description="Which activations may be replaced by which."
+    )
     recipe: RecipeSettings = Field(
         default_factory=RecipeSettings, description="How a pruned network is repaired and fine-tuned."
     )
@@ -63,10 +74,20 @@ class Space(Section):
 
     @classmethod
     def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
-        """Checks that the dense weights come from one place."""
+        """Checks that the dense weights come from one place, and what masks cannot do."""
         model = raw.get("model")
         if isinstance(model, Mapping) and model.get("weights") is not None and raw.get("checkpoint") is not None:
             yield ("checkpoint",), "`checkpoint` and `model.weights` exclude each other"
+        yield from pruning_faults(raw)
+        recipe, search = raw.get("recipe"), raw.get("search")
+        ladder = search.get("ladder") if isinstance(search, Mapping) else None
+        if not isinstance(recipe, Mapping) or not isinstance(ladder, (list, tuple)):
+            return
+        if any(not isinstance(rung, Mapping) or rung.get("epochs", 0) != 0 for rung in ladder):
+            return
+        for key in ("schedule", "regularisation"):
+            if recipe.get(key) not in (None, "one_shot"):
+                yield ("recipe", key), "it needs a rung with epochs; no rung of `search.ladder` has any"
 
     def fingerprint_sections(self) -> dict[str, str]:
         """Returns a digest for each section that decides what a trial's result is.
@@ -76,8 +97,20 @@ class Space(Section):
         """
         plain = self.model_dump(mode="json", by_alias=True)
         plain["data"].pop("download")
+        # Keys that came later are left out where they are not used: studies from before there were any go on.
+        if not self.groups.blocks:
+            plain["groups"].pop("blocks")
+        for key in ("schedule", "regularisation"):
+            if plain["recipe"][key] is None:
+                plain["recipe"].pop(key)
         ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
-        sections = ("model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed")
+        sections = ["model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed"]
+        if self.pruning == CHANNEL:
+            plain["groups"].pop("step")
+        else:
+            sections.append("pruning")
+        if self.activations.choices:
+            sections.append("activations")
         return {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
 
     @property

@@ -91,11 +91,13 @@ class TrialRecord:
 
 
 def trial_params(record: TrialRecord) -> dict[str, str]:
-    """Returns ratio and width of every group and the criterion of every scope."""
+    """Returns ratio and width of every group, the criterion of every scope and the activations that were chosen."""
     params: dict[str, str] = {}
     for group, choice in record.policy.choices.items():
         params[safe_key(f"ratio/{group}")] = f"{choice.ratio:.6g}"
         params[safe_key(f"criterion/{record.scopes.get(group, group)}")] = clip(choice.criterion, _PARAM_LIMIT)
+    for place, kind in record.policy.activations.items():
+        params[safe_key(f"activation/{place}")] = clip(kind, _PARAM_LIMIT)
     if record.result is not None:
         for group, width in record.result.widths.items():
             params[safe_key(f"width/{group}")] = str(width)

@@ -387,3 +387,32 @@ def test_search_refuses_bad_input_before_it_writes_a_study(
     with pytest.raises(error, match=words):
         run(model, **changes)
     assert not (tmp_path / ".autoprune/optuna.db").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"schedule": {"kind": "iterative", "steps": 2, "share": 0.5}},
+        {"regularisation": {"kind": "growing_l2"}},
+        {"compensation": "merge"},
+    ],
+    ids=["iterative", "growing_l2", "merge"],
+)
+def test_a_search_with_another_way_of_pruning_ends_with_a_front_whose_models_load(
+    model: nn.Module, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    outcome = autoprune.search(
+        model,
+        data={"train": stripes(192, 1), "val": stripes(96, 2), "test": stripes(96, 3)},
+        budget={"macs": 0.7, "front": [0.2, 0.7]},
+        trials=4,
+        home=tmp_path / "home",
+        criteria=("l2", "random"),
+        recipe={**RECIPE, **recipe},
+        search={"controls": 0, "ladder": [LADDER[0], {**LADDER[1], "trials": 2, "test": True}]},
+    )
+    assert outcome.complete
+    assert outcome.front
+    small = autoprune.load(outcome.model_path(outcome.front[0].trial), Convolutional)
+    with torch.no_grad():
+        assert small(stripes(4, 5)[0]).shape == (4, 2)

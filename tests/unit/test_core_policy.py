@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from autoprune.errors import PolicyError
 from autoprune.policy import Choice, Group, Policy, digest, feasible_widths, uniform_policy
 
-ratios = st.floats(0.0, 1.0, exclude_max=True)
+ratios = st.floats(0.0, 1.0)
 policies = st.dictionaries(
     st.text(min_size=1, max_size=12), st.builds(Choice, st.sampled_from(["l1", "obs"]), ratios)
 ).map(Policy)
@@ -81,7 +82,7 @@ def test_a_policy_is_not_changed_by_what_it_was_made_from() -> None:
         policy.choices["x"] = Choice("l1", 0.1)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, float("nan"), float("inf"), "0.5", None])
+@pytest.mark.parametrize("ratio", [1.0000001, -0.1, 1.5, float("nan"), float("inf"), "0.5", None])
 def test_a_ratio_outside_its_range_is_refused(ratio: object) -> None:
     with pytest.raises(PolicyError, match="outside"):
         Choice("l1", ratio)  # type: ignore[arg-type]
@@ -114,7 +115,7 @@ def test_a_policy_must_speak_of_exactly_the_groups_there_are() -> None:
         Policy({"conv1": Choice("l1", 0.5)}).widths(groups)
 
 
-@pytest.mark.parametrize(("size", "widths"), [(0, (1,)), (4, ()), (4, (2, 2)), (4, (3, 2)), (4, (0, 2)), (4, (2, 5))])
+@pytest.mark.parametrize(("size", "widths"), [(0, (1,)), (4, ()), (4, (2, 2)), (4, (3, 2)), (4, (-1, 2)), (4, (2, 5))])
 def test_a_group_with_impossible_widths_is_refused(size: int, widths: tuple[int, ...]) -> None:
     with pytest.raises(PolicyError, match="'g'"):
         Group("g", size, widths)
@@ -123,3 +124,39 @@ def test_a_group_with_impossible_widths_is_refused(size: int, widths: tuple[int,
 def test_the_digest_of_a_value_is_the_same_on_every_machine() -> None:
     assert digest({"b": 1, "a": [0.5, None, "ü"]}) == digest({"a": [0.5, None, "ü"], "b": 1})
     assert digest([]) == "4f53cda18c2b"
+
+
+def test_a_group_is_removed_whole_only_where_zero_is_among_its_widths() -> None:
+    stays, goes = Group("g", 16, (2, 8, 16)), Group("g", 16, (0, 2, 8, 16))
+    policy = Policy({"g": Choice("l1", 1.0)})
+    assert policy.widths([goes]) == {"g": 0}
+    assert goes.ratio(0) == 1.0
+    with pytest.raises(PolicyError, match=r"would remove group 'g' whole; it keeps at least 2 of its 16"):
+        policy.widths([stays])
+
+
+@pytest.mark.parametrize("widths", [(0,), (-1, 4), (0, 17)])
+def test_widths_that_no_group_has_are_refused(widths: tuple[int, ...]) -> None:
+    with pytest.raises(PolicyError):
+        Group("g", 16, widths)
+
+
+def test_a_policy_without_activations_is_written_and_named_as_it_always_was() -> None:
+    policy = Policy({"a": Choice("l1", 0.5), "b": Choice("obs", 0.25)})
+    assert policy.to_json().keys() == {"schema", "groups"}
+    assert policy.id == digest([["a", "l1", 0.5], ["b", "obs", 0.25]])
+
+
+def test_the_example_with_blocks_and_activations_can_be_read() -> None:
+    data = json.loads((Path(__file__).parents[1] / "assets/policy_schema1_blocks_activations.json").read_text())
+    policy = Policy.from_json(data)
+    assert policy.activations == {"stage1/relu": "relu6", "stage2/relu": "relu"}
+    assert policy.choices["layer1.0.conv1"].ratio == 1.0
+    assert policy.to_json() == data
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert Policy(policy.choices).id != policy.id
+
+
+def test_malformed_activations_are_refused() -> None:
+    with pytest.raises(PolicyError, match="malformed"):
+        Policy.from_json({"schema": 1, "groups": {}, "activations": ["relu"]})

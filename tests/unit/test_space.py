@@ -155,6 +155,51 @@ MALFORMED = [
     ("rate not a number", GOOD + "recipe: {lr: .nan}\n", 5, "recipe.lr", "must be a finite number, got nan"),
     ("infinite rate", GOOD + "recipe: {lr: .inf}\n", 5, "recipe.lr", "must be a finite number, got inf"),
     ("yes is a text", GOOD + "recipe: {compensation: yes}\n", 5, "recipe.compensation", "expected true or false"),
+    (
+        "compensation of another name",
+        GOOD + "recipe: {compensation: fold}\n",
+        5,
+        "recipe.compensation",
+        "or merge; got the",
+    ),
+    ("unknown schedule", GOOD + "recipe: {schedule: iterativ}\n", 5, "recipe.schedule", "did you mean 'iterative'?"),
+    ("schedule is a number", GOOD + "recipe: {schedule: 3}\n", 5, "recipe.schedule", "expected a mapping"),
+    ("one cut", GOOD + "recipe: {schedule: {steps: 1}}\n", 5, "recipe.schedule.steps", "must be at least 2, got 1"),
+    (
+        "regularisation of no kind",
+        GOOD + "recipe: {regularisation: {share: 0.2}}\n",
+        5,
+        "recipe.regularisation.kind",
+        "this key is needed",
+    ),
+    (
+        "unknown regularisation",
+        GOOD + "recipe: {regularisation: {kind: group_laso}}\n",
+        5,
+        "recipe.regularisation.kind",
+        "did you mean 'group_lasso'?",
+    ),
+    (
+        "a probability above one",
+        GOOD + "recipe: {regularisation: {kind: targeted_dropout, strength: 2}}\n",
+        5,
+        "recipe.regularisation.strength",
+        "is a probability, got 2",
+    ),
+    (
+        "stages that leave nothing",
+        GOOD + "recipe: {schedule: {share: 0.6}, regularisation: {kind: bn_l1, share: 0.4}}\n",
+        5,
+        "recipe.regularisation.share",
+        "leaves no epochs for the last cut",
+    ),
+    (
+        "a schedule without epochs",
+        GOOD + "recipe: {schedule: iterative}\nsearch: {ladder: [{rung: a}]}\n",
+        5,
+        "recipe.schedule",
+        "needs a rung with epochs",
+    ),
     ("unknown optimizer", GOOD + "recipe: {optimizer: adam}\n", 5, "recipe.optimizer", "did you mean 'adamw'?"),
     ("distillation is a number", GOOD + "recipe: {distillation: 3}\n", 5, "recipe.distillation", "expected a mapping"),
     ("recipe is null", GOOD + "recipe:\n", 5, "recipe", "expected a mapping of keys to values, got nothing"),
@@ -405,6 +450,21 @@ def test_distillation_is_on_by_default() -> None:
     assert parse_space(GOOD + "recipe: {distillation: true}\n", env={}).recipe.distillation == default
 
 
+@pytest.mark.parametrize("value", ["one_shot", "null"])
+def test_one_shot_is_the_default_schedule_and_leaves_the_fingerprint_alone(value: str) -> None:
+    space = parse_space(GOOD + f"recipe: {{schedule: {value}, regularisation: null}}\n", env={})
+    assert space.recipe.schedule is None
+    assert space.fingerprint == parse_space(GOOD, env={}).fingerprint
+
+
+def test_an_iterative_schedule_may_be_named_or_spelt_out() -> None:
+    named = parse_space(GOOD + "recipe: {schedule: iterative}\n", env={})
+    spelt = parse_space(GOOD + "recipe: {schedule: {kind: iterative, steps: 3, share: 0.5}}\n", env={})
+    assert named.recipe.schedule is not None
+    assert named.recipe.schedule == spelt.recipe.schedule
+    assert named.fingerprint == spelt.fingerprint != parse_space(GOOD, env={}).fingerprint
+
+
 def test_limits_keep_the_order_in_which_the_primary_cost_is_chosen() -> None:
     space = parse_space(GOOD + "budget: {size: 1.2 MB, macs: 0.5}\n", env={})
     assert list(space.budget.limits.items()) == [("macs", 0.5), ("size", "1.2 MB")]
@@ -485,7 +545,7 @@ def test_the_json_schema_describes_every_key() -> None:
     distillation = schema["$defs"]["RecipeSettings"]["properties"]["distillation"]["anyOf"]
     assert {"type": "boolean"} in distillation
     assert {"$ref": "#/$defs/DistillationSettings"} in distillation
-    assert tuple(schema["$defs"]["CriteriaSettings"]["properties"]["choices"]["items"]["enum"]) == CRITERIA
+    assert tuple(schema["$defs"]["CriteriaSettings"]["properties"]["choices"]["items"]["anyOf"][0]["enum"]) == CRITERIA
 
 
 def test_a_space_written_as_yaml_is_the_same_space() -> None:

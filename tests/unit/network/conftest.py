@@ -13,7 +13,8 @@ from torch import nn
 from autoprune.network.complexity import count_bytes, count_macs, count_params
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import Precision
-from autoprune.network.pipeline import Ingredients, learn
+from autoprune.network.learning import learn
+from autoprune.network.pipeline import Ingredients
 from autoprune.network.recipe import Recipe, fine_tune
 from autoprune.network.surgery import cut, masked_twin
 from autoprune.network.trace import Network, evaluating, trace
@@ -139,7 +140,7 @@ def bench(trained: Ingredients) -> Workbench:
         groups=tuple(Group(g.name, g.size, feasible_widths(g.size)) for g in network.groups),
         splits=trained.splits,
         recipe=Recipe(batch_size=32, precision="float32"),
-        knowledge=learn(network, trained, criteria=CRITERIA, device="cpu", seed=0),
+        knowledge=learn(network, trained.splits.calibration, criteria=CRITERIA, device="cpu", seed=0),
         precision=plain,
         training_precision=plain,
     )

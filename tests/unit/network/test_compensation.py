@@ -184,3 +184,80 @@ def test_a_weight_with_two_uses_is_not_refitted_to_one_of_them():
     x = torch.randn(64, 6)
     network = trace(Twice(), x[:2])
     assert set(compensated_tensors(network, {"a": np.arange(4)}, gather(network, [x]))) == {"c.weight", "c.bias"}
+
+
+# --- the kinds of layers that read what was removed ---------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """One head whose value channels are read by the output projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 12)
+        self.proj, self.head = nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.proj(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))).relu())
+
+
+class Recurrent(nn.Module):
+    """Hidden units of two layers that a linear layer reads at every step."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.cells = cls(6, 12, num_layers=2, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0])
+
+
+def perceptron():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+KINDS = {
+    "convolution": (net, (3, 6, 6), "0", "2"),
+    "linear": (perceptron, (6,), "0", "2"),
+    "attention": (Attention, (7, 6), "v", "proj"),
+    "lstm": (lambda: Recurrent(nn.LSTM), (7, 6), "cells", "head"),
+    "gru": (lambda: Recurrent(nn.GRU), (7, 6), "cells", "head"),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "group", "consumer"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_consumer_is_nearer_to_the_dense_output_when_compensated(build, shape, group, consumer, output):
+    torch.manual_seed(0)
+    model = build().eval()
+    x = torch.randn(256, *shape)
+    network = trace(model, x[:2])
+    kept = np.arange(0, network.group(group).size, 2)
+    tensors = compensated_tensors(network, {group: kept}, gather(network, [x]))
+    assert f"{consumer}.weight" in tensors
+    small = cut(network, {group: kept})
+    fresh = torch.randn(64, *shape)
+    dense = output(model, fresh)
+    bare = (output(small, fresh) - dense).square().mean()
+    small.load_state_dict({**small.state_dict(), **tensors})
+    assert (output(small, fresh) - dense).square().mean() < 0.8 * bare
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_the_constant_part_of_a_removed_channel_goes_into_the_bias_or_is_left_to_the_batch_norm(normalised, output):
+    model = net(bias=not normalised, norm=normalised)
+    model[2] = nn.Conv2d(8, 6, 3, bias=not normalised)  # without padding a constant is one at the border too
+    with torch.no_grad():
+        model[0].weight[5] = 0.0
+        model[0].bias[5] = 3.0  # a channel that is nothing but a constant
+        model[2].weight[:, 5] += 0.5
+    x = images()
+    network = trace(model, x[:2])
+    kept = np.setdiff1d(np.arange(8), [5])
+    tensors = compensated_tensors(network, {"0": kept}, gather(network, [x]), ridge=1e-9)
+    torch.testing.assert_close(tensors["2.weight"], model[2].weight[:, kept].detach(), atol=2e-3, rtol=0)
+    if normalised:
+        assert "2.bias" not in tensors
+        return
+    lost = 3.0 * model[2].weight[:, 5].sum((1, 2))
+    torch.testing.assert_close(tensors["2.bias"], (model[2].bias + lost).detach(), atol=2e-3, rtol=0)

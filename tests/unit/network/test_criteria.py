@@ -1,14 +1,18 @@
 """Criteria: small cases computed by hand or by brute force."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoprune.errors import DataError, PolicyError
+from autoprune.errors import DataError, InputError, PolicyError
 from autoprune.network.calibration import gather
-from autoprune.network.criteria import CRITERIA, Evidence, choose, gather_gradients, score
+from autoprune.network.criteria import CRITERIA, Evidence, choose, gather_fisher, gather_gradients, gather_ranks, score
+from autoprune.network.own_criteria import criteria_key
 from autoprune.network.trace import trace
 
 X = torch.randn(256, 5, generator=torch.Generator().manual_seed(0))
@@ -169,8 +173,10 @@ def test_every_criterion_scores_every_group_of_a_branched_network():
     torch.manual_seed(0)
     x = torch.randn(16, 3, 6, 6)
     network = trace(Branched(), x[:2])
-    gradients = gather_gradients(network, [(x, torch.arange(16) % 3)], F.cross_entropy)
-    scores = score(Evidence(network, gather(network, [x]), gradients), CRITERIA)
+    batches = [(x, torch.arange(16) % 3)]
+    gradients = gather_gradients(network, batches, F.cross_entropy)
+    fisher, ranks = gather_fisher(network, batches, F.cross_entropy), gather_ranks(network, x)
+    scores = score(Evidence(network, gather(network, [x]), gradients, 0, fisher, ranks), CRITERIA)
     assert list(scores) == list(CRITERIA)
     for name, by_group in scores.items():
         for group in network.groups:
@@ -202,3 +208,114 @@ def test_the_highest_scores_are_chosen_in_ascending_order_and_ties_keep_the_firs
     assert choose(np.array([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [1, 3]
     assert choose(np.array([1.0, 3.0, 2.0, 3.0]), 3).tolist() == [1, 2, 3]
     assert choose(np.ones(4), 2).tolist() == [0, 1]
+
+
+def test_hessian_adds_up_the_squares_of_gradient_times_weight():
+    model = mlp()
+    network = trace(model, X[:2])
+    batches = [(X[:8], Y[:8]), (X[8:24], Y[8:24])]
+    expected = torch.zeros(4, dtype=torch.float64)
+    for x, y in batches:
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), y), [model[0].weight])
+        expected += (gradient * model[0].weight).detach().double().square().sum(1) / 2
+    evidence = Evidence(network, fisher=gather_fisher(network, batches, F.cross_entropy))
+    np.testing.assert_allclose(scores_of("hessian", evidence), expected / expected.mean(), rtol=1e-5)
+    with pytest.raises(PolicyError, match="the criterion hessian needs gradients"):
+        scores_of("hessian", Evidence(network))
+    with pytest.raises(DataError, match="no labelled"):
+        gather_fisher(network, [], F.cross_entropy)
+
+
+def test_hrank_is_the_mean_rank_of_the_channels_maps():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.Conv2d(3, 1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]).reshape(3, 2, 1, 1))
+    x = torch.stack([torch.ones(6, 6), torch.eye(6)]).expand(4, 2, 6, 6)  # ranks 1 and 6
+    network = trace(model, x[:2])
+    evidence = Evidence(network, ranks=gather_ranks(network, x))
+    np.testing.assert_allclose(scores_of("hrank", evidence), np.array([1, 6, 0]) / (7 / 3))
+    plain = with_rows(ROWS)
+    np.testing.assert_allclose(scores_of("hrank", plain), scores_of("l2", plain))
+
+
+def own(monkeypatch, function):
+    module = types.ModuleType("their_criteria")
+    module.function = function
+    monkeypatch.setitem(sys.modules, "their_criteria", module)
+    return "their_criteria:function"
+
+
+def test_an_own_criterion_gets_weights_and_inputs_a_channel_and_is_made_relative(monkeypatch):
+    seen = []
+
+    def function(weights, inputs):
+        seen.append((weights, inputs))
+        return weights["0"].abs().sum(1)
+
+    evidence = evidence_of(mlp())
+    name = own(monkeypatch, function)
+    found = score(evidence, [name])[name]["0"]
+    np.testing.assert_allclose(found, scores_of("l1", evidence), rtol=1e-6)
+    weights, inputs = seen[0]
+    assert {path: tuple(w.shape) for path, w in weights.items()} == {"0": (4, 5)}
+    hidden = F.relu(evidence.network.model[0](X)).detach()
+    torch.testing.assert_close(inputs["2"], hidden.T @ hidden / len(X), rtol=1e-4, atol=1e-5)
+
+
+def test_an_own_criterion_sees_every_place_of_a_convolution_once(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(18, 2)).eval()
+    x = torch.randn(32, 3, 6, 6)
+    network = trace(model, x[:2])
+    seen = {}
+
+    def function(weights, inputs):
+        seen.update(inputs)
+        return torch.ones(next(iter(weights.values())).shape[0])
+
+    score(Evidence(network, gather(network, [x])), [own(monkeypatch, function)])
+    with torch.no_grad():
+        hidden = F.relu(model[0](x))  # (32, 4, 4, 4)
+    windows = hidden.unfold(2, 2, 1).unfold(3, 2, 1)  # (32, 4, 3, 3, 2, 2)
+    expected = torch.einsum("bchwij,bdhwij->cd", windows, windows) / (32 * 9 * 4)
+    torch.testing.assert_close(seen["2"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda w: torch.ones(3), r"shape \(3,\) for group '0'; it must return 4 numbers, shape \(4,\)"),
+        (lambda w: w["0"], r"shape \(4, 5\)"),
+        (lambda w: None, "returns object"),
+        (lambda w: ["a", "b", "c", "d"], "must return 4 numbers"),
+        (lambda w: [1.0, float("nan"), 1.0, 1.0], "not finite for group '0'"),
+        (lambda w: [1.0, float("inf"), 1.0, 1.0], "not finite for group '0'"),
+    ],
+)
+def test_what_an_own_criterion_returns_is_checked(monkeypatch, result, message):
+    name = own(monkeypatch, lambda weights, inputs: result(weights))
+    with pytest.raises(PolicyError, match=message):
+        score(evidence_of(mlp()), [name])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module:function", "criterion 'no_such_module:function': there is no module 'no_such_module'"),
+        ("math:sqroot", "criterion 'math:sqroot': math has no 'sqroot'; did you mean 'sqrt'"),
+        ("math:pi", "criterion 'math:pi': pi is a float and cannot be called"),
+    ],
+)
+def test_an_own_criterion_that_cannot_be_imported_says_why(path, message):
+    with pytest.raises(InputError, match=message):
+        score(evidence_of(mlp()), [path])
+
+
+def test_the_cache_of_an_own_criterion_follows_its_source(tmp_path, monkeypatch):
+    source = tmp_path / "changing_criteria.py"
+    source.write_text("def function(weights, inputs):\n    return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = criteria_key(["l1", "changing_criteria:function"])
+    assert before[0] == "l1"
+    source.write_text("def function(weights, inputs):\n    return [2.0]\n")
+    assert criteria_key(["l1", "changing_criteria:function"]) != before

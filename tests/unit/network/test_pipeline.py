@@ -10,12 +10,12 @@ from torch import nn
 
 from autoprune.errors import BudgetError, DataError, InputError
 from autoprune.network import pipeline
+from autoprune.network.learning import learn
 from autoprune.network.pipeline import (
     WorkerFactory,
     choose_precision,
     data_settings,
     ingredients_of,
-    learn,
     model_digest,
     problem_of,
     recipe_of,
@@ -27,6 +27,8 @@ from autoprune.network.pipeline import (
     train_baseline,
     workbench_of,
 )
+from autoprune.network.recipe import Iterative
+from autoprune.network.regularisation import Regularisation
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 from autoprune.space import load_space
@@ -135,11 +137,11 @@ def test_other_weights_have_other_knowledge(iris, make_space, tmp_path):
 
 
 def test_what_is_learnt_covers_every_criterion_and_group(trained, bench):
-    knowledge = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    knowledge = learn(bench.network, trained.splits.calibration, criteria=["l1", "taylor"], device="cpu", seed=0)
     names = {g.name for g in bench.network.groups}
     assert {name: set(found) for name, found in knowledge.scores.items()} == {"l1": names, "taylor": names}
     assert {name: set(found) for name, found in knowledge.tables.items()} == {n: {"l1", "taylor"} for n in names}
-    again = learn(bench.network, trained, criteria=["l1", "taylor"], device="cpu", seed=0)
+    again = learn(bench.network, trained.splits.calibration, criteria=["l1", "taylor"], device="cpu", seed=0)
     for name in names:
         np.testing.assert_array_equal(knowledge.scores["taylor"][name], again.scores["taylor"][name])
     assert knowledge.tables == again.tables
@@ -155,7 +157,7 @@ def test_without_calibration_images_nothing_can_be_learnt(trained, bench):
 
     bare = replace(trained, splits=replace(trained.splits, calibration=Empty()))
     with pytest.raises(DataError, match="no calibration images"):
-        learn(bench.network, bare, criteria=["l1"], device="cpu", seed=0)
+        learn(bench.network, bare.splits.calibration, criteria=["l1"], device="cpu", seed=0)
 
 
 def test_the_digest_of_a_model_follows_values_names_and_shapes():
@@ -202,3 +204,39 @@ def test_settings_arrive_under_their_own_names(make_space):
     assert recipe_of(space).baseline.epochs == 3
     assert recipe_of(space).distillation is not None
     assert pipeline._KNOWLEDGE >= 1
+
+
+def changed(tmp_path, *overrides):
+    path = tmp_path / "changed.yaml"
+    path.write_text(SPACE.format(extra=""))
+    return load_space(path, env={}, overrides=overrides)
+
+
+def test_stages_and_merging_arrive_under_their_own_names(tmp_path):
+    found = recipe_of(
+        changed(
+            tmp_path,
+            "recipe.schedule={steps: 4, share: 0.3}",
+            "recipe.regularisation={kind: growing_l2}",
+            "recipe.compensation=merge",
+        )
+    )
+    assert found.schedule == Iterative(4, 0.3)
+    assert found.regularisation == Regularisation("growing_l2")
+    assert found.compensation == "merge"
+    assert recipe_of(changed(tmp_path)).staged is False
+
+
+def test_the_baseline_is_the_same_whatever_stages_follow(tmp_path):
+    told = []
+    stages = ("recipe.schedule=iterative", "recipe.regularisation={kind: group_lasso}", "recipe.compensation=merge")
+    for overrides in ((), stages):
+        space = changed(tmp_path, *overrides)
+        train_baseline(space, ingredients_of(space, cache=tmp_path), cache=tmp_path, note=told.append)
+    assert sum("training a baseline" in text for text in told) == 1
+
+
+def test_a_regularisation_that_cannot_act_is_refused_before_the_search(iris, tmp_path):
+    space = changed(tmp_path, "recipe.regularisation={kind: bn_l1}")
+    with pytest.raises(InputError, match="bn_l1 acts on the scales of normalisations"):
+        workbench_of(space, iris, trace_ingredients(iris), cache=tmp_path, models=None, note=lambda text: None)

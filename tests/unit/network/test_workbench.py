@@ -143,3 +143,10 @@ def test_a_workbench_travels_to_a_worker_and_finds_the_same_there(bench):
     policy = uniform_policy(bench.groups, 0.5, "obs")
     twin = pickle.loads(pickle.dumps(bench))
     assert twin.evaluate(policy, SCREEN).metrics == bench.evaluate(policy, SCREEN).metrics
+
+
+def test_another_seed_draws_other_batches_and_repairs_alike(bench):
+    policy = uniform_policy(bench.groups, 0.5, "l2")
+    losses = [replace(bench, seed=seed).evaluate(policy, SCREEN).metrics["val_loss"] for seed in (0, 1, 7)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[2] == pytest.approx(losses[0], rel=0.05)

@@ -43,7 +43,7 @@ def why(*rows: GroupPrice) -> Explanation:
         (row(uniform=12), "as a uniform policy of the same cost would"),
         (row(CHEAP, uniform=14), "2 fewer than a uniform policy of the same cost: a step down to 11 adds only 1.5"),
         (row(DEAR), "a step up to 13 takes away 0.5 times the going error for what it costs, so it could use more"),
-        (row(width=16, up=None), "keeps all 16, 6 more than a uniform policy of the same cost: removing channels adds"),
+        (row(width=16, up=None), "keeps all 16, 6 more than a uniform policy of the same cost: removing more adds"),
         (row(down=None), "as narrow as it may be"),
         (row(FIXED), "the only width that it may have"),
         (row(FREE), "its width does not change the MACs"),

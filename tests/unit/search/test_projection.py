@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.budget import Budget
+from autoprune.budget import Budget, resolve_budget
 from autoprune.cost import COSTS, CostModel, Form, Term
 from autoprune.errors import BudgetError, PolicyError
-from autoprune.policy import Group
+from autoprune.policy import Group, feasible_widths
 from autoprune.results import Problem
 from autoprune.search.projection import Projector, nearest_width, project
 
@@ -154,3 +155,38 @@ def test_a_missing_ratio_and_one_that_is_no_number_are_refused(
 ) -> None:
     with pytest.raises(PolicyError, match="'layer1' needs a finite ratio"):
         project(make_chain(2), bad, 0.5)
+
+
+@st.composite
+def problems_with_blocks(draw):
+    """Groups some of which may be removed whole, in a chain whose cost is a sum of products plus a constant."""
+    sizes = draw(st.lists(st.integers(2, 24), min_size=2, max_size=5))
+    groups = tuple(
+        Group(f"g{i}", n, ((0,) if draw(st.booleans()) else ()) + feasible_widths(n, max_ratio=0.8))
+        for i, n in enumerate(sizes)
+    )
+    names = tuple(g.name for g in groups)
+    forms = [Form(0, ((i, 1),)) for i in range(len(sizes))]
+    macs = (Term(50), *(Term(7, (form,)) for form in forms), *(Term(2, pair) for pair in pairwise(forms)))
+    model = CostModel(names, tuple(sizes), macs, macs, macs)
+    problem = Problem(groups, model, resolve_budget({}, model, groups), ("l1",))
+    ratios = {g.name: draw(st.floats(0.0, 1.0)) for g in groups}
+    low, high = problem.budget.span
+    return problem, ratios, draw(st.floats(low, high)), draw(st.floats(low, high))
+
+
+@given(problems_with_blocks())
+def test_blocks_that_are_proposed_to_go_stay_away_while_others_can_grow(drawn):
+    problem, ratios, a, b = drawn
+    projector = Projector(problem)
+    dense = problem.cost_model.cost("macs", {})
+    widths = projector.project(ratios, a)
+    assert problem.cost_model.cost("macs", widths) <= a * dense + 1e-6
+    gone = [g for g in problem.groups if g.widths[0] == 0 and g.width(ratios[g.name]) == 0]
+    others = [g for g in problem.groups if g not in gone]
+    if any(widths[g.name] > 0 for g in gone):
+        assert all(widths[g.name] == g.widths[-1] for g in others)
+    again = projector.project({g.name: g.ratio(widths[g.name]) for g in problem.groups}, a)
+    assert again == widths
+    costs = [problem.cost_model.cost("macs", projector.project(ratios, target)) for target in sorted((a, b))]
+    assert costs[0] <= costs[1]

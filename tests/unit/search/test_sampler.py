@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -11,6 +12,7 @@ from autoprune.errors import InputError, PolicyError
 from autoprune.policy import Choice, Policy, uniform_policy
 from autoprune.results import Problem
 from autoprune.search import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
+from autoprune.search.warmstart import uniform
 
 Chain = Callable[..., Problem]
 
@@ -111,3 +113,32 @@ def test_unknown_names_are_refused_with_the_nearest_valid_one(make_chain: Chain)
         params_of(problem, uniform_policy(problem.groups, 0.5, "tailor"))
     with pytest.raises(PolicyError, match="'ratio/layer1' is missing"):
         policy_of(problem, {"ratio/layer0": 0.5, "criterion/model": "l2"})
+
+
+def test_activations_are_categorical_parameters_and_survive_the_way_to_a_policy_and_back(make_chain: Chain) -> None:
+    problem = make_chain(3)
+    searched = replace(problem, activations={"model/relu": ("relu", "relu6"), "model/silu": ("hardswish",)})
+    space = search_space(searched)
+    assert tuple(space["activation/model/relu"].choices) == ("relu", "relu6")
+    assert "activation/model/silu" not in space, "there is nothing to choose"
+    plain = uniform(searched, searched.criteria[0], searched.budget.span[1])
+    assert plain.activations == {"model/relu": "relu", "model/silu": "hardswish"}
+    params = params_of(searched, plain) | {"activation/model/relu": "relu6"}
+    policy = policy_of(searched, params)
+    assert policy.activations["model/relu"] == "relu6"
+    assert params_of(searched, policy)["activation/model/relu"] == "relu6"
+    assert "activation/model/relu" not in search_space(problem)
+    with pytest.raises(PolicyError, match="no activation 'model/relu' is searched"):
+        params_of(problem, policy)
+    wrong = Policy(policy.choices, {"model/relu": "relu7"})
+    with pytest.raises(PolicyError, match="unknown activation 'relu7' for 'model/relu'; did you mean"):
+        params_of(searched, wrong)
+
+
+def test_proposals_hold_an_activation_of_each_place(make_chain: Chain) -> None:
+    problem = make_chain(3)
+    searched = replace(problem, activations={"a/relu": ("relu", "relu6"), "b/relu": ("relu", "relu6")})
+    study = study_with(make_sampler("random", 0), searched)
+    asked = [policy_of(searched, study.ask(search_space(searched)).params) for _ in range(20)]
+    seen = {tuple(policy.activations.values()) for policy in asked}
+    assert len(seen) == 4

@@ -1,0 +1,87 @@
+"""What is learnt about a dense network on calibration images before its channels are removed.
+
+Decides the order: moments, gradients, ranks, scores, dense outputs, error tables. Knows nothing of settings or of
+caches. `mask_learning` does the same for single weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autoprune.errors import DataError
+from autoprune.network.calibration import gather
+from autoprune.network.criteria import (
+    NEEDS_FISHER,
+    NEEDS_GRADIENTS,
+    NEEDS_RANKS,
+    Evidence,
+    gather_fisher,
+    gather_gradients,
+    gather_ranks,
+    score,
+)
+from autoprune.network.evaluation import Loss, logits_of
+from autoprune.network.samples import Split
+from autoprune.network.sequential import gather_targets
+from autoprune.network.tables import error_tables
+from autoprune.network.trace import Network
+from autoprune.network.workbench import Knowledge
+
+_FISHER_BATCH = 8
+"""Samples whose gradients are squared together: 512 calibration images take 64 passes."""
+
+
+def learn(
+    network: Network,
+    calibration: Split,
+    *,
+    criteria: Sequence[str],
+    loss: Loss | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Knowledge:
+    """Gathers moments, targets, gradients, scores and error tables on the calibration images.
+
+    Args:
+        network: The traced network, on `device`.
+        calibration: Images, with targets where a criterion needs gradients.
+        criteria: The criteria that score channels.
+        loss: Own loss, the mean over a batch; None: cross-entropy.
+        device: Where it runs.
+        seed: Draws patches of inputs.
+
+    Raises:
+        DataError: There are no calibration images.
+        PolicyError: A criterion gives scores that are not finite.
+    """
+    mean = mean_loss(loss)
+    batches = [x for x, _ in calibration.batches(64, device=device)]
+    if not batches:
+        raise DataError("there are no calibration images")
+    statistics = gather(network, batches, seed=seed, device=device)
+    gradients: dict[str, tuple[Tensor, ...]] = {}
+    if NEEDS_GRADIENTS & set(criteria):
+        gradients = gather_gradients(network, calibration.batches(64, device=device), mean, device=device)
+    fisher: dict[str, Tensor] = {}
+    if NEEDS_FISHER & set(criteria):
+        fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean, device=device)
+    images = torch.cat(batches)
+    ranks = gather_ranks(network, images, device=device) if NEEDS_RANKS & set(criteria) else {}
+    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
+    scores = score(evidence, criteria)
+    targets = gather_targets(network, images, seed=seed)
+    return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+
+
+def mean_loss(own: Loss | None) -> Callable[[Any, Tensor], Tensor]:
+    """Returns the mean loss of a batch: the user's own, or cross-entropy in float32."""
+
+    def cross_entropy(output: Any, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(output).float(), target)
+
+    return cross_entropy if own is None else own
