@@ -20,6 +20,7 @@ import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.commands import layer_rows, terminal
 from autoprune.coordinator.recording import Records
+from autoprune.coordinator.setup import Setup, setup_of
 from autoprune.coordinator.views import (
     CONTROLS,
     HOME,
@@ -35,6 +36,7 @@ from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
+from autoprune.network.further import precision_text
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
@@ -134,14 +136,8 @@ class Session:
     def run(self, *, workers: int, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
         plan = self._plan(workers, trials or self.space.search.trials)
-        records = Records(
-            self.space.name,
-            self.problem,
-            home=self.home,
-            params=self._params(),
-            tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
-            say=self.progress.note,
-        )
+        self.setup = self._setup(workers)
+        records = Records(self.space.name, self.setup, home=self.home, say=self.progress.note)
         begun = time.monotonic()
         try:
             with self._executor(workers) as executor:
@@ -209,11 +205,20 @@ class Session:
         known = self.bench.knowledge.scores
         return {name: {group: scores.tolist() for group, scores in by.items()} for name, by in known.items()}
 
-    def _params(self) -> dict[str, Any]:
-        plain = self.space.model_dump(mode="json", by_alias=True)
-        return {f"{k}.{kk}": vv for k, v in plain.items() if isinstance(v, dict) for kk, vv in v.items()} | {
-            k: v for k, v in plain.items() if not isinstance(v, dict)
+    def _setup(self, workers: int) -> Setup:
+        """Returns what is kept of the settings; `facts` holds what they leave open and a number depends on."""
+        formats = {"precision": self.bench.precision, "training_precision": self.bench.training_precision}
+        facts = {
+            "fingerprint": self.fingerprint,
+            "device": self.bench.device,
+            "seed": str(self.space.seed),
+            "workers": str(workers),
+            "threads": str(pipeline.threads_of(workers)),
+            **{name: precision_text(precision) for name, precision in formats.items()},
         }
+        origin = self.bench.origin
+        at_hand = not (origin.get("name") or origin.get("factory"))
+        return setup_of(self.space, self.problem, at_hand=at_hand, facts={**facts, "at_hand": str(at_hand).lower()})
 
     def _executor(self, workers: int) -> Executor:
         if workers == 1:
@@ -293,6 +298,7 @@ class Session:
 
     def _write_facts(self, plan: LadderPlan) -> None:
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
+        studies.write_setup(study, self.setup.to_json())
         if studies.read_facts(study) is not None:
             return
         last = plan.rungs[-1].fidelity

@@ -364,6 +364,11 @@ def threads_per_worker(workers: int) -> int:
     return max(1, cores // workers)
 
 
+def threads_of(workers: int) -> int:
+    """Returns the threads with which each evaluation runs; sums, and so results, can depend on them."""
+    return torch.get_num_threads() if workers == 1 else threads_per_worker(workers)
+
+
 class WorkerFactory:
     """Builds the evaluation function inside a worker process, with its share of the cores."""
 

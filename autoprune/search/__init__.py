@@ -7,7 +7,17 @@ recorded or shown.
 from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
-from autoprune.search.notes import read_facts, write_facts, write_notes
+from autoprune.search.lease import is_running
+from autoprune.search.notes import (
+    read_facts,
+    read_pick,
+    read_setup,
+    write_facts,
+    write_notes,
+    write_pick,
+    write_setup,
+    write_study_note,
+)
 from autoprune.search.projection import Projector, project
 from autoprune.search.records import StoredTrial, distinct, read_results, read_trial, read_trials
 from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
@@ -39,6 +49,7 @@ __all__ = [
     "TrialFinished",
     "audit",
     "distinct",
+    "is_running",
     "kendall_tau",
     "load_rung",
     "make_sampler",
@@ -50,7 +61,9 @@ __all__ = [
     "promoted",
     "quiet_optuna",
     "read_facts",
+    "read_pick",
     "read_results",
+    "read_setup",
     "read_trial",
     "read_trials",
     "reference_point",
@@ -62,4 +75,7 @@ __all__ = [
     "study_summary",
     "write_facts",
     "write_notes",
+    "write_pick",
+    "write_setup",
+    "write_study_note",
 ]
