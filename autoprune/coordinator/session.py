@@ -19,6 +19,7 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import Setup, setup_of
 from autoprune.coordinator.views import (
@@ -154,7 +155,7 @@ class Session:
         else:
             records.stop("FINISHED")
         left = records.close(_PATIENCE)
-        self._link(stored, records)
+        write_notes(self.storage, stored, view, records)
         text = self._text(stored, view, records, left=left, summary=summary)
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
@@ -323,13 +324,6 @@ class Session:
         for folder in self.models.iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _link(self, stored: StoredSearch, records: Records) -> None:
-        """Writes each trial's note in the Optuna dashboard: what it is and where its MLflow run is."""
-        for rung in stored.rungs:
-            links = records.links(rung)
-            study = studies.load_rung(self.storage, self.space.name, rung)
-            studies.write_notes(study, {n: f"[MLflow run]({link})" for n, link in links.items()})
 
     def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
         width, color = terminal()

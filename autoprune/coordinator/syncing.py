@@ -10,6 +10,7 @@ from pathlib import Path
 
 import autoprune.search as studies
 from autoprune.coordinator.finetuning import record_all_finetuned
+from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.picking import Say, picks
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import read_setup
@@ -69,6 +70,7 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
     if left or records.refused:
         reasons = "; ".join(f"{refused.what}: {refused.reason}" for refused in records.refused)
         raise TrackingError(reasons or f"MLflow is away: {left} records of {name} wait")
+    write_notes(storage, stored, view, records)
     return Synced(
         name=name,
         runs=count,

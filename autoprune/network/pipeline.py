@@ -283,6 +283,8 @@ def workbench_of(
         note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
         knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
+        # What a resumed search reads has another memory layout, by which losses differ in the seventh digit.
+        knowledge = read_knowledge(path, device=device) or knowledge
     if not recipe.compensation:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)

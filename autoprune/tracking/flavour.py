@@ -19,6 +19,7 @@ from typing import Any
 from autoprune.tracking import records
 
 EXAMPLE = "input_example.json"
+SERVING = "serving_input_example.json"
 _PACKAGES = ("autoprune", "torch", "torchvision", "numpy", "safetensors")
 
 
@@ -44,7 +45,7 @@ def flavour_files(run_id: str, *, loader: str, input_shape: Sequence[int], outpu
         "mlflow_version": metadata.version("mlflow"),
         "model_uuid": uuid.uuid4().hex,
         "run_id": run_id,
-        "saved_input_example_info": {"artifact_path": EXAMPLE, "type": "ndarray", "format": "tf-serving"},
+        "saved_input_example_info": {"artifact_path": EXAMPLE, "type": "ndarray", "serving_input_path": SERVING},
         "signature": {
             "inputs": _tensors([-1, *input_shape]),
             "outputs": _tensors([-1, outputs]) if outputs else None,
@@ -52,6 +53,7 @@ def flavour_files(run_id: str, *, loader: str, input_shape: Sequence[int], outpu
         },
         "utc_time_created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S.%f"),
     }
+    example = _zeros([1, *input_shape])
     environment = {
         "python": platform.python_version(),
         "build_dependencies": ["pip"],
@@ -59,7 +61,8 @@ def flavour_files(run_id: str, *, loader: str, input_shape: Sequence[int], outpu
     }
     return {
         "MLmodel": json.dumps(model, indent=1) + "\n",
-        EXAMPLE: json.dumps({"inputs": _zeros([1, *input_shape])}) + "\n",
+        EXAMPLE: json.dumps(example) + "\n",
+        SERVING: json.dumps({"inputs": example}) + "\n",
         "requirements.txt": "\n".join(_requirements()) + "\n",
         "python_env.yaml": json.dumps(environment, indent=1) + "\n",
     }

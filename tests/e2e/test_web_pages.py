@@ -256,13 +256,20 @@ def test_the_mlflow_server_hands_out_the_front_and_its_models(mlflow_ui: str, na
     assert "Plotly.newPlot" in page
     for run in runs_of(mlflow_ui, name, "tags.pareto = 'true'"):
         files = ask(mlflow_ui, f"/api/2.0/mlflow/artifacts/list?run_id={run['info']['run_id']}&path=model")["files"]
-        assert {file["path"] for file in files} == {"model/model.safetensors", "model/policy.json"}
+        assert {"model/model.safetensors", "model/policy.json", "model/MLmodel"} <= {file["path"] for file in files}
+
+
+def shared_view(experiment: dict[str, Any], *, list_of_runs: bool) -> tuple[str, str]:
+    """Returns key and state of a prepared page: the list of runs or the charts."""
+    prefix = "mlflow.sharedViewState."
+    views = {t["key"].removeprefix(prefix): t["value"] for t in experiment["tags"] if t["key"].startswith(prefix)}
+    ((key, state),) = [(key, state) for key, state in views.items() if key.endswith("-list") == list_of_runs]
+    return key, state
 
 
 def chart_page(address: str, name: str) -> str:
     experiment = ask(address, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
-    (key,) = [t["key"] for t in experiment["tags"] if t["key"].startswith("mlflow.sharedViewState.")]
-    share = key.removeprefix("mlflow.sharedViewState.")
+    share = shared_view(experiment, list_of_runs=False)[0]
     number = experiment["experiment_id"]
     return (
         f"{address}/#/experiments/{number}/runs?viewStateShareKey={share}"
@@ -272,8 +279,7 @@ def chart_page(address: str, name: str) -> str:
 
 def test_the_prepared_chart_page_charts_the_runs_of_the_shown_rung(mlflow_ui: str, name: str) -> None:
     experiment = ask(mlflow_ui, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
-    tags = {tag["key"]: tag["value"] for tag in experiment["tags"]}
-    (text,) = [value for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")]
+    _, text = shared_view(experiment, list_of_runs=False)
     if text.startswith("deflate;"):
         text = zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))).decode()
     state = json.loads(text)
