@@ -71,25 +71,14 @@ def aliases_of(view: SearchView, members: list[Candidate]) -> dict[str, str | No
 def version_tags(view: SearchView, member: Candidate) -> dict[str, str]:
     """Returns the numbers that the registry's table shows beside a version."""
     point = member.point
-    tags = {
-        "trial": point.name,
-        "rung": member.shown.rung,
-        "val_accuracy": f"{point.val_accuracy:.4f}",
-        "policy": member.shown.result.policy.id,
-        "identity": member.shown.result.identity,
-        "criterion": point.criterion,
-        "origin": point.origin,
-        "autoprune.search": view.name,
-        "pareto": "true",
-    }
+    tags = {"trial": point.name, "rung": member.shown.rung, "val_accuracy": f"{point.val_accuracy:.4f}"}
     if point.test_accuracy is not None:
         tags["test_accuracy"] = f"{point.test_accuracy:.4f}"
+    for cost in COSTS[:3]:
+        tags[f"{cost.removesuffix('_bytes')}_fraction"] = f"{view.fraction(point, cost):.4f}"
     if "latency_ms" in point.metrics:
         tags["latency_ms"] = f"{point.metrics['latency_ms']:.4g}"
-    for cost in COSTS:
-        tags[cost] = str(point.costs[cost])
-        tags[f"{cost.removesuffix('_bytes')}_fraction"] = f"{view.fraction(point, cost):.4f}"
-    return tags
+    return {**tags, "pareto": "true"}
 
 
 def registration(stored: StoredSearch, view: SearchView, *, export: str) -> Callable[..., dict[str, str]]:
@@ -156,10 +145,9 @@ def finetuned_registration(
         origin: Key of the trial that it comes from.
     """
     shape, outputs = _shapes(folder)
-    metrics = {k: v for k, v in result.metrics.items() if k in ("val_accuracy", "test_accuracy", "latency_ms")}
     tags = {"rung": FINETUNE, "finetuned_from": origin, "epochs": f"{result.fidelity.epochs:g}"}
-    tags |= {"autoprune.search": name, "identity": result.identity}
-    tags |= {k: f"{v:.4g}" for k, v in metrics.items()} | {k: str(v) for k, v in result.costs.items()}
+    names = ("val_accuracy", "test_accuracy", "latency_ms")
+    tags |= {name: f"{result.metrics[name]:.4g}" for name in names if name in result.metrics}
     before, after = (100 * result.metrics[k] for k in ("val_accuracy_before", "val_accuracy"))
     text = f"`{origin}` trained for {result.fidelity.epochs:g} epochs longer: {before:.2f}% → {after:.2f}% validation"
     text += f" accuracy, {100 * result.metrics['test_accuracy']:.2f}% test accuracy."

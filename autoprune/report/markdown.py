@@ -99,11 +99,11 @@ def search_markdown(
         f"**{len(front)} networks on the front** of {len(view.trials)} trials of the rung `{view.rung}`"
         f" ({limits or 'no budget'}); hypervolume {view.hypervolume:.4f}"
         + (f", simple policies alone {view.controls_hypervolume:.4f}." if view.controls else "."),
-        front_markdown(view, links, names=names),
         " · ".join(f"[{name}]({page})" for name, page in pages.items()),
-        f"![the front]({picture})" if picture else "",
         "**Pick one**: open a version of the registered model and add the alias `picked`, or give a run the tag"
         f" `pick` with the value `true`. {commands}",
+        front_markdown(view, links, names=names),
+        f"![the front]({picture})" if picture else "",
         "\n".join(f"- {note}" for note in view.notes),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -120,8 +120,9 @@ def version_markdown(view: SearchView, point: FrontPoint, *, address: str, expor
     """
     return "\n\n".join(
         [
-            f"Trial {point.name} of the search **{view.name}** (rung `{view.rung}`), proposed by {point.origin or '–'};"
-            f" channels ranked by {point.criterion or '–'}.",
+            f"{units.percent(point.val_accuracy)} at {units.share(view.fraction(point))} of the"
+            f" {units.LABELS[view.primary]}: trial {point.name} of the search **{view.name}** (rung `{view.rung}`),"
+            f" proposed by {point.origin or '–'}; channels ranked by {point.criterion or '–'}.",
             comparison_markdown(view, point),
             "```python\nimport mlflow\n\n"
             f'model = mlflow.pyfunc.load_model("{address}")\nlogits = model.predict(samples)  # float32 array\n```',

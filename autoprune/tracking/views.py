@@ -98,7 +98,7 @@ def list_view(*, filter_text: str, order_by: str, metrics: Sequence[str]) -> dic
         "viewMaximized": True,
         "runListHidden": False,
         "groupBy": None,
-        "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), "tags.`rung`", *_TAGS, "attributes.`Models`"],
+        "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), "tags.`rung`", *_TAGS],
     }
 
 

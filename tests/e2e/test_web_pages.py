@@ -171,27 +171,78 @@ class Browser:
 
     def picture(self, address: str, path: Path, *, until: str, size: tuple[int, int] = (1500, 950)) -> Path:
         """Opens a page, waits until a JavaScript condition holds in it, and keeps what it shows."""
+        page = self.open(address, until=until, size=size)
+        page.keep(path)
+        page.close()
+        return path
+
+    def open(self, address: str, *, until: str, size: tuple[int, int] = (1500, 950)) -> Page:
+        """Opens a page and waits until a JavaScript condition holds in it."""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", session, **screen)
         self.ask("Page.enable", session)
         self.ask("Page.navigate", session, url=address)
-        end = time.monotonic() + 60
-        while not self.ask("Runtime.evaluate", session, expression=f"Boolean({until})")["result"].get("value"):
-            assert time.monotonic() < end, f"{address}: {until} does not come to hold"
-            time.sleep(0.2)
-        self.ask("Runtime.evaluate", session, expression=CLOSE_PANEL)
-        time.sleep(2.0)  # until what moves has come to rest
-        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", session)["data"]))
-        self.ask("Target.closeTarget", targetId=target)
-        return path
+        page = Page(self, target, session, address)
+        page.wait(until)
+        page.run(CLOSE_PANEL)
+        return page
 
     def close(self) -> None:
         self.ask("Browser.close")
         self._process.wait(30)
         os.close(self._write)
         os.close(self._read)
+
+
+class Page:
+    """A page that is open: what a person does with mouse and keyboard."""
+
+    def __init__(self, browser: Browser, target: str, session: str, address: str) -> None:
+        self._browser, self._target, self._session, self._address = browser, target, session, address
+
+    def run(self, script: str) -> Any:
+        """Evaluates JavaScript in the page."""
+        found = self._browser.ask("Runtime.evaluate", self._session, expression=script, returnByValue=True)
+        return found["result"].get("value")
+
+    def wait(self, until: str, seconds: float = 60.0) -> None:
+        """Waits until a JavaScript condition holds."""
+        end = time.monotonic() + seconds
+        while not self.run(f"Boolean({until})"):
+            assert time.monotonic() < end, f"{self._address}: {until} does not come to hold: {self.text()[:2000]}"
+            time.sleep(0.2)
+
+    def text(self) -> str:
+        """What the page says."""
+        return str(self.run("document.body.innerText"))
+
+    def click(self, selector: str) -> None:
+        """Clicks with the mouse in the middle of the first element that is found."""
+        self.wait(f"document.querySelector({selector!r})")
+        box = self.run(
+            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+            self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **where)
+
+    def type(self, text: str) -> None:
+        """Types into what has the focus, then Enter."""
+        self._browser.ask("Input.insertText", self._session, text=text)
+        for kind in ("keyDown", "keyUp"):
+            enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            self._browser.ask("Input.dispatchKeyEvent", self._session, type=kind, **enter)
+
+    def keep(self, path: Path) -> None:
+        """Keeps a picture of what the page shows, once what moves has come to rest."""
+        time.sleep(2.0)
+        path.write_bytes(base64.b64decode(self._browser.ask("Page.captureScreenshot", self._session)["data"]))
+
+    def close(self) -> None:
+        self._browser.ask("Target.closeTarget", targetId=self._target)
 
 
 @pytest.fixture(scope="module")

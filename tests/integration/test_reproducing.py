@@ -27,7 +27,12 @@ SPACE = {
     "name": "s",
     "model": {"name": "mlp"},
     "data": {"name": "iris"},
-    "search": {"ladder": [{"rung": "tune", "epochs": 1, "images": 50}, {"rung": "final", "epochs": 2, "trials": 2, "test": True}]},
+    "search": {
+        "ladder": [
+            {"rung": "tune", "epochs": 1, "images": 50},
+            {"rung": "final", "epochs": 2, "trials": 2, "test": True},
+        ]
+    },
 }
 
 
