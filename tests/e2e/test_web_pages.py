@@ -218,11 +218,11 @@ class Page:
         """What the page says."""
         return str(self.run("document.body.innerText"))
 
-    def click(self, selector: str) -> None:
-        """Clicks with the mouse in the middle of the first element that is found."""
-        self.wait(f"document.querySelector({selector!r})")
+    def click(self, element: str) -> None:
+        """Clicks with the mouse in the middle of the element that a JavaScript expression finds."""
+        self.wait(element)
         box = self.run(
-            f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}});"
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
@@ -376,6 +376,73 @@ def test_the_front_opens_as_a_page_of_its_own(finished: Path, name: str, browser
     assert colours(path) > 50
 
 
+@needs_browser
+def test_the_list_of_runs_shows_the_numbers_that_people_need(
+    mlflow_ui: str, name: str, front: dict[str, Any], browser: Browser, pictures: Path
+) -> None:
+    experiment = ask(mlflow_ui, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    share, _ = shared_view(experiment, list_of_runs=True)
+    address = f"{mlflow_ui}/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={share}"
+    until = f"document.body.innerText.includes('{front['trials']} matching runs')"
+    page = browser.open(f"{address}&compareRunsMode=TABLE&workflowType=machine_learning", until=until, size=(1700, 800))
+    page.wait("document.body.innerText.includes('val_accuracy')")
+    text = page.text()
+    page.keep(pictures / "mlflow-list.png")
+    page.close()
+    for column in ("latency_ms", "macs_fraction", "size_bytes", "pareto", "rung"):
+        assert column in text
+
+
+@needs_browser
+def test_the_searchs_run_tells_its_front_with_links_and_a_picture(
+    mlflow_ui: str, name: str, front: dict[str, Any], browser: Browser, pictures: Path
+) -> None:
+    (search,) = runs_of(mlflow_ui, name, "tags.kind = 'search'")
+    info = search["info"]
+    address = f"{mlflow_ui}/#/experiments/{info['experiment_id']}/runs/{info['run_id']}?workflowType=machine_learning"
+    page = browser.open(address, until="document.body.innerText.includes('networks on the front')", size=(1500, 1250))
+    page.click("[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Show more')")
+    page.wait("[...document.images].some(e => e.src.includes('path=front/front.png') && e.complete && e.naturalWidth > 100)")
+    linked = page.run("[...document.querySelectorAll('table a')].map(e => e.innerText.trim())")
+    page.keep(pictures / "mlflow-search.png")
+    page.close()
+    assert {str(point["trial"]) for point in front["front"]} <= set(linked)
+
+
+PENCIL = "mlflow_app_src_model-registry_components_aliases_modelversiontablealiasescell"
+
+
+@needs_browser
+def test_an_alias_set_by_clicking_decides_which_model_is_exported(
+    mlflow_ui: str, finished: Path, name: str, commands: Any, browser: Browser, pictures: Path, tmp_path: Path
+) -> None:
+    query = f"/api/2.0/mlflow/model-versions/search?filter=name%3D'autoprune-{name}'"
+    versions = {
+        v["version"]: {t["key"]: t["value"] for t in v["tags"]} for v in ask(mlflow_ui, query)["model_versions"]
+    }
+    number, tags = max(versions.items(), key=lambda item: int(item[0]))
+    page = browser.open(
+        f"{mlflow_ui}/#/models/autoprune-{name}",
+        until=f"document.body.innerText.includes('Version {number}')",
+        size=(1500, 1250),
+    )
+    row = f"""[...document.querySelectorAll('[role=row]')].find(e => e.innerText.includes('Version {number}\\n'))"""
+    page.click(f"""{row}?.querySelector('[data-component-id*="{PENCIL}"]')""")
+    page.click("document.querySelector('[role=dialog] input')")
+    page.type("picked")
+    page.click("""document.querySelector('[data-component-id="mlflow.edit-aliases-modal.save-button"]')""")
+    page.wait("document.querySelector('[role=dialog]') === null && /@\\s*picked/.test(document.body.innerText)")
+    page.keep(pictures / "mlflow-models.png")
+    page.close()
+    done = commands.run("export", name, "--output", tmp_path / "out", cwd=finished)
+    assert done.status == 0, done.err
+    run = next(v["run_id"] for v in ask(mlflow_ui, query)["model_versions"] if v["version"] == number)
+    address = f"{mlflow_ui}/get-artifact?path=model/model.safetensors&run_uuid={run}"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        assert (tmp_path / "out/model.safetensors").read_bytes() == answer.read()
+    assert f"trial {tags['trial']}" in (tmp_path / "out/README.md").read_text()
+
+
 # --- the Optuna dashboard ---
 
 
@@ -411,16 +478,25 @@ def test_every_trial_links_to_a_run_that_the_mlflow_server_has(dashboard: str, m
     studies = studies_of(dashboard)
     for rung in ("tune", "final"):
         for trial in ask(dashboard, f"/api/studies/{studies[f'{name}.{rung}']}?after=0")["trials"]:
+            assert "channels kept" in trial["note"]["body"]
             match = re.search(r"\[MLflow run\]\(.*/runs/([0-9a-f]{32})", trial["note"]["body"])
             assert match, trial["note"]
             run = ask(mlflow_ui, f"/api/2.0/mlflow/runs/get?run_id={match[1]}")["run"]
             assert tags_of(run)["autoprune.trial"] == f"{name}.{rung}/{trial['number']}"
 
 
+def test_every_rung_says_what_it_is_for_and_shows_the_front(dashboard: str, name: str, front: dict[str, Any]) -> None:
+    for rung in ("screen", "tune", "final", "controls"):
+        note = ask(dashboard, f"/api/studies/{studies_of(dashboard)[f'{name}.{rung}']}?after=0")["note"]["body"]
+        assert f"rung `{rung}` of screen → tune → final" in note
+        assert all(f"| {point['trial']} |" in note for point in front["front"])
+
+
 @needs_browser
 @pytest.mark.parametrize(
     ("page", "until"),
     [
+        ("/note", "document.body.innerText.includes('Objectives')"),
         ("", "document.querySelectorAll('.scatterlayer .point').length > 4"),
         ("/analytics", "document.querySelectorAll('.scatterlayer .point').length > 4"),
         ("/trials", "document.body.innerText.includes('MLflow run')"),
