@@ -220,11 +220,12 @@ class Page:
 
     def click(self, element: str) -> None:
         """Clicks with the mouse in the middle of the element that a JavaScript expression finds."""
-        self.wait(element)
-        box = self.run(
-            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}});"
-            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
-        )
+        script = f"(() => {{ const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'center'}});"
+        script += " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+        end = time.monotonic() + 60
+        while (box := self.run(script)) is None:  # a page that is drawn anew may lose it for a moment
+            assert time.monotonic() < end, f"{self._address}: there is no {element}: {self.text()[:2000]}"
+            time.sleep(0.2)
         for kind in ("mousePressed", "mouseReleased"):
             where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
             self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **where)
@@ -402,7 +403,9 @@ def test_the_searchs_run_tells_its_front_with_links_and_a_picture(
     address = f"{mlflow_ui}/#/experiments/{info['experiment_id']}/runs/{info['run_id']}?workflowType=machine_learning"
     page = browser.open(address, until="document.body.innerText.includes('networks on the front')", size=(1500, 1250))
     page.click("[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Show more')")
-    page.wait("[...document.images].some(e => e.src.includes('path=front/front.png') && e.complete && e.naturalWidth > 100)")
+    page.wait(
+        "[...document.images].some(e => e.src.includes('path=front/front.png') && e.complete && e.naturalWidth > 100)"
+    )
     linked = page.run("[...document.querySelectorAll('table a')].map(e => e.innerText.trim())")
     page.keep(pictures / "mlflow-search.png")
     page.close()
