@@ -230,13 +230,6 @@ class Page:
             where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
             self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **where)
 
-    def type(self, text: str) -> None:
-        """Types into what has the focus, then Enter."""
-        self._browser.ask("Input.insertText", self._session, text=text)
-        for kind in ("keyDown", "keyUp"):
-            enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-            self._browser.ask("Input.dispatchKeyEvent", self._session, type=kind, **enter)
-
     def keep(self, path: Path) -> None:
         """Keeps a picture of what the page shows, once what moves has come to rest."""
         time.sleep(2.0)
@@ -410,40 +403,6 @@ def test_the_searchs_run_tells_its_front_with_links_and_a_picture(
     page.keep(pictures / "mlflow-search.png")
     page.close()
     assert {str(point["trial"]) for point in front["front"]} <= set(linked)
-
-
-PENCIL = "mlflow_app_src_model-registry_components_aliases_modelversiontablealiasescell"
-
-
-@needs_browser
-def test_an_alias_set_by_clicking_decides_which_model_is_exported(
-    mlflow_ui: str, finished: Path, name: str, commands: Any, browser: Browser, pictures: Path, tmp_path: Path
-) -> None:
-    query = f"/api/2.0/mlflow/model-versions/search?filter=name%3D'autoprune-{name}'"
-    versions = {
-        v["version"]: {t["key"]: t["value"] for t in v["tags"]} for v in ask(mlflow_ui, query)["model_versions"]
-    }
-    number, tags = max(versions.items(), key=lambda item: int(item[0]))
-    page = browser.open(
-        f"{mlflow_ui}/#/models/autoprune-{name}",
-        until=f"document.body.innerText.includes('Version {number}')",
-        size=(1500, 1250),
-    )
-    row = f"""[...document.querySelectorAll('[role=row]')].find(e => e.innerText.includes('Version {number}\\n'))"""
-    page.click(f"""{row}?.querySelector('[data-component-id*="{PENCIL}"]')""")
-    page.click("document.querySelector('[role=dialog] input')")
-    page.type("picked")
-    page.click("""document.querySelector('[data-component-id="mlflow.edit-aliases-modal.save-button"]')""")
-    page.wait("document.querySelector('[role=dialog]') === null && /@\\s*picked/.test(document.body.innerText)")
-    page.keep(pictures / "mlflow-models.png")
-    page.close()
-    done = commands.run("export", name, "--output", tmp_path / "out", cwd=finished)
-    assert done.status == 0, done.err
-    run = next(v["run_id"] for v in ask(mlflow_ui, query)["model_versions"] if v["version"] == number)
-    address = f"{mlflow_ui}/get-artifact?path=model/model.safetensors&run_uuid={run}"
-    with urllib.request.urlopen(address, timeout=30) as answer:
-        assert (tmp_path / "out/model.safetensors").read_bytes() == answer.read()
-    assert f"trial {tags['trial']}" in (tmp_path / "out/README.md").read_text()
 
 
 # --- the Optuna dashboard ---
