@@ -79,19 +79,6 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 
 
-def export_trial(name: str, *, home: Path, trial: int, format: str, output: Path | None = None) -> list[Path]:
-    """Writes a trial's model in the given format and returns the files.
-
-    Raises:
-        StudyError: There is no such search or trial, or its weights were not kept.
-        InputError: The format is unknown, or the model cannot be exported.
-    """
-    from autoprune.network.export import export
-
-    folder = read_search(name, home=home).model_path(trial)
-    return export(folder, output or Path("exports") / f"{name}-{trial}", format=format)
-
-
 def dashboard_command(home: Path, port: int) -> list[str]:
     """Returns the command that shows a home folder's studies in the Optuna dashboard, on this machine alone.
 

@@ -21,7 +21,9 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
+from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
     CONTROLS,
     HOME,
@@ -38,6 +40,7 @@ from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
 from autoprune.network.evaluation import device_name
+from autoprune.network.further import precision_text
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
@@ -137,14 +140,8 @@ class Session:
     def run(self, *, workers: int, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
         plan = self._plan(workers, trials or self.space.search.trials)
-        records = Records(
-            self.space.name,
-            self.problem,
-            home=self.home,
-            params=self._params(),
-            tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
-            say=self.progress.note,
-        )
+        self.background = self._background(workers)
+        records = Records(self.space.name, self.background.setup, home=self.home, say=self.progress.note)
         begun = time.monotonic()
         try:
             with self._executor(workers) as executor:
@@ -161,7 +158,7 @@ class Session:
         else:
             records.stop("FINISHED")
         left = records.close(_PATIENCE)
-        self._link(stored, records)
+        write_notes(self.storage, stored, view, records)
         text = self._text(stored, view, records, left=left, summary=summary)
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
@@ -212,11 +209,36 @@ class Session:
         known = self.bench.knowledge.scores
         return {name: {group: scores.tolist() for group, scores in by.items()} for name, by in known.items()}
 
-    def _params(self) -> dict[str, Any]:
-        plain = self.space.model_dump(mode="json", by_alias=True)
-        return {f"{k}.{kk}": vv for k, v in plain.items() if isinstance(v, dict) for kk, vv in v.items()} | {
-            k: v for k, v in plain.items() if not isinstance(v, dict)
+    def _background(self, workers: int) -> Background:
+        """Returns what is kept of this call; the setup's `facts` hold what its space leaves open and a number depends
+        on.
+        """
+        bench, data = self.bench, self.space.data
+        formats = {"precision": bench.precision, "training_precision": bench.training_precision}
+        at_hand = not (bench.origin.get("name") or bench.origin.get("factory"))
+        facts = {
+            "fingerprint": self.fingerprint,
+            "device": bench.device,
+            "seed": str(self.space.seed),
+            "workers": str(workers),
+            "threads": str(pipeline.threads_of(workers)),
+            **{name: precision_text(precision) for name, precision in formats.items()},
+            "at_hand": str(at_hand).lower(),
         }
+        return Background(
+            setup=setup_of(self.space, self.problem, at_hand=at_hand, facts=facts),
+            groups=self.problem.groups,
+            model=self.problem.cost_model,
+            curves=curves_of(self.problem, bench.knowledge.tables),
+            samples={name: len(getattr(bench.splits, name)) for name in ("train", "calibration", "val", "test")},
+            classes=bench.splits.num_classes,
+            accuracy=bench.metric is None and bench.splits.num_classes > 0,
+            origin=str(bench.origin.get("name") or bench.origin.get("factory") or bench.origin.get("class")),
+            data="given in Python" if at_hand else str(data.name or data.factory),
+            device=device_name(bench.device),
+            environment=tracking.environment_tags(),
+            began=datetime.datetime.now().astimezone(),
+        )
 
     def _executor(self, workers: int) -> Executor:
         if workers == 1:
@@ -296,8 +318,8 @@ class Session:
 
     def _write_facts(self, plan: LadderPlan) -> None:
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
-        if studies.read_background(study) is None:  # a search of an older version gets it when it is resumed
-            studies.write_background(study, pack(self._background()))
+        packed = pack(self.background, before=studies.read_background(study))
+        studies.write_background(study, packed)
         if studies.read_facts(study) is not None:
             return
         last = plan.rungs[-1].fidelity
@@ -307,25 +329,6 @@ class Session:
         stages = {group.name: group.stage for group in self.network.groups}
         facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
         studies.write_facts(study, facts)
-
-    def _background(self) -> Background:
-        splits, origin, data = self.bench.splits, self.bench.origin, self.space.data
-        python = not (origin.get("name") or origin.get("factory"))
-        return Background(
-            groups=self.problem.groups,
-            model=self.problem.cost_model,
-            curves=curves_of(self.problem, self.bench.knowledge.tables),
-            settings=self.space.to_yaml(),
-            python=python,
-            samples={name: len(getattr(splits, name)) for name in ("train", "calibration", "val", "test")},
-            classes=splits.num_classes,
-            accuracy=self.bench.metric is None and splits.num_classes > 0,
-            origin=str(origin.get("name") or origin.get("factory") or origin.get("class")),
-            data="given in Python" if python else str(data.name or data.factory),
-            device=device_name(self.bench.device),
-            environment=tracking.environment_tags(),
-            began=datetime.datetime.now().astimezone(),
-        )
 
     # --- after ---
 
@@ -341,13 +344,6 @@ class Session:
         for folder in self.models.iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _link(self, stored: StoredSearch, records: Records) -> None:
-        """Writes each trial's note in the Optuna dashboard: what it is and where its MLflow run is."""
-        for rung in stored.rungs:
-            links = records.links(rung)
-            study = studies.load_rung(self.storage, self.space.name, rung)
-            studies.write_notes(study, {n: f"[MLflow run]({link})" for n, link in links.items()})
 
     def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
         width, color = terminal()

@@ -15,6 +15,7 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.background import Background, unpack
+from autoprune.coordinator.setup import Setup
 from autoprune.errors import StudyError
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
@@ -65,6 +66,19 @@ class StoredSearch:
     home: Path
     failures: Mapping[str, tuple[Failure, ...]] = field(default_factory=dict)
     background: Background | None = None
+
+    @property
+    def setup(self) -> Setup:
+        """The settings that the search was last run with.
+
+        Raises:
+            StudyError: It was run by a version that did not keep them.
+        """
+        if self.background is None:
+            raise StudyError(
+                f"the search {self.name!r} keeps no settings (an earlier version ran it): run `autoprune search` again"
+            )
+        return self.background.setup
 
     @property
     def order(self) -> list[str]:

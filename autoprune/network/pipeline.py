@@ -283,6 +283,8 @@ def workbench_of(
         note(f"learning about {len(network.groups)} pruning groups on {len(ingredients.splits.calibration)} samples")
         knowledge = learn(network, ingredients, criteria=space.criteria.choices, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
+        # What a resumed search reads has another memory layout, by which losses differ in the seventh digit.
+        knowledge = read_knowledge(path, device=device) or knowledge
     if not recipe.compensation:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
@@ -362,6 +364,11 @@ def threads_per_worker(workers: int) -> int:
     """Returns each worker's share of the cores, at least one: processes that each use all of them are far slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)
+
+
+def threads_of(workers: int) -> int:
+    """Returns the threads with which each evaluation runs; sums, and so results, can depend on them."""
+    return torch.get_num_threads() if workers == 1 else threads_per_worker(workers)
 
 
 class WorkerFactory:

@@ -212,7 +212,7 @@ class Workbench:
             metrics["val_accuracy_tuned"] = metrics["val_accuracy"]
             found.append(metrics)
             if first is None:
-                first, curves = model, _curves(history)
+                first, curves = model, curves_of(history)
         assert first is not None
         mean = {name: fmean(metrics[name] for metrics in found) for name in found[0]}
         if len(found) > 1:
@@ -248,7 +248,8 @@ def _identity(selection: Selection) -> str:
     return digest({name: kept.tolist() for name, kept in selection.items()})
 
 
-def _curves(history: History) -> dict[str, tuple[float, ...]]:
+def curves_of(history: History) -> dict[str, tuple[float, ...]]:
+    """Returns the series of a training that hold at least one epoch, by name."""
     series = {"train_loss": history.train_loss, "val_accuracy": history.val_accuracy, "lr": history.lr}
     return {name: values for name, values in series.items() if values}
 

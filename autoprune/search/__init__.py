@@ -8,7 +8,15 @@ from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
-from autoprune.search.notes import read_facts, write_facts, write_notes
+from autoprune.search.lease import is_running
+from autoprune.search.notes import (
+    read_facts,
+    read_pick,
+    write_facts,
+    write_notes,
+    write_pick,
+    write_study_note,
+)
 from autoprune.search.projection import Projector, project
 from autoprune.search.records import (
     Failure,
@@ -49,6 +57,7 @@ __all__ = [
     "TrialFinished",
     "audit",
     "distinct",
+    "is_running",
     "kendall_tau",
     "load_rung",
     "make_sampler",
@@ -62,6 +71,7 @@ __all__ = [
     "read_background",
     "read_facts",
     "read_failures",
+    "read_pick",
     "read_results",
     "read_trial",
     "read_trials",
@@ -75,4 +85,6 @@ __all__ = [
     "write_background",
     "write_facts",
     "write_notes",
+    "write_pick",
+    "write_study_note",
 ]

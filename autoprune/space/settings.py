@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from autoprune.errors import Fault, SpaceError
 from autoprune.policy import digest
 from autoprune.space.faults import plain_faults
-from autoprune.space.file import Document, override, parse_document, read_document, write_document
+from autoprune.space.file import Document, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
 from autoprune.space.method import BudgetSettings, CriteriaSettings, GroupSettings, RecipeSettings, SearchSettings
 from autoprune.space.section import NAME_PATTERN, Found, Section
@@ -84,10 +84,6 @@ class Space(Section):
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that are the same for spaces whose results can be compared."""
         return digest(self.fingerprint_sections())
-
-    def to_yaml(self) -> str:
-        """Returns the space as the text of a space file, with every key, those that were left out included."""
-        return write_document(self.model_dump(mode="json", by_alias=True))
 
     @staticmethod
     def from_mapping(data: Mapping[str, Any]) -> Space:

@@ -26,6 +26,15 @@ PARETO_TAG = "pareto"
 COLOR_TAG = "mlflow.runColor"
 FRONT_COLOR = "#c2185b"
 PLAIN_COLOR = "#a9b4c2"
+PICK_TAG = "pick"
+NOTE_TAG = "mlflow.note.content"
+NOTE_LIMIT = 5000
+"""Characters of a description; an experiment's tag takes no more."""
+_BEGIN, _END = "<!-- autoprune -->", "<!-- /autoprune -->"
+MODEL_FOLDER = "model"
+"""Where a run keeps its model."""
+MODEL_FILES = (".safetensors", ".json", ".txt", ".md", ".yaml", ".onnx", ".pt2")
+"""What a model's folder may hold: nothing that runs code when it is read."""
 
 _SCHEMA = "1"
 _KEY_LIMIT = 250
@@ -169,6 +178,19 @@ def clean_params(params: Mapping[str, object]) -> dict[str, str]:
 def clip(text: str, limit: int) -> str:
     """Returns `text`, cut to `limit` characters with a mark where something is missing."""
     return text if len(text) <= limit else text[: limit - 4] + " ..."
+
+
+def merged_note(old: str, ours: str) -> str:
+    """Returns the description `old` with our part replaced by `ours`; what a person wrote before or after it stays.
+
+    A description without our marks that is not empty is a person's own: ours is put below it.
+    """
+    before, begun, rest = old.partition(_BEGIN)
+    _, ended, after = rest.partition(_END)
+    if not begun or not ended:
+        before, after = (f"{old.rstrip()}\n\n" if old.strip() else ""), ""
+    room = NOTE_LIMIT - len(before) - len(after) - len(_BEGIN) - len(_END) - 4
+    return f"{before}{_BEGIN}\n\n{clip(ours, max(room, 4))}\n{_END}{after}"
 
 
 def finite(value: float) -> float:

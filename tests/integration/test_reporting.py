@@ -18,6 +18,7 @@ from autoprune.budget import resolve_budget
 from autoprune.coordinator.background import Background, curves_of, pack, unpack
 from autoprune.coordinator.explaining import compare_trials, explain_trial
 from autoprune.coordinator.reporting import write_report
+from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import facts_of, read_search, storage_path
 from autoprune.cost import CostModel, Form, Term
 from autoprune.errors import InputError, StudyError
@@ -49,8 +50,13 @@ def background(known: Problem, **changes: Any) -> Background:
         "groups": known.groups,
         "model": known.cost_model,
         "curves": curves_of(known, tables()),
-        "settings": "schema: 1\nname: small\n",
-        "python": False,
+        "setup": Setup(
+            space={"schema": 1, "name": "small"},
+            at_hand=False,
+            dense=known.cost_model.dense(),
+            scopes={group.name: group.scope for group in known.groups},
+            facts={"threads": "1"},
+        ),
         "samples": {"train": 700, "test": 400},
         "classes": 10,
         "accuracy": True,
@@ -94,6 +100,20 @@ def home(tmp_path: Path) -> Path:
 def give_background(home: Path, **changes: Any) -> None:
     study = studies.load_rung(studies.open_storage(storage_path(home)), "small", "tune")
     studies.write_background(study, pack(background(problem(), **changes)))
+
+
+def test_a_search_that_goes_on_keeps_the_time_and_versions_of_its_first_call(home: Path) -> None:
+    first = background(problem())
+    facts = {"threads": "7"}
+    later = replace(
+        first,
+        setup=replace(first.setup, facts=facts),
+        environment={"version.autoprune": "0.2.0"},
+        began=datetime.datetime(2027, 1, 1, tzinfo=datetime.UTC),
+    )
+    read = unpack(pack(later, before=json.loads(json.dumps(pack(first)))))
+    assert (read.environment, read.began) == (first.environment, first.began)
+    assert read.setup.facts == facts
 
 
 def test_a_background_survives_the_store_and_json(home: Path) -> None:
@@ -209,7 +229,8 @@ def test_a_report_without_a_background_names_what_is_missing(home: Path, tmp_pat
 
 
 def test_a_search_from_python_is_reproduced_in_python(home: Path, tmp_path: Path) -> None:
-    give_background(home, python=True)
+    setup = background(problem()).setup
+    give_background(home, setup=replace(setup, at_hand=True))
     text = write_report("small", home=home, output=tmp_path / "python.html").read_text(encoding="utf-8")
     assert "autoprune.search(model, data=..., name=&#x27;small&#x27;, ...)" in text
 
