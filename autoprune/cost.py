@@ -1,12 +1,14 @@
 """The exact cost of a network as a function of the widths of its pruning groups.
 
 Every cost is a sum of terms `factor * (c0 + c1*w1 + ...) * (...)`: a convolution multiplies its kept inputs by its kept
-outputs, a flattened feature map repeats a channel, a concatenation adds groups up. Decides how such sums are held and
-evaluated; knows nothing of how they were found.
+outputs, a flattened feature map repeats a channel, a concatenation adds groups up. Latency, which follows no such
+formula, is a sum of measured surfaces over the same linear forms. Decides how such sums are held and evaluated; knows
+nothing of how they were found.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +18,9 @@ PARAMS = "params"
 SIZE = "size_bytes"
 MEMORY = "activation_bytes"
 COSTS = (MACS, PARAMS, SIZE, MEMORY)
+"""What every network's model prices, exactly."""
+LATENCY = "latency_ns"
+"""The predicted latency in nanoseconds, which only a model with a latency table prices."""
 
 Number = TypeVar("Number")
 
@@ -36,13 +41,61 @@ class Term:
     forms: tuple[Form, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """A time in nanoseconds over a grid of sizes, multilinear between the knots and constant beyond them.
+
+    Axis k is the size `forms[k]` at the ascending `knots[k]`. `values` are in row-major order. Where they rise along
+    every axis, a wider network never costs less.
+    """
+
+    forms: tuple[Form, ...]
+    knots: tuple[tuple[int, ...], ...]
+    values: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        cells = 1
+        for knots in self.knots:
+            cells *= len(knots)
+            if not knots or any(a >= b for a, b in zip(knots, knots[1:], strict=False)):
+                raise ValueError(f"knots must rise, got {knots}")
+        if len(self.forms) != len(self.knots) or len(self.values) != cells:
+            raise ValueError(
+                f"{len(self.forms)} forms, {len(self.knots)} axes and {len(self.values)} values for {cells} cells"
+            )
+
+    def at(self, widths: Sequence[int]) -> int:
+        """Returns the time at the widths of the groups, in whole nanoseconds."""
+        corners = [(0, 1.0)]
+        for form, knots in zip(self.forms, self.knots, strict=True):
+            size, count = _size(form, widths), len(knots)
+            place = min(max(bisect_right(knots, size) - 1, 0), count - 1)
+            beyond = size <= knots[0] or place == count - 1
+            part = 0.0 if beyond else (size - knots[place]) / (knots[place + 1] - knots[place])
+            corners = [
+                (index * count + place + step, weight * share)
+                for index, weight in corners
+                for step, share in ((0, 1.0 - part), (1, part))
+                if share
+            ]
+        # Rounded down but for the noise of the sum, so that equal times stay equal.
+        return int(sum(self.values[index] * weight for index, weight in corners) + 1e-6)
+
+
+def _size(form: Form, widths: Sequence[int]) -> int:
+    size = form.const
+    for group, coefficient in form.terms:
+        size += coefficient * widths[group]
+    return size
+
+
 def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
     total = 0
     for term in terms:
         product = term.factor
         for form in term.forms:
             size = form.const
-            for group, coefficient in form.terms:
+            for group, coefficient in form.terms:  # as `_size` says, without the call: this is the inner loop
                 size += coefficient * widths[group]
             product *= size
         total += product
@@ -56,7 +109,8 @@ class CostModel:
     `macs` counts multiply-accumulates of convolutions, linear layers and matrix products for one sample. `params`
     counts trainable elements and `size_bytes` the bytes of the state dict (buffers included). `activation_bytes` is the
     largest sum of tensors that are alive together in one forward pass of one sample, the input included: `live` holds a
-    sum for each point of the graph.
+    sum for each point of the graph. `latency` holds the surfaces of a latency table; their sum is the predicted
+    latency, a cost of its own where there are any.
     """
 
     groups: tuple[str, ...]
@@ -65,12 +119,18 @@ class CostModel:
     params: tuple[Term, ...]
     size_bytes: tuple[Term, ...]
     live: tuple[tuple[Term, ...], ...] = ()
+    latency: tuple[Surface, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The costs that this model prices: `COSTS`, and `LATENCY` where there is a latency table."""
+        return (*COSTS, LATENCY) if self.latency else COSTS
 
     def cost(self, name: str, widths: Mapping[str, int]) -> int:
         """Returns one cost; groups that `widths` leaves out keep all their channels.
 
         Raises:
-            KeyError: `name` is not in `COSTS`.
+            KeyError: `name` is neither in `COSTS` nor `LATENCY`.
         """
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
         return self._cost(name, values)
@@ -78,7 +138,7 @@ class CostModel:
     def costs(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Returns every cost by name; groups that `widths` leaves out keep all their channels."""
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
-        return {name: self._cost(name, values) for name in COSTS}
+        return {name: self._cost(name, values) for name in self.names}
 
     def dense(self) -> dict[str, int]:
         """Returns every cost of the unpruned network."""
@@ -87,6 +147,8 @@ class CostModel:
     def _cost(self, name: str, values: Sequence[int]) -> int:
         if name == MEMORY:
             return max((_value(terms, values) for terms in self.live), default=0)
+        if name == LATENCY:
+            return sum(surface.at(values) for surface in self.latency)
         return _value({MACS: self.macs, PARAMS: self.params, SIZE: self.size_bytes}[name], values)
 
     def share(self, name: str, group: str) -> CostModel:
@@ -97,8 +159,11 @@ class CostModel:
         Raises:
             KeyError: `name` has no shares.
         """
-        attribute = {MACS: "macs", PARAMS: "params", SIZE: "size_bytes"}[name]
         place = self.groups.index(group)
+        if name == LATENCY:
+            surfaces = tuple(s for s in self.latency if any(g == place for form in s.forms for g, _ in form.terms))
+            return CostModel(self.groups, self.sizes, (), (), (), latency=surfaces)
+        attribute = {MACS: "macs", PARAMS: "params", SIZE: "size_bytes"}[name]
         own = tuple(t for t in getattr(self, attribute) if any(g == place for form in t.forms for g, _ in form.terms))
         empty: dict[str, tuple[Term, ...]] = {"macs": (), "params": (), "size_bytes": (), attribute: own}
         return CostModel(self.groups, self.sizes, empty["macs"], empty["params"], empty["size_bytes"])

@@ -26,12 +26,13 @@ from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
+from autoprune.network.evaluation import Loss, Precision, check_task, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Knowledge, Workbench
 from autoprune.policy import Group, digest, feasible_widths
