@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 MACS = "macs"
@@ -57,7 +58,7 @@ class Surface:
         cells = 1
         for knots in self.knots:
             cells *= len(knots)
-            if not knots or any(a >= b for a, b in zip(knots, knots[1:], strict=False)):
+            if not knots or any(a >= b for a, b in pairwise(knots)):
                 raise ValueError(f"knots must rise, got {knots}")
         if len(self.forms) != len(self.knots) or len(self.values) != cells:
             raise ValueError(
@@ -66,27 +67,48 @@ class Surface:
 
     def at(self, widths: Sequence[int]) -> int:
         """Returns the time at the widths of the groups, in whole nanoseconds."""
+        values, total = self.values, 0.0
+        if len(self.forms) == 1:
+            i, part = _place(self.forms[0], self.knots[0], widths)
+            total = values[i] + part * (values[i + 1] - values[i]) if part else values[i]
+        elif len(self.forms) == 2:
+            i, part = _place(self.forms[0], self.knots[0], widths)
+            j, other = _place(self.forms[1], self.knots[1], widths)
+            i = i * len(self.knots[1]) + j
+            total = values[i] + other * (values[i + 1] - values[i]) if other else values[i]
+            if part:
+                i += len(self.knots[1])
+                above = values[i] + other * (values[i + 1] - values[i]) if other else values[i]
+                total += part * (above - total)
+        else:
+            total = self._corners(widths)
+        # Rounded down but for the noise of the sum, so that equal times stay equal.
+        return int(total + 1e-6)
+
+    def _corners(self, widths: Sequence[int]) -> float:
         corners = [(0, 1.0)]
         for form, knots in zip(self.forms, self.knots, strict=True):
-            size, count = _size(form, widths), len(knots)
-            place = min(max(bisect_right(knots, size) - 1, 0), count - 1)
-            beyond = size <= knots[0] or place == count - 1
-            part = 0.0 if beyond else (size - knots[place]) / (knots[place + 1] - knots[place])
+            i, part = _place(form, knots, widths)
             corners = [
-                (index * count + place + step, weight * share)
+                (index * len(knots) + i + step, weight * share)
                 for index, weight in corners
                 for step, share in ((0, 1.0 - part), (1, part))
                 if share
             ]
-        # Rounded down but for the noise of the sum, so that equal times stay equal.
-        return int(sum(self.values[index] * weight for index, weight in corners) + 1e-6)
+        return sum(self.values[index] * weight for index, weight in corners)
 
 
-def _size(form: Form, widths: Sequence[int]) -> int:
+def _place(form: Form, knots: Sequence[int], widths: Sequence[int]) -> tuple[int, float]:
+    """Returns the knot at or below a form's size, and how far it is to the next one; beyond the ends, the end."""
     size = form.const
     for group, coefficient in form.terms:
         size += coefficient * widths[group]
-    return size
+    if size <= knots[0]:
+        return 0, 0.0
+    i = bisect_right(knots, size) - 1
+    if i == len(knots) - 1:
+        return i, 0.0
+    return i, (size - knots[i]) / (knots[i + 1] - knots[i])
 
 
 def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
@@ -95,7 +117,7 @@ def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
         product = term.factor
         for form in term.forms:
             size = form.const
-            for group, coefficient in form.terms:  # as `_size` says, without the call: this is the inner loop
+            for group, coefficient in form.terms:
                 size += coefficient * widths[group]
             product *= size
         total += product

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli import results, searching
+from autoprune.cli import latency, results, searching
 from autoprune.cli.shared import app
 
-__all__ = ["app", "main", "results", "searching"]
+__all__ = ["app", "latency", "main", "results", "searching"]
 
 
 def _show_version(wanted: bool) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoprune.coordinator.commands import dashboard_command as dashboard_command
     from autoprune.coordinator.commands import export_trial as export_trial
     from autoprune.coordinator.commands import inspect_space as inspect_space
+    from autoprune.coordinator.commands import latency_space as latency_space
     from autoprune.coordinator.commands import show_front as show_front
     from autoprune.coordinator.session import SearchOutcome as SearchOutcome
     from autoprune.coordinator.session import run_search as run_search
@@ -23,6 +24,7 @@ _HOMES = {
     "dashboard_command": "commands",
     "export_trial": "commands",
     "inspect_space": "commands",
+    "latency_space": "commands",
     "run_search": "session",
     "search": "api",
     "show_front": "commands",
@@ -32,6 +34,7 @@ __all__ = [
     "dashboard_command",
     "export_trial",
     "inspect_space",
+    "latency_space",
     "run_search",
     "search",
     "show_front",

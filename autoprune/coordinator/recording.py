@@ -18,7 +18,7 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.views import CONTROLS, StoredSearch
 from autoprune.report import SearchView
-from autoprune.results import Problem
+from autoprune.results import Problem, not_faster
 from autoprune.search import StoredTrial
 
 
@@ -52,13 +52,20 @@ class Records:
         self._params, self._tags = params, tags
         self._recorder.put(self._run_of, what="the search")
 
-    def trial(self, rung: str, trial: StoredTrial) -> None:
-        """Queues a finished trial; one that was queued before is left alone."""
+    def trial(self, rung: str, trial: StoredTrial, *, dense_metrics: Mapping[str, float] | None = None) -> None:
+        """Queues a finished trial; one that was queued before is left alone.
+
+        With the dense network's metrics a trial gets the tag `latency` = `no faster` where that is so.
+        """
         study = studies.study_name(self.name, rung)
         key = tracking.trial_key(study, trial.number)
         if key in self._said or trial.state not in ("complete", "fail"):
             return
         self._said.add(key)
+        result, dense = trial.result, dense_metrics or {}
+        slow = result is not None and not_faster(
+            result.costs, result.metrics, dense_costs=self._dense, dense_metrics=dense
+        )
         record = tracking.TrialRecord(
             search=self.name,
             study=study,
@@ -71,7 +78,7 @@ class Records:
             state="complete" if trial.state == "complete" else "fail",
             reason=trial.reason or "",
             scopes=self._scopes,
-            tags={"source": trial.source},
+            tags={"source": trial.source} | ({"latency": "no faster"} if slow else {}),
             name=run_name(rung, trial),
         )
 
@@ -102,9 +109,7 @@ class Records:
                 if key in self.runs and folder is not None:
                     tracker.log_model_folder(self.runs[key], folder)
             tracker.log_front(run, files, metrics=numbers)
-            cost = {"size_bytes": "size_fraction", "activation_bytes": "activation_fraction"}.get(
-                view.primary, f"{view.primary}_fraction"
-            )
+            cost = tracking.FRACTIONS[view.primary]
             self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
             tracker.finish_search(run, numbers)
 

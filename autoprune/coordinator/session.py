@@ -6,13 +6,14 @@ resumes a search that was stopped at any moment.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from autoprune.coordinator.commands import layer_rows, terminal
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.views import (
     CONTROLS,
+    DENSE,
     HOME,
     StoredSearch,
     facts_of,
     make_home,
+    model_key,
     models_path,
     read_search,
     storage_path,
@@ -34,17 +37,21 @@ from autoprune.coordinator.views import (
 from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
+from autoprune.network.artifacts import read_document, shrink_to
 from autoprune.network.checkpoints import file_digest
+from autoprune.network.latency import LatencyTable
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 from autoprune.policy import digest
 from autoprune.report import SearchView
-from autoprune.results import Fidelity, Problem, WarmStart
+from autoprune.results import Fidelity, Problem, WarmStart, not_faster
 from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
 from autoprune.search.warmstart import control_policies, warm_starts
 from autoprune.space import Space
 
+NO_FASTER = "Its MACs fell, but its measured latency did not, beyond the spread of the measurement."
 _PATIENCE = 120.0
 """Seconds that the end of a search waits for MLflow."""
 
@@ -122,6 +129,12 @@ class Session:
         self.sections = dict(sections)
         self.network: Network = pipeline.trace_ingredients(ingredients)
         groups = pipeline.searchable_groups(self.network, space)
+        self.table: LatencyTable | None = None
+        if space.budget.limits_latency:
+            table = pipeline.latency_table(self.network, space, cache=home / "cache", note=progress.note)
+            self.network = self.network.with_latency(table.surfaces)
+            self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
+            self.table = table
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
@@ -150,7 +163,7 @@ class Session:
             records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             records.close(10.0)
             raise
-        stored = read_search(self.space.name, home=self.home)
+        stored = self._measured(read_search(self.space.name, home=self.home))
         self._forget_models(stored)
         view = view_of(stored)
         if view.front:
@@ -225,15 +238,16 @@ class Session:
 
     def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
         known: dict[str, bool] = {}
+        dense: dict[str, float] = {}
 
         def told(event: studies.Event) -> None:
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
                 if not known:
-                    self._write_facts(plan)
+                    dense.update(self._write_facts(plan))
                 known[event.rung] = True
                 for trial in self._trials(event.rung):
-                    records.trial(event.rung, trial)
+                    records.trial(event.rung, trial, dense_metrics=dense)
                     if trial.result is not None and trial.reused is None:
                         self.progress.trial_finished(
                             val_accuracy=trial.result.metrics["val_accuracy"],
@@ -247,7 +261,7 @@ class Session:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
-                records.trial(event.rung, self._trial(event))
+                records.trial(event.rung, self._trial(event), dense_metrics=dense)
             else:
                 self.progress.rung_finished()
 
@@ -291,19 +305,43 @@ class Session:
         study = studies.load_rung(self.storage, self.space.name, event.rung)
         return studies.read_trial(study, event.number, self.problem)
 
-    def _write_facts(self, plan: LadderPlan) -> None:
+    def _write_facts(self, plan: LadderPlan) -> dict[str, float]:
+        """Stores what readers need to know, once; returns the dense network's metrics."""
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
-        if studies.read_facts(study) is not None:
-            return
+        stored = studies.read_facts(study)
+        if stored is not None:
+            return dict(stored["dense_metrics"])
         last = plan.rungs[-1].fidelity
         dense = self.bench.dense_result(last)
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
-        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
+        conditions = self.bench.conditions
+        latency = asdict(conditions) | {"device": device_name(conditions.device)}
+        if self.table is not None:
+            latency["error"] = self.table.error
+        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages, latency=latency)
         studies.write_facts(study, facts)
+        return dense
 
     # --- after ---
+
+    def _measured(self, stored: StoredSearch) -> StoredSearch:
+        """Measures the front's models once more, now that no worker runs; those that were measured before stay."""
+        shown = stored.shown()
+        points = [(s.result.val_error, self._cost(s.result.costs)) for s in shown]
+        found: dict[str, dict[str, float]] = {}
+        for result in (shown[i].result for i in front_indices(points)):
+            folder = stored.folder(result)
+            if folder is not None and model_key(result) not in stored.measured:
+                model = shrink_to(copy.deepcopy(self.bench.network.model).cpu(), folder, read_document(folder))
+                found[model_key(result)] = self.bench.measure(model)
+        if found and DENSE not in stored.measured:
+            found[DENSE] = self.bench.measure(self.bench.network.model)
+        if found:
+            study = studies.load_rung(self.storage, self.space.name, stored.order[0])
+            studies.write_measured(study, found)
+        return replace(stored, measured={**found, **stored.measured})
 
     def _forget_models(self, stored: StoredSearch) -> None:
         """Deletes the weights of trials that no front needs; a point that is dominated never comes back."""
@@ -323,7 +361,23 @@ class Session:
         for rung in stored.rungs:
             links = records.links(rung)
             study = studies.load_rung(self.storage, self.space.name, rung)
-            studies.write_notes(study, {n: f"[MLflow run]({link})" for n, link in links.items()})
+            slow = self._no_faster(stored, rung)
+            notes = {n: f"[MLflow run]({link})" for n, link in links.items()}
+            notes |= {n: "\n\n".join(filter(None, [notes.get(n), NO_FASTER])) for n in slow}
+            studies.write_notes(study, notes)
+
+    def _no_faster(self, stored: StoredSearch, rung: str) -> list[int]:
+        """Returns the rung's own numbers of trials whose MACs fell and whose measured latency did not."""
+        metrics = {**stored.facts["dense_metrics"], **stored.measured.get(DENSE, {})}
+        costs = stored.facts["dense_costs"]
+        found = []
+        for trial in stored.rungs[rung]:
+            if trial.result is None:
+                continue
+            own = {**trial.result.metrics, **stored.measured.get(model_key(trial.result), {})}
+            if not_faster(trial.result.costs, own, dense_costs=costs, dense_metrics=metrics):
+                found.append(trial.number)
+        return found
 
     def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
         width, color = terminal()

@@ -214,7 +214,8 @@ def _operand(example: Tensor, dims: Sequence[Labels | None], forms: Forms, axes:
         if axis not in axes:
             axes.append(axis)
         extents.append(Extent(factor, axes.index(axis)))
-    order = tuple(sorted(range(example.ndim), key=lambda dim: (-example.stride(dim), dim)))
+    strides = example.stride()
+    order = tuple(sorted(range(example.ndim), key=lambda dim: (-strides[dim], dim)))
     return Operand(tuple(extents), example.dtype, order)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -28,11 +29,12 @@ from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradien
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.evaluation import Loss, Precision, check_task, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.latency import LatencyTable, read_or_build
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
-from autoprune.network.timing import device_name
+from autoprune.network.timing import Conditions, device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Knowledge, Workbench
 from autoprune.policy import Group, digest, feasible_widths
@@ -263,6 +265,57 @@ def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Probl
     return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices))
 
 
+def conditions_of(space: Space) -> Conditions:
+    """Returns the conditions under which the space wants latency measured.
+
+    Raises:
+        InputError: A GPU was asked for and there is none.
+    """
+    section = space.latency
+    return Conditions(section.batch, section.dtype, section.threads, resolve_device(space.device))
+
+
+def latency_table(network: Network, space: Space, *, cache: Path, note: Note) -> LatencyTable:
+    """Returns the latency table of a network under the space's conditions; it is measured once and kept in `cache`.
+
+    Raises:
+        InputError: The table cannot be read, or the network cannot be timed under these conditions.
+    """
+    conditions = conditions_of(space)
+    shapes = [[name, list(p.shape)] for name, p in network.model.state_dict().items()]
+    inputs = [[list(x.shape[1:]), str(x.dtype)] for x in network.example_inputs]
+    groups = [[group.name, group.size] for group in network.groups]
+    key = digest(
+        [
+            [type(network.model).__qualname__, shapes, inputs, groups, space.groups.round_to],
+            [asdict(conditions), device_name(conditions.device), _processor(), torch.__version__, LATENCY_VERSION],
+        ]
+    )
+    return read_or_build(
+        cache / f"latency-{key}.json",
+        network,
+        conditions,
+        round_to=space.groups.round_to,
+        seed=space.seed,
+        lock=cache / LOCK,
+        note=note,
+    )
+
+
+LOCK = "measuring.lock"
+LATENCY_VERSION = 1
+"""Version of how tables are measured; a change makes cached files stale."""
+
+
+def _processor() -> str:
+    """Returns the name of the CPU, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
 def workbench_of(
     space: Space, ingredients: Ingredients, network: Network, *, cache: Path, models: Path | None, note: Note
 ) -> Workbench:
@@ -302,6 +355,8 @@ def workbench_of(
         models=models,
         loss=ingredients.loss,
         metric=ingredients.metric,
+        conditions=conditions_of(space),
+        lock=cache / LOCK,
     )
 
 

@@ -3,9 +3,11 @@
 Decides how a measurement is taken: in which number format, on how many threads, after how much warm-up, and that only
 one process measures at a time. Must not know of policies or tables.
 
-A CPU time that is taken while other workers train is noise: they share caches and memory bandwidth. A lock file keeps
-two measurements apart, not a measurement and a training; so what a search decides on is the latency table, which is
-built before any worker starts, and the front is measured once more when all of them have ended.
+While other processes compute, the wall clock also counts what the system gives to them: on a machine of two cores with
+five busy processes a pass of 3 ms took 7 ms, with a spread of 8. So a pass on one CPU thread is timed by that thread's
+own clock, which is the wall clock where nothing else runs. What is left is shared caches and memory bandwidth: a lock
+file keeps two measurements apart, though not a measurement and a training; so what a search decides on is the latency
+table, which is built before any worker starts, and the front is measured once more when all of them have ended.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from autoprune.network.samples import Device
 from autoprune.network.trace import evaluating
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROUND_MS = 1000.0
 _SAMPLE_SECONDS = 2e-4
 """Calls that are shorter are repeated within a sample: the clock and one synchronisation cost microseconds."""
 
@@ -53,13 +56,14 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Time of one forward pass of a batch: median and interquartile range in milliseconds, and how it was measured.
+    """Time of one forward pass of a batch: median, interquartile range and least in milliseconds, and how it was taken.
 
     `device` is the name of the GPU, or the kind of any other device.
     """
 
     median_ms: float
     spread_ms: float
+    least_ms: float
     batch: int
     threads: int
     device: str
@@ -71,37 +75,52 @@ class Latency:
 
 
 def measure_latency(
-    model: nn.Module, inputs: Sequence[Tensor], conditions: Conditions, *, repeats: int = 30, warmup: int = 5
+    model: nn.Module, inputs: Sequence[Tensor], conditions: Conditions, *, repeats: int = 30, rounds: int = 3
 ) -> Latency:
     """Times forward passes of a copy of `model` in evaluation mode; the model stays as it is.
+
+    Several rounds are timed, each after a warm-up, and the one with the lowest median is returned: what disturbs a
+    measurement only adds to it. A slow network gets fewer passes, at least five a round.
 
     Args:
         model: The network, on any device.
         inputs: Positional inputs, one sample or more each; their first samples are repeated up to the batch.
         conditions: Batch, number format, threads and device.
-        repeats: Passes that are timed.
-        warmup: Passes before them.
+        repeats: Passes that are timed in a round.
+        rounds: Rounds.
 
     Raises:
-        ValueError: `repeats` is below 1.
+        ValueError: `repeats` or `rounds` is below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if repeats < 1 or rounds < 1:
+        raise ValueError(f"repeats and rounds must be at least 1, got {repeats} and {rounds}")
     twin = _prepared(model, conditions)
     batch = batch_of(inputs, conditions)
-    times = []
+    found: list[list[float]] = []
     with torch.inference_mode(), evaluating(twin), threads(conditions.threads):
-        for number in range(warmup + repeats):
-            synchronise(conditions.device)
-            start = time.perf_counter()
-            twin(*batch)
-            synchronise(conditions.device)
-            if number >= warmup:
-                times.append(1000 * (time.perf_counter() - start))
+        clock = _clock(conditions.device)
+
+        def passes(count: int) -> list[float]:
+            times = []
+            for _ in range(count):
+                synchronise(conditions.device)
+                start = clock()
+                twin(*batch)
+                synchronise(conditions.device)
+                times.append(1000 * (clock() - start))
+            return times
+
+        for _ in range(rounds):
+            once = passes(2)[-1]  # prepares kernels
+            count = min(repeats, max(5, int(_ROUND_MS / max(once, 1e-6))))
+            passes(min(3, count))
+            found.append(passes(count))
+    times = min(found, key=statistics.median)
     quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
     return Latency(
         median_ms=statistics.median(times),
         spread_ms=quartiles[2] - quartiles[0],
+        least_ms=min(map(min, found)),
         batch=conditions.batch,
         threads=conditions.threads,
         device=device_name(conditions.device),
@@ -135,25 +154,31 @@ def time_call(call: Callable[[], Any], device: Device, *, samples: int = 5, seco
     Short calls are repeated within a sample, without waiting for the device in between, as a network issues them.
     About `seconds` are spent, and at least one sample is taken.
     """
+    clock = _clock(device)
     call()  # prepares kernels
     synchronise(device)
-    start = time.perf_counter()
+    first = start = clock()
     call()
     synchronise(device)
-    once = max(time.perf_counter() - start, 1e-7)
+    once = max(clock() - start, 1e-7)
     loops = max(1, round(_SAMPLE_SECONDS / once))
     best = once if loops == 1 else float("inf")
-    end = start + seconds
     for _ in range(samples):
-        start = time.perf_counter()
+        start = clock()
         for _ in range(loops):
             call()
         synchronise(device)
-        now = time.perf_counter()
+        now = clock()
         best = min(best, (now - start) / loops)
-        if now > end:
+        if now > first + seconds:
             break
     return best
+
+
+def _clock(device: Device) -> Callable[[], float]:
+    """Returns the clock to time with: this thread's own one where the work is done by this thread alone."""
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.cost import CostModel
+from autoprune.cost import CostModel, Surface
 from autoprune.errors import TraceError, nearest
 from autoprune.network.groups import (
     Assembly,
@@ -117,6 +117,11 @@ class Network:
             if group.name == name:
                 return group
         raise TraceError(f"no pruning group {name!r}{nearest(name, [g.name for g in self.groups])}")
+
+    def with_latency(self, surfaces: tuple[Surface, ...]) -> Network:
+        """Returns the network with a cost model that also predicts latency, from the surfaces of a latency table."""
+        model = replace(self.cost_model, latency=surfaces)
+        return replace(self, assembly=replace(self.assembly, cost_model=model))
 
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""

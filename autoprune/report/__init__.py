@@ -7,6 +7,7 @@ so that the live line costs nothing.
 
 from autoprune.report.figures import figure_html, front_figure, front_png, widths_figure, widths_png
 from autoprune.report.inspection import render_inspection
+from autoprune.report.latency import render_latency
 from autoprune.report.progress import Progress
 from autoprune.report.tables import controls_table, front_json, front_table, group_table, layer_table
 from autoprune.report.terminal import render_front, render_layers
@@ -28,6 +29,7 @@ __all__ = [
     "point_of",
     "render_front",
     "render_inspection",
+    "render_latency",
     "render_layers",
     "widths_figure",
     "widths_png",

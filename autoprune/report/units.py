@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-LABELS = {"macs": "MACs", "params": "params", "size_bytes": "size", "activation_bytes": "memory"}
+LABELS = {
+    "macs": "MACs",
+    "params": "params",
+    "size_bytes": "size",
+    "activation_bytes": "memory",
+    "latency_ns": "latency",
+}
 """Short names of costs, for the heads of columns."""
 
 AXES = {
@@ -12,6 +18,7 @@ AXES = {
     "params": "parameters",
     "size_bytes": "model size",
     "activation_bytes": "peak activation memory",
+    "latency_ns": "predicted latency",
 }
 """Long names of costs, for axes."""
 
@@ -28,7 +35,14 @@ def size(value: float) -> str:
 
 def cost(name: str, value: float) -> str:
     """Returns a cost in its own unit."""
+    if name.endswith("_ns"):
+        return milliseconds(value / 1e6)
     return size(value) if name.endswith("_bytes") else quantity(value)
+
+
+def milliseconds(value: float) -> str:
+    """Returns a latency with three digits: `0.0812 ms`, `3.21 ms`, `118 ms`."""
+    return f"{value:.3g} ms" if abs(value) < 999.5 else f"{value:,.0f} ms"
 
 
 def percent(fraction: float, digits: int = 1) -> str:

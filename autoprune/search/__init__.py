@@ -7,7 +7,7 @@ recorded or shown.
 from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
-from autoprune.search.notes import read_facts, write_facts, write_notes
+from autoprune.search.notes import read_facts, read_measured, write_facts, write_measured, write_notes
 from autoprune.search.projection import Projector, project
 from autoprune.search.records import StoredTrial, distinct, read_results, read_trial, read_trials
 from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
@@ -50,6 +50,7 @@ __all__ = [
     "promoted",
     "quiet_optuna",
     "read_facts",
+    "read_measured",
     "read_results",
     "read_trial",
     "read_trials",
@@ -61,5 +62,6 @@ __all__ = [
     "study_name",
     "study_summary",
     "write_facts",
+    "write_measured",
     "write_notes",
 ]

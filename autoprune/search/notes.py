@@ -27,6 +27,19 @@ def read_facts(study: Study) -> dict[str, Any] | None:
     return None if facts is None else dict(facts)
 
 
+MEASURED = "autoprune.measured"
+
+
+def write_measured(study: Study, measured: Mapping[str, Mapping[str, float]]) -> None:
+    """Adds measurements that were taken after the trials had ended, by model; those that are there already stay."""
+    study.set_user_attr(MEASURED, {**{k: dict(v) for k, v in measured.items()}, **read_measured(study)})
+
+
+def read_measured(study: Study) -> dict[str, dict[str, float]]:
+    """Returns what `write_measured` stored."""
+    return dict(study.user_attrs.get(MEASURED, {}))
+
+
 def write_notes(study: Study, notes: Mapping[int, str]) -> None:
     """Gives trials, by number, a Markdown note in the Optuna dashboard; a note that is there already is left alone."""
     storage, study_id = study._storage, study._study_id

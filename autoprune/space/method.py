@@ -74,8 +74,8 @@ class BudgetSettings(Section):
     front: Annotated[tuple[float, float] | None, BeforeValidator(as_tuple)] = Field(
         default=None,
         description="Fractions of the dense cost between which the front is searched, [low, high]. The cost is the "
-        "first of macs, params, size, memory, latency that has a limit (macs where none has). Null: from the least possible to "
-        "the limit.",
+        "first of macs, params, size, memory, latency that has a limit (macs where none has). Null: from the "
+        "least possible to the limit.",
     )
 
     @property

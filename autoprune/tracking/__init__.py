@@ -8,9 +8,10 @@ from autoprune.tracking.client import Tracker
 from autoprune.tracking.environment import environment_tags
 from autoprune.tracking.location import artifact_root, resolve_uri, ui_address
 from autoprune.tracking.recorder import Recorder
-from autoprune.tracking.records import TrialRecord, trial_key
+from autoprune.tracking.records import FRACTIONS, TrialRecord, trial_key
 
 __all__ = [
+    "FRACTIONS",
     "Recorder",
     "Tracker",
     "TrialRecord",
