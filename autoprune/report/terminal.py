@@ -37,7 +37,7 @@ def render_front(view: SearchView, *, console_width: int = 120, color: bool = Fa
     if not front:
         console.print(f"{view.name}: no trial of the rung {view.rung} has finished yet.")
         return text_of(console)
-    costs = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
+    costs: tuple[str, ...] = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
     if LATENCY in view.costs:
         costs = (MACS, PARAMS, *([view.primary] if view.primary in (SIZE, MEMORY) else []), LATENCY)
     count = f"{len(front)} of {len(view.trials)} trials" if len(front) < len(view.trials) else f"{len(front)} trials"
