@@ -47,7 +47,8 @@ _FRACTIONS = {
 _RATIOS = (0.0, 0.23, 0.47, 0.73)
 _ODD, _EVEN = 3, 8
 """Most widths are no multiple of 8, and those that are run faster: ResNet-50's knots at such multiples predicted other
-networks 11 % too fast. Where widths may be anything, knots within a grid are moved off them by three."""
+networks 11 % too fast. Where widths may be anything, knots within a grid are moved off them by three, or by about that
+in steps of `round_to`."""
 _RANDOM, _HELD_OUT = 3, 4
 _CELL_SECONDS = 0.06
 """A cell of a grid takes three times its operator, or about so long."""
@@ -244,13 +245,14 @@ def _knots(kind: Kind, round_to: int) -> Knots:
     for size, least in zip(kind.sizes, kind.least, strict=True):
         wanted = [_rounded(f * size, round_to, least, size) for f in fractions]
         if round_to % _EVEN:
-            wanted = [n - _ODD if n % _EVEN == 0 and n < size and n - _ODD >= least else n for n in wanted]
+            off = max(1, round(_ODD / round_to)) * round_to
+            wanted = [n - off if n % _EVEN == 0 and n < size and n - off >= least else n for n in wanted]
         knots.append(tuple(sorted({size, *wanted})))
     return tuple(knots)
 
 
 def _rounded(value: float, round_to: int, least: int, most: int) -> int:
-    return min(max(round(value / round_to) * round_to, least, 1), most)
+    return min(max(round(value / round_to) * round_to, least, min(round_to, most)), most)
 
 
 def _timed(call: Call, conditions: Conditions, round_to: int) -> Grid | None:

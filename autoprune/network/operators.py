@@ -25,7 +25,7 @@ from autoprune.network.rules import operator_name
 from autoprune.network.timing import Conditions, batch_of
 from autoprune.network.trace import ALIASES, Network, evaluating, export_program, walk
 
-_CONTRACTIONS = frozenset(["linear", "matmul", "bmm", "addmm", "mm", "einsum", "scaled_dot_product_attention"])
+_RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,6 @@ class Kind:
     def name(self) -> str:
         """The operator's short name, such as `conv2d`."""
         return self.target.split(".")[1]
-
-    @property
-    def contracts(self) -> bool:
-        """Whether the operator multiplies matrices or convolves, which is where the arithmetic is."""
-        return self.name in _CONTRACTIONS or self.name.startswith(("conv", "lstm", "gru", "rnn"))
 
 
 @dataclass(frozen=True)
@@ -229,4 +224,11 @@ def _follow(name: str, args: list[Any]) -> list[Any]:
     elif name == "layer_norm":
         count = len(args[1])
         args[1] = list(args[0].shape[-count:])
+    elif name in _RECURRENT:
+        # The first states are made by the module, out of nothing but its own attributes.
+        recurrent = args[2][1]  # (gates * hidden, states)
+        widths = (recurrent.shape[1], recurrent.shape[0] // 4)
+        states = list(args[1]) if name == "lstm" else [args[1]]
+        made = [s.new_zeros(*s.shape[:-1], width) for s, width in zip(states, widths, strict=False)]
+        args[1] = made if name == "lstm" else made[0]
     return args
