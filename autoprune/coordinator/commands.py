@@ -77,12 +77,13 @@ def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
         InputError: The model or the data cannot be used, or the network cannot be timed under the space's conditions.
     """
     from autoprune.network import pipeline
+    from autoprune.network.devices import latency_table
 
     make_home(home)
     with report.Progress() as progress:
         ingredients = pipeline.ingredients_of(space, cache=home / "cache")
         network = pipeline.trace_ingredients(ingredients)
-        data = pipeline.latency_table(network, space, cache=home / "cache", note=progress.note).summary()
+        data = latency_table(network, space, cache=home / "cache", note=progress.note).summary()
     width, color = terminal()
     return report.render_latency(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 

@@ -6,7 +6,6 @@ resumes a search that was stopped at any moment.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import shlex
@@ -20,15 +19,14 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.measuring import NO_FASTER, measure_front, no_faster
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.views import (
     CONTROLS,
-    DENSE,
     HOME,
     StoredSearch,
     facts_of,
     make_home,
-    model_key,
     models_path,
     read_search,
     storage_path,
@@ -37,8 +35,8 @@ from autoprune.coordinator.views import (
 from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
-from autoprune.network.artifacts import read_document, shrink_to
 from autoprune.network.checkpoints import file_digest
+from autoprune.network.devices import latency_table
 from autoprune.network.latency import LatencyTable
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
@@ -46,12 +44,11 @@ from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 from autoprune.policy import digest
 from autoprune.report import SearchView
-from autoprune.results import Fidelity, Problem, WarmStart, not_faster
+from autoprune.results import Fidelity, Problem, WarmStart
 from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
 from autoprune.search.warmstart import control_policies, warm_starts
 from autoprune.space import Space
 
-NO_FASTER = "Its MACs fell, but its measured latency did not, beyond the spread of the measurement."
 _PATIENCE = 120.0
 """Seconds that the end of a search waits for MLflow."""
 
@@ -131,7 +128,7 @@ class Session:
         groups = pipeline.searchable_groups(self.network, space)
         self.table: LatencyTable | None = None
         if space.budget.limits_latency:
-            table = pipeline.latency_table(self.network, space, cache=home / "cache", note=progress.note)
+            table = latency_table(self.network, space, cache=home / "cache", note=progress.note)
             self.network = self.network.with_latency(table.surfaces)
             self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
             self.table = table
@@ -163,7 +160,11 @@ class Session:
             records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             records.close(10.0)
             raise
-        stored = self._measured(read_search(self.space.name, home=self.home))
+        stored = read_search(self.space.name, home=self.home)
+        if measured := measure_front(self.bench, stored):
+            study = studies.load_rung(self.storage, self.space.name, stored.order[0])
+            studies.write_measured(study, measured)
+            stored = replace(stored, measured={**measured, **stored.measured})
         self._forget_models(stored)
         view = view_of(stored)
         if view.front:
@@ -326,23 +327,6 @@ class Session:
 
     # --- after ---
 
-    def _measured(self, stored: StoredSearch) -> StoredSearch:
-        """Measures the front's models once more, now that no worker runs; those that were measured before stay."""
-        shown = stored.shown()
-        points = [(s.result.val_error, self._cost(s.result.costs)) for s in shown]
-        found: dict[str, dict[str, float]] = {}
-        for result in (shown[i].result for i in front_indices(points)):
-            folder = stored.folder(result)
-            if folder is not None and model_key(result) not in stored.measured:
-                model = shrink_to(copy.deepcopy(self.bench.network.model).cpu(), folder, read_document(folder))
-                found[model_key(result)] = self.bench.measure(model)
-        if found and DENSE not in stored.measured:
-            found[DENSE] = self.bench.measure(self.bench.network.model)
-        if found:
-            study = studies.load_rung(self.storage, self.space.name, stored.order[0])
-            studies.write_measured(study, found)
-        return replace(stored, measured={**found, **stored.measured})
-
     def _forget_models(self, stored: StoredSearch) -> None:
         """Deletes the weights of trials that no front needs; a point that is dominated never comes back."""
         if not self.models.is_dir():
@@ -361,23 +345,10 @@ class Session:
         for rung in stored.rungs:
             links = records.links(rung)
             study = studies.load_rung(self.storage, self.space.name, rung)
-            slow = self._no_faster(stored, rung)
+            slow = no_faster(stored, rung)
             notes = {n: f"[MLflow run]({link})" for n, link in links.items()}
             notes |= {n: "\n\n".join(filter(None, [notes.get(n), NO_FASTER])) for n in slow}
             studies.write_notes(study, notes)
-
-    def _no_faster(self, stored: StoredSearch, rung: str) -> list[int]:
-        """Returns the rung's own numbers of trials whose MACs fell and whose measured latency did not."""
-        metrics = {**stored.facts["dense_metrics"], **stored.measured.get(DENSE, {})}
-        costs = stored.facts["dense_costs"]
-        found = []
-        for trial in stored.rungs[rung]:
-            if trial.result is None:
-                continue
-            own = {**trial.result.metrics, **stored.measured.get(model_key(trial.result), {})}
-            if not_faster(trial.result.costs, own, dense_costs=costs, dense_metrics=metrics):
-                found.append(trial.number)
-        return found
 
     def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
         width, color = terminal()

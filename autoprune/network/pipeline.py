@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -27,14 +26,14 @@ from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
+from autoprune.network.devices import LOCK, conditions_of, resolve_device
 from autoprune.network.evaluation import Loss, Precision, check_task, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
-from autoprune.network.latency import LatencyTable, read_or_build
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
-from autoprune.network.timing import Conditions, device_name
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Knowledge, Workbench
 from autoprune.policy import Group, digest, feasible_widths
@@ -56,22 +55,6 @@ class Ingredients:
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
     untrained: bool = False
     """Whether the model has its initial weights and must be trained before anything is learnt from it."""
-
-
-def resolve_device(wanted: str) -> str:
-    """Returns the device to run on; `auto` takes a GPU where there is one.
-
-    Raises:
-        InputError: A GPU was asked for and there is none.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= count:
-            raise InputError(f"device {wanted!r} was asked for, and {count} CUDA devices are usable here")
-    return wanted
 
 
 def recipe_of(space: Space) -> Recipe:
@@ -263,57 +246,6 @@ def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Probl
     """
     budget = resolve_budget(space.budget.limits, network.cost_model, groups, front=space.budget.front)
     return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices))
-
-
-def conditions_of(space: Space) -> Conditions:
-    """Returns the conditions under which the space wants latency measured.
-
-    Raises:
-        InputError: A GPU was asked for and there is none.
-    """
-    section = space.latency
-    return Conditions(section.batch, section.dtype, section.threads, resolve_device(space.device))
-
-
-def latency_table(network: Network, space: Space, *, cache: Path, note: Note) -> LatencyTable:
-    """Returns the latency table of a network under the space's conditions; it is measured once and kept in `cache`.
-
-    Raises:
-        InputError: The table cannot be read, or the network cannot be timed under these conditions.
-    """
-    conditions = conditions_of(space)
-    shapes = [[name, list(p.shape)] for name, p in network.model.state_dict().items()]
-    inputs = [[list(x.shape[1:]), str(x.dtype)] for x in network.example_inputs]
-    groups = [[group.name, group.size] for group in network.groups]
-    key = digest(
-        [
-            [type(network.model).__qualname__, shapes, inputs, groups, space.groups.round_to],
-            [asdict(conditions), device_name(conditions.device), _processor(), torch.__version__, LATENCY_VERSION],
-        ]
-    )
-    return read_or_build(
-        cache / f"latency-{key}.json",
-        network,
-        conditions,
-        round_to=space.groups.round_to,
-        seed=space.seed,
-        lock=cache / LOCK,
-        note=note,
-    )
-
-
-LOCK = "measuring.lock"
-LATENCY_VERSION = 1
-"""Version of how tables are measured; a change makes cached files stale."""
-
-
-def _processor() -> str:
-    """Returns the name of the CPU, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def workbench_of(
