@@ -30,6 +30,9 @@ search: $(READY) ## search for a front: SPACE= TRIALS= WORKERS= HOURS= NAME= (ru
 inspect: $(READY) ## show the pruning groups and costs of a space's model: SPACE=
 	@$(RUN) inspect $(SPACE)
 
+latency: $(READY) ## measure the latency table of a space's model on this device: SPACE=
+	@$(RUN) latency $(SPACE)
+
 validate: $(READY) ## check a space file: SPACE=
 	@$(RUN) validate $(SPACE)
 

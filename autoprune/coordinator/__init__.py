@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoprune.coordinator.api import search as search
     from autoprune.coordinator.commands import dashboard_command as dashboard_command
     from autoprune.coordinator.commands import inspect_space as inspect_space
+    from autoprune.coordinator.commands import latency_space as latency_space
     from autoprune.coordinator.commands import show_front as show_front
     from autoprune.coordinator.explaining import compare_trials as compare_trials
     from autoprune.coordinator.explaining import explain_trial as explain_trial
@@ -37,6 +38,7 @@ _HOMES = {
     "export_models": "exporting",
     "finetune_model": "finetuning",
     "inspect_space": "commands",
+    "latency_space": "commands",
     "pick": "picking",
     "reproduce_run": "reproducing",
     "run_search": "session",
@@ -55,6 +57,7 @@ __all__ = [
     "export_models",
     "finetune_model",
     "inspect_space",
+    "latency_space",
     "pick",
     "reproduce_run",
     "run_search",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoprune.coordinator.setup import Setup
-from autoprune.cost import CostModel, Form, Term
+from autoprune.cost import CostModel, Form, Surface, Term
 from autoprune.errors import StudyError
 from autoprune.policy import Group
 from autoprune.prices import ErrorCurve
@@ -68,6 +68,7 @@ def pack(background: Background, *, before: Mapping[str, Any] | None = None) -> 
             "params": _packed(model.params),
             "size_bytes": _packed(model.size_bytes),
             "live": [_packed(terms) for terms in model.live],
+            "latency": [[_forms(s.forms), [list(knots) for knots in s.knots], list(s.values)] for s in model.latency],
         },
         "curves": {
             group: {name: [list(c.widths), list(c.errors)] for name, c in by.items()}
@@ -161,15 +162,24 @@ def _model(packed: Mapping[str, Any]) -> CostModel:
         params=_terms(packed["params"]),
         size_bytes=_terms(packed["size_bytes"]),
         live=tuple(_terms(terms) for terms in packed["live"]),
+        latency=tuple(
+            Surface(_read_forms(forms), tuple(tuple(axis) for axis in knots), tuple(values))
+            for forms, knots, values in packed["latency"]
+        ),
     )
 
 
 def _packed(terms: Sequence[Term]) -> list[Any]:
-    return [[t.factor, [[form.const, [list(pair) for pair in form.terms]] for form in t.forms]] for t in terms]
+    return [[term.factor, _forms(term.forms)] for term in terms]
 
 
 def _terms(packed: Sequence[Any]) -> tuple[Term, ...]:
-    return tuple(
-        Term(factor, tuple(Form(const, tuple((group, times) for group, times in pairs)) for const, pairs in forms))
-        for factor, forms in packed
-    )
+    return tuple(Term(factor, _read_forms(forms)) for factor, forms in packed)
+
+
+def _forms(forms: Sequence[Form]) -> list[Any]:
+    return [[form.const, [list(pair) for pair in form.terms]] for form in forms]
+
+
+def _read_forms(packed: Sequence[Any]) -> tuple[Form, ...]:
+    return tuple(Form(const, tuple((group, times) for group, times in pairs)) for const, pairs in packed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune import report
-from autoprune.coordinator.views import StoredSearch, read_search, storage_path, view_of
+from autoprune.coordinator.views import StoredSearch, make_home, read_search, storage_path, view_of
 from autoprune.errors import StudyError
 from autoprune.space import Space
 
@@ -77,6 +77,26 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     data = inspection.describe(network, pipeline.searchable_groups(network, space))
     width, color = terminal()
     return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
+
+
+def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
+    """Measures the latency table of a space's model, or reads the one that the home folder's cache holds.
+
+    Returns what it predicts, and how well, as text and as JSON values.
+
+    Raises:
+        InputError: The model or the data cannot be used, or the network cannot be timed under the space's conditions.
+    """
+    from autoprune.network import pipeline
+    from autoprune.network.devices import latency_table
+
+    make_home(home)
+    with report.Progress() as progress:
+        ingredients = pipeline.ingredients_of(space, cache=home / "cache")
+        network = pipeline.trace_ingredients(ingredients)
+        data = latency_table(network, space, cache=home / "cache", note=progress.note).summary()
+    width, color = terminal()
+    return report.render_latency(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 
 
 def dashboard_command(home: Path, port: int) -> list[str]:

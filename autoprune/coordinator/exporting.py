@@ -15,7 +15,7 @@ from autoprune import tracking
 from autoprune.coordinator.picking import Pick, Say, resolve
 from autoprune.coordinator.registering import FINETUNE
 from autoprune.coordinator.setup import Setup, space_of
-from autoprune.coordinator.views import read_search
+from autoprune.coordinator.views import StoredSearch, read_search
 from autoprune.errors import InputError
 from autoprune.report.card import Card, ClassScores, card_markdown
 
@@ -75,13 +75,19 @@ def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say)
         document=document,
         dense=stored.facts["dense_metrics"],
         files=[path.name for path in files],
-        latency=further.time_both(pick.folder),
+        latency=further.time_both(pick.folder, **_conditions(stored)),
         scores=scores,
         made=_made(pick, document, setup),
         settings=setup.space if setup is not None and not setup.at_hand else None,
     )
     write_whole(target / CARD, card_markdown(card).encode())
     return [*files, target / CARD]
+
+
+def _conditions(stored: StoredSearch) -> dict[str, Any]:
+    """Returns the conditions under which the search measured latency; a search of an older version tells none."""
+    known = stored.facts.get("latency") or {}
+    return {name: known[name] for name in ("batch", "dtype", "threads") if name in known}
 
 
 def _made(pick: Pick, document: dict[str, Any], setup: Setup | None) -> dict[str, str]:

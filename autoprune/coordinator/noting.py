@@ -10,12 +10,13 @@ from typing import Any
 
 import autoprune.search as studies
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, StoredSearch
-from autoprune.cost import COSTS
+from autoprune.coordinator.views import CONTROLS, DENSE, StoredSearch, model_key
 from autoprune.report import SearchView, point_of
 from autoprune.report.markdown import front_markdown, table, widths_markdown
-from autoprune.results import TrialResult
+from autoprune.results import TrialResult, not_faster
 from autoprune.search import StoredTrial
+
+NO_FASTER = "Its MACs fell, but its measured latency did not, beyond the spread of the measurement."
 
 
 def write_notes(storage: Any, stored: StoredSearch, view: SearchView, records: Records) -> None:
@@ -24,20 +25,40 @@ def write_notes(storage: Any, stored: StoredSearch, view: SearchView, records: R
         links = records.links(rung)
         study = studies.load_rung(storage, stored.name, rung)
         trials = [trial for trial in stored.rungs[rung] if trial.result is not None]
-        studies.write_notes(study, {t.number: trial_note(t, view, links.get(t.number)) for t in trials})
+        slow = no_faster(stored, rung)
+        notes = {t.number: trial_note(t, view, links.get(t.number), slow=t.number in slow) for t in trials}
+        studies.write_notes(study, notes)
         studies.write_study_note(study, study_note(stored, view, rung, records))
 
 
-def trial_note(trial: StoredTrial, view: SearchView, link: str | None) -> str:
-    """Returns a trial's note: its MLflow run, where it comes from, its costs, and what it keeps of every group."""
+def no_faster(stored: StoredSearch, rung: str) -> list[int]:
+    """Returns a rung's own numbers of trials whose MACs fell and whose measured latency did not."""
+    metrics = {**stored.facts["dense_metrics"], **stored.measured.get(DENSE, {})}
+    costs = stored.facts["dense_costs"]
+    found = []
+    for trial in stored.rungs[rung]:
+        if trial.result is None:
+            continue
+        own = {**trial.result.metrics, **stored.measured.get(model_key(trial.result), {})}
+        if not_faster(trial.result.costs, own, dense_costs=costs, dense_metrics=metrics):
+            found.append(trial.number)
+    return found
+
+
+def trial_note(trial: StoredTrial, view: SearchView, link: str | None, *, slow: bool = False) -> str:
+    """Returns a trial's note: its MLflow run, where it comes from, its costs, and what it keeps of every group.
+
+    With `slow` it says that the network is no faster than the dense one.
+    """
     result = trial.result
     assert result is not None
     origin = f"trial {trial.origin} of the rung before" if isinstance(trial.origin, int) else trial.origin
     point = point_of(result, trial=trial.number)
-    costs = [[cost, f"{result.costs[cost]:,}", f"{100 * view.fraction(point, cost):.1f}%"] for cost in COSTS]
+    costs = [[cost, f"{result.costs[cost]:,}", f"{100 * view.fraction(point, cost):.1f}%"] for cost in view.costs]
     criteria = {group: choice.criterion for group, choice in result.policy.choices.items()}
     parts = [
         " · ".join([*([f"[MLflow run]({link})"] if link else []), f"proposed by: {origin}", _scores(result)]),
+        *([NO_FASTER] if slow else []),
         table(["cost", "pruned", "of dense"], costs),
         widths_markdown(view.sizes, result.widths, criteria),
     ]

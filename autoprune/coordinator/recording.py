@@ -22,7 +22,7 @@ from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import CONTROLS, StoredSearch
 from autoprune.report import SearchView
 from autoprune.report.markdown import search_markdown
-from autoprune.results import TrialResult
+from autoprune.results import TrialResult, not_faster
 from autoprune.search import StoredTrial
 
 SPACE_FILE = "space.json"
@@ -55,13 +55,20 @@ class Records:
         if opens:
             self._recorder.put(self._run_of, what="the search")
 
-    def trial(self, rung: str, trial: StoredTrial) -> None:
-        """Queues a finished trial; one that was queued before is left alone."""
+    def trial(self, rung: str, trial: StoredTrial, *, dense_metrics: Mapping[str, float] | None = None) -> None:
+        """Queues a finished trial; one that was queued before is left alone.
+
+        With the dense network's metrics a trial gets the tag `latency` = `no faster` where that is so.
+        """
         study = studies.study_name(self.name, rung)
         key = tracking.trial_key(study, trial.number)
         if key in self._said or trial.state not in ("complete", "fail"):
             return
         self._said.add(key)
+        result, dense = trial.result, dense_metrics or {}
+        slow = result is not None and not_faster(
+            result.costs, result.metrics, dense_costs=self.setup.dense, dense_metrics=dense
+        )
         record = tracking.TrialRecord(
             search=self.name,
             study=study,
@@ -74,7 +81,7 @@ class Records:
             state="complete" if trial.state == "complete" else "fail",
             reason=trial.reason or "",
             scopes=self.setup.scopes,
-            tags={"source": trial.source},
+            tags={"source": trial.source} | ({"latency": "no faster"} if slow else {}),
             name=run_name(rung, trial),
         )
 
@@ -101,9 +108,7 @@ class Records:
             run = self._run_of(tracker)
             tracker.mark_front(self.name, list(keys.values()))
             tracker.log_front(run, files, metrics=numbers)
-            cost = {"size_bytes": "size_fraction", "activation_bytes": "activation_fraction"}.get(
-                view.primary, f"{view.primary}_fraction"
-            )
+            cost = tracking.FRACTIONS[view.primary]
             self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
             columns = [name for name in _COLUMNS if name != cost]
             listing = tracker.write_list_view(self.name, rung=stored.shown_rung, metrics=[*columns, cost])

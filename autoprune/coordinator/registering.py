@@ -15,7 +15,7 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import tracking
 from autoprune.coordinator.views import Shown, StoredSearch
-from autoprune.cost import COSTS
+from autoprune.cost import COSTS, LATENCY
 from autoprune.report import FrontPoint, SearchView
 from autoprune.report.markdown import version_markdown
 from autoprune.results import TrialResult
@@ -74,8 +74,8 @@ def version_tags(view: SearchView, member: Candidate) -> dict[str, str]:
     tags = {"trial": point.name, "rung": member.shown.rung, "val_accuracy": f"{point.val_accuracy:.4f}"}
     if point.test_accuracy is not None:
         tags["test_accuracy"] = f"{point.test_accuracy:.4f}"
-    for cost in COSTS[:3]:
-        tags[f"{cost.removesuffix('_bytes')}_fraction"] = f"{view.fraction(point, cost):.4f}"
+    for cost in (c for c in view.costs if c in (*COSTS[:3], LATENCY)):
+        tags[tracking.FRACTIONS[cost]] = f"{view.fraction(point, cost):.4f}"
     if "latency_ms" in point.metrics:
         tags["latency_ms"] = f"{point.metrics['latency_ms']:.4g}"
     return {**tags, "pareto": "true"}

@@ -1,7 +1,7 @@
 """Evaluates a recorded trial again from what its MLflow run and its search's run hold, and compares the numbers.
 
-Decides what a run must hold for that, which numbers are compared (scores and costs, not times), and what is said where
-versions or devices differ.
+Decides what a run must hold for that, which numbers are compared (scores and costs, not what the device measures), and
+what is said where versions or devices differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.space import Space
 
-_TIMES = ("latency_", "seconds/")
+_TIMES = ("latency_", "peak_memory_", "seconds/")
 _SAME = ("version.torch", "version.torchvision", "version.python", "version.autoprune", "platform", "git_commit")
 
 

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import setup_of
@@ -39,8 +40,10 @@ from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
-from autoprune.network.evaluation import device_name
+from autoprune.network.devices import latency_table
 from autoprune.network.further import precision_text
+from autoprune.network.latency import LatencyTable
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
@@ -128,6 +131,12 @@ class Session:
         self.sections = dict(sections)
         self.network: Network = pipeline.trace_ingredients(ingredients)
         groups = pipeline.searchable_groups(self.network, space)
+        self.table: LatencyTable | None = None
+        if space.budget.limits_latency:
+            table = latency_table(self.network, space, cache=home / "cache", note=progress.note)
+            self.network = self.network.with_latency(table.surfaces)
+            self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
+            self.table = table
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
@@ -151,6 +160,10 @@ class Session:
             records.close(10.0)
             raise
         stored = read_search(self.space.name, home=self.home)
+        if measured := measure_front(self.bench, stored):
+            study = studies.load_rung(self.storage, self.space.name, stored.order[0])
+            studies.write_measured(study, measured)
+            stored = replace(stored, measured={**measured, **stored.measured})
         self._forget_models(stored)
         view = view_of(stored)
         if view.front:
@@ -250,15 +263,16 @@ class Session:
 
     def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
         known: dict[str, bool] = {}
+        dense: dict[str, float] = {}
 
         def told(event: studies.Event) -> None:
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
                 if not known:
-                    self._write_facts(plan)
+                    dense.update(self._write_facts(plan))
                 known[event.rung] = True
                 for trial in self._trials(event.rung):
-                    records.trial(event.rung, trial)
+                    records.trial(event.rung, trial, dense_metrics=dense)
                     if trial.result is not None and trial.reused is None:
                         self.progress.trial_finished(
                             val_accuracy=trial.result.metrics["val_accuracy"],
@@ -272,7 +286,7 @@ class Session:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
-                records.trial(event.rung, self._trial(event))
+                records.trial(event.rung, self._trial(event), dense_metrics=dense)
             else:
                 self.progress.rung_finished()
 
@@ -316,19 +330,26 @@ class Session:
         study = studies.load_rung(self.storage, self.space.name, event.rung)
         return studies.read_trial(study, event.number, self.problem)
 
-    def _write_facts(self, plan: LadderPlan) -> None:
+    def _write_facts(self, plan: LadderPlan) -> dict[str, float]:
+        """Stores what readers need to know, once; returns the dense network's metrics."""
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
         packed = pack(self.background, before=studies.read_background(study))
         studies.write_background(study, packed)
-        if studies.read_facts(study) is not None:
-            return
+        stored = studies.read_facts(study)
+        if stored is not None:
+            return dict(stored["dense_metrics"])
         last = plan.rungs[-1].fidelity
         dense = self.bench.dense_result(last)
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
-        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages)
+        conditions = self.bench.conditions
+        latency = asdict(conditions) | {"device": device_name(conditions.device)}
+        if self.table is not None:
+            latency["error"] = self.table.error
+        facts = facts_of(self.problem, dense, [rung.fidelity for rung in plan.rungs], stages, latency=latency)
         studies.write_facts(study, facts)
+        return dense
 
     # --- after ---
 

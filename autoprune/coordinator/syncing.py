@@ -56,7 +56,7 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
     count = 0
     for rung in [*stored.order, CONTROLS]:
         for trial in stored.rungs.get(rung, ()):
-            records.trial(rung, trial)
+            records.trial(rung, trial, dense_metrics=stored.facts["dense_metrics"])
             count += 1
     view = view_of(stored)
     if view.front:

@@ -7,8 +7,7 @@ numbers go.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import nn
 
 from autoprune.errors import CheckpointError, InputError, TrialError
 from autoprune.network.artifacts import load, read_document, save_model
-from autoprune.network.evaluation import Precision, Score, device_name, evaluate, measure_latency
+from autoprune.network.devices import LOCK, conditions_of, resolve_device
+from autoprune.network.evaluation import Precision, Score, evaluate
+from autoprune.network.export import inputs_of
 from autoprune.network.models import build_model
 from autoprune.network.pipeline import (
     Ingredients,
@@ -27,13 +28,13 @@ from autoprune.network.pipeline import (
     choose_precision,
     ingredients_of,
     recipe_of,
-    resolve_device,
     trace_ingredients,
     train_baseline,
     workbench_of,
 )
 from autoprune.network.recipe import Epoch, fine_tune
 from autoprune.network.samples import Split
+from autoprune.network.timing import Conditions, measure_latency, one_at_a_time
 from autoprune.network.workbench import curves_of
 from autoprune.policy import Group, Policy
 from autoprune.results import Fidelity, TrialResult
@@ -125,15 +126,15 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         metrics |= {f"{name}_accuracy": score.accuracy, f"{name}_loss": score.loss}
     if not math.isfinite(metrics["val_accuracy"]):
         raise TrialError(f"the validation accuracy is {metrics['val_accuracy']} after training longer")
-    with one_thread(device):
-        latency = measure_latency(model, torch.zeros(1, *document["input_shape"]), device=device)
+    with one_at_a_time(cache / LOCK):
+        latency = measure_latency(model, inputs_of(document).sample(1), conditions_of(space))
     result = TrialResult(
         policy=Policy.from_json(document["policy"]),
         identity=document["result"]["identity"],
         fidelity=Fidelity(FINETUNE, epochs=training.epochs, test=True),
         widths=document["result"]["widths"],
         costs=document["costs"],
-        metrics=metrics | {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms},
+        metrics=metrics | latency.metrics,
         curves=curves_of(history),
         seconds={"fine_tuning": history.seconds},
         device=device,
@@ -169,12 +170,21 @@ def score_by_class(space: Space, folder: Path, *, cache: Path, note: Note) -> li
     return found
 
 
-def time_both(folder: Path, *, device: str = "auto") -> dict[str, Any]:
-    """Times one sample through a saved model and through the dense one, on this machine (on a CPU with one thread).
+def time_both(
+    folder: Path, *, device: str = "auto", batch: int = 1, dtype: str = "float32", threads: int = 1
+) -> dict[str, Any]:
+    """Times a saved model and the dense one on this machine.
+
+    Args:
+        folder: The saved model.
+        device: Where; `auto` takes a GPU where there is one.
+        batch: Samples of a pass.
+        dtype: Number format.
+        threads: Threads, on a CPU.
 
     Returns:
-        `device`, and median and interquartile range in milliseconds: `dense_ms`, `dense_spread_ms`, `pruned_ms`,
-        `pruned_spread_ms`.
+        `device`, `batch`, `dtype`, `threads`, and median and interquartile range in milliseconds: `dense_ms`,
+        `dense_spread_ms`, `pruned_ms`, `pruned_spread_ms`.
 
     Raises:
         CheckpointError: The folder does not say how the dense model is built.
@@ -189,15 +199,11 @@ def time_both(folder: Path, *, device: str = "auto") -> dict[str, Any]:
         arguments=origin.get("arguments"),
         num_classes=origin.get("num_classes"),
     ).eval()
-    device = resolve_device(device)
-    example = torch.zeros(1, *document["input_shape"])
-    with one_thread(device):
-        both = {
-            name: measure_latency(model, example, device=device)
-            for name, model in (("dense", dense), ("pruned", load(folder)))
-        }
-    found: dict[str, Any] = {"device": device_name(device)}
-    for name, latency in both.items():
+    conditions = Conditions(batch, dtype, threads, resolve_device(device))
+    found: dict[str, Any] = {}
+    for name, model in (("dense", dense), ("pruned", load(folder))):
+        latency = measure_latency(model, inputs_of(document).sample(1), conditions)
+        found |= {key: getattr(latency, key) for key in ("device", "batch", "dtype", "threads")}
         found |= {f"{name}_ms": latency.median_ms, f"{name}_spread_ms": latency.spread_ms}
     return found
 
@@ -258,18 +264,6 @@ def precision_from(text: str) -> Precision:
     if found is None:
         raise InputError(f"unknown number format {text!r}")
     return found
-
-
-@contextmanager
-def one_thread(device: str) -> Iterator[None]:
-    """Runs torch with one thread on a CPU, as every latency of a search is measured."""
-    before = torch.get_num_threads()
-    if device == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _dense(space: Space, *, cache: Path, note: Note) -> Ingredients:

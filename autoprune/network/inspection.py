@@ -63,7 +63,7 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
     graph.
     """
     kept = unit_mask(network, selection)
-    unit_of = _unit_of(network)
+    units_of = unit_of(network)
     parameters = {parameter.name: parameter for parameter in network.record.parameters}
     rows: dict[str, dict[str, Any]] = {}
     counted: set[str] = set()
@@ -75,13 +75,13 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
         if layer.product is not None:
             product = network.record.products[layer.product]
             for place, mask in enumerate((np.ones_like(kept), kept)):
-                macs[place] = _product(product.factor, [_size(dim, unit_of, mask) for dim in product.dims])
+                macs[place] = _product(product.factor, [_size(dim, units_of, mask) for dim in product.dims])
         params = [0, 0]
         for name in filter(None, (layer.weight, layer.bias)):
             parameter = parameters[name]
             dims = [n if d is None else d for n, d in zip(parameter.shape, parameter.dims, strict=True)]
             for place, mask in enumerate((np.ones_like(kept), kept)):
-                params[place] += _product(1, [_size(dim, unit_of, mask) for dim in dims])
+                params[place] += _product(1, [_size(dim, units_of, mask) for dim in dims])
         # The gates of a recurrent layer repeat its hidden units: each counts once.
         _, first = np.unique(layer.outputs, return_index=True)
         units = links.outputs[first]
@@ -106,7 +106,7 @@ def layer_table(network: Network, selection: Selection) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _unit_of(network: Network) -> Labels:
+def unit_of(network: Network) -> Labels:
     """Returns the unit of every label, -1 where it stays."""
     component = network.record.solution.component
     unit = np.full(network.record.solution.number, -1, dtype=np.int64)

@@ -26,12 +26,14 @@ from autoprune.network.calibration import gather
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.criteria import NEEDS_GRADIENTS, Evidence, gather_gradients, score
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, check_task, device_name, logits_of, probe_precision
+from autoprune.network.devices import LOCK, conditions_of, resolve_device
+from autoprune.network.evaluation import Loss, Precision, check_task, logits_of, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.models import build_model
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Recipe, fine_tune
 from autoprune.network.sequential import gather_targets
 from autoprune.network.tables import error_tables
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Knowledge, Workbench
 from autoprune.policy import Group, digest, feasible_widths
@@ -53,22 +55,6 @@ class Ingredients:
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
     untrained: bool = False
     """Whether the model has its initial weights and must be trained before anything is learnt from it."""
-
-
-def resolve_device(wanted: str) -> str:
-    """Returns the device to run on; `auto` takes a GPU where there is one.
-
-    Raises:
-        InputError: A GPU was asked for and there is none.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= count:
-            raise InputError(f"device {wanted!r} was asked for, and {count} CUDA devices are usable here")
-    return wanted
 
 
 def recipe_of(space: Space) -> Recipe:
@@ -303,6 +289,8 @@ def workbench_of(
         models=models,
         loss=ingredients.loss,
         metric=ingredients.metric,
+        conditions=conditions_of(space),
+        lock=cache / LOCK,
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.cost import CostModel
+from autoprune.cost import CostModel, Surface
 from autoprune.errors import TraceError, nearest
 from autoprune.network.groups import (
     Assembly,
@@ -36,7 +36,7 @@ from autoprune.network.labels import Value
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 
-_ALIASES = frozenset(
+ALIASES = frozenset(
     [
         "view",
         "_unsafe_view",
@@ -118,6 +118,11 @@ class Network:
                 return group
         raise TraceError(f"no pruning group {name!r}{nearest(name, [g.name for g in self.groups])}")
 
+    def with_latency(self, surfaces: tuple[Surface, ...]) -> Network:
+        """Returns the network with a cost model that also predicts latency, from the surfaces of a latency table."""
+        model = replace(self.cost_model, latency=surfaces)
+        return replace(self, assembly=replace(self.assembly, cost_model=model))
+
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""
         broken = self.broken | reasons
@@ -139,8 +144,8 @@ def trace(model: nn.Module, example_inputs: Tensor | Sequence[Tensor], *, verify
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
         raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
     with evaluating(model):
-        program = _export(model, inputs)
-        record, unknown = _run(program, model, inputs[0].shape[0])
+        program = export_program(model, inputs)
+        record, unknown = walk(program, model, inputs[0].shape[0])
     record, assembly, uncounted = _with_uncounted(record, model, inputs)
     network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
     if verify and network.groups:
@@ -185,7 +190,12 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"no rule for the operator {name}: what it reads is frozen" for name in dict.fromkeys(unknown))
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Returns the model's graph of ATen operators at the shapes of `inputs`.
+
+    Raises:
+        TraceError: It cannot be exported; the message names the operator.
+    """
     printed = io.StringIO()
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
@@ -216,9 +226,15 @@ def _why(model: nn.Module, error: Exception, graph: str) -> str:
 # --- the pass over the graph --------------------------------------------------------------------------------------
 
 
-def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) -> tuple[Record, list[str]]:
+def walk(
+    program: torch.export.ExportedProgram, model: nn.Module, batch: int, env: dict[torch.fx.Node, Any] | None = None
+) -> tuple[Record, list[str]]:
+    """Applies the rules to every node of a graph; returns what they wrote down, and the operators without a rule.
+
+    `env` is filled with the `Value` of each node (or a tuple of them), for whoever wants to know every tensor.
+    """
     tape = Tape()
-    env: dict[torch.fx.Node, Any] = {}
+    env = {} if env is None else env
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = {
@@ -371,7 +387,7 @@ def _live(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[L
         if node.op == "call_function":
             raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
             inplace = raw.endswith("_") and not raw.startswith("__")
-            alias = node.target is operator.getitem or inplace or operator_name(node.target) in _ALIASES
+            alias = node.target is operator.getitem or inplace or operator_name(node.target) in ALIASES
             first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
             base[node] = base.get(first, first) if alias and first is not None else node
             made.setdefault(base[node], step)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoprune.cost import COSTS
+from autoprune.cost import COSTS, LATENCY
 from autoprune.report import units
 from autoprune.report.markdown import table, widths_markdown
 
@@ -32,8 +32,8 @@ class Card:
     """What a model card tells.
 
     `document` is the `policy.json` beside the weights, `dense` the dense network's metrics. `latency` holds `device`,
-    `dense_ms`, `dense_spread_ms`, `pruned_ms`, `pruned_spread_ms` where they were measured. `made` are short facts
-    (search, versions, seed), `settings` the space as run, `files` what was exported.
+    `batch`, `dtype`, `threads`, `dense_ms`, `dense_spread_ms`, `pruned_ms`, `pruned_spread_ms` where they were
+    measured. `made` are short facts (search, versions, seed), `settings` the space as run, `files` what was exported.
     """
 
     title: str
@@ -79,18 +79,19 @@ def _numbers(card: Card) -> str:
             before = card.dense.get(key, math.nan)
             change = f"{units.points(metrics[key] - before)} points" if math.isfinite(before) else "–"
             rows.append([f"{split} accuracy", units.percent(before, 2), units.percent(metrics[key], 2), change])
-    for cost in COSTS:
+    for cost in (*COSTS, *([LATENCY] if LATENCY in costs else [])):
         values = [units.cost(cost, n) for n in (dense[cost], costs[cost])]
         rows.append([units.AXES[cost], *values, f"{units.share(costs[cost] / dense[cost])} of dense"])
     text = table(["", "dense", "pruned", "change"], rows)
     if card.latency is None:
         return text
     times = card.latency
-    both = [f"{times[f'{n}_ms']:.3g} ms (IQR {times[f'{n}_spread_ms']:.2g})" for n in ("dense", "pruned")]
+    both = [f"{units.milliseconds(times[f'{n}_ms'])} (IQR {times[f'{n}_spread_ms']:.2g})" for n in ("dense", "pruned")]
     factor = f"{times['dense_ms'] / times['pruned_ms']:.2f} times as fast"
-    text += "\n" + table(["", "", "", ""], [["latency", *both, factor]]).splitlines()[2]
-    how = "with one thread" if times["device"] == "cpu" else ""
-    return text + f"\n\nLatency: one sample, float32, median of 30, on {times['device']} {how}".rstrip() + "."
+    text += "\n" + table(["", "", "", ""], [["measured latency", *both, factor]]).splitlines()[2]
+    threads = f" with {times['threads']} thread{'s' if times['threads'] > 1 else ''}"
+    how = f"batch {times['batch']}, {times['dtype']}, on {times['device']}{threads if times['device'] == 'cpu' else ''}"
+    return f"{text}\n\nLatency: median of repeated passes, {how}."
 
 
 def _classes(scores: ClassScores) -> str:

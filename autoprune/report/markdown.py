@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autoprune.cost import COSTS
+from autoprune.cost import LATENCY, MACS, PARAMS, SIZE
 from autoprune.report import units
 from autoprune.report.view import FrontPoint, SearchView
 
@@ -30,7 +30,8 @@ def front_markdown(view: SearchView, links: Mapping[int, str], *, names: Mapping
     tested = any(point.test_accuracy is not None for point in view.front)
     timed = any("latency_ms" in point.metrics for point in view.front)
     head = ["trial", "val accuracy", *(["test accuracy"] if tested else [])]
-    head += ["MACs", "params", "size", *(["latency"] if timed else []), "criterion"]
+    costs = [cost for cost in view.costs if cost in (MACS, PARAMS, SIZE, LATENCY, view.primary)]
+    head += [*(units.LABELS[cost] for cost in costs), *([_measured_head(view)] if timed else []), "criterion"]
     rows = []
     for point in (view.dense, *view.front):
         number = point.name if point.trial is None else str(point.trial)
@@ -40,8 +41,8 @@ def front_markdown(view: SearchView, links: Mapping[int, str], *, names: Mapping
             number += f" ({names[point.trial]})"
         row = [number, units.percent(point.val_accuracy, 2)]
         row += [units.percent(math.nan if point.test_accuracy is None else point.test_accuracy, 2)] if tested else []
-        row += [_cost(view, point, cost) for cost in COSTS[:3]]
-        row += [_milliseconds(point)] if timed else []
+        row += [_cost(view, point, cost) for cost in costs]
+        row += [units.latency(point.metrics)] if timed else []
         rows.append([*row, point.criterion or "–"])
     return table(head, rows)
 
@@ -61,12 +62,13 @@ def comparison_markdown(view: SearchView, point: FrontPoint) -> str:
     if point.test_accuracy is not None and given is not None:
         change = units.points(point.test_accuracy - given) + " points"
         rows.append(["test accuracy", units.percent(given, 2), units.percent(point.test_accuracy, 2), change])
-    for cost in COSTS:
+    for cost in view.costs:
         share = units.share(view.fraction(point, cost))
         values = [units.cost(cost, p.costs[cost]) for p in (dense, point)]
         rows.append([units.AXES[cost], *values, f"{share} of dense"])
     if "latency_ms" in point.metrics:
-        rows.append(["latency of one sample, when searched", _milliseconds(dense), _milliseconds(point), ""])
+        times = [units.latency(p.metrics) for p in (dense, point)]
+        rows.append(["latency, as the search measured it", *times, ""])
     return table(["", "dense", "pruned", "change"], rows)
 
 
@@ -136,6 +138,5 @@ def _cost(view: SearchView, point: FrontPoint, cost: str) -> str:
     return value if point is view.dense else f"{value} ({units.share(view.fraction(point, cost))})"
 
 
-def _milliseconds(point: FrontPoint) -> str:
-    value = point.metrics.get("latency_ms", math.nan)
-    return f"{value:.3g} ms" if math.isfinite(value) else "–"
+def _measured_head(view: SearchView) -> str:
+    return "measured" if LATENCY in view.costs else "latency"

@@ -11,8 +11,10 @@ from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promote
 from autoprune.search.lease import is_running
 from autoprune.search.notes import (
     read_facts,
+    read_measured,
     read_pick,
     write_facts,
+    write_measured,
     write_notes,
     write_pick,
     write_study_note,
@@ -71,6 +73,7 @@ __all__ = [
     "read_background",
     "read_facts",
     "read_failures",
+    "read_measured",
     "read_pick",
     "read_results",
     "read_trial",
@@ -84,6 +87,7 @@ __all__ = [
     "study_summary",
     "write_background",
     "write_facts",
+    "write_measured",
     "write_notes",
     "write_pick",
     "write_study_note",

@@ -38,6 +38,19 @@ def read_pick(study: Study) -> dict[str, Any] | None:
     return _read(study, PICK)
 
 
+MEASURED = "autoprune.measured"
+
+
+def write_measured(study: Study, measured: Mapping[str, Mapping[str, float]]) -> None:
+    """Adds measurements that were taken after the trials had ended, by model; those that are there already stay."""
+    study.set_user_attr(MEASURED, {**{k: dict(v) for k, v in measured.items()}, **read_measured(study)})
+
+
+def read_measured(study: Study) -> dict[str, dict[str, float]]:
+    """Returns what `write_measured` stored."""
+    return dict(study.user_attrs.get(MEASURED, {}))
+
+
 def write_notes(study: Study, notes: Mapping[int, str]) -> None:
     """Gives trials, by number, a Markdown note in the Optuna dashboard; what a person has edited is left alone."""
     ids = {trial.number: trial._trial_id for trial in study.get_trials(deepcopy=False)}

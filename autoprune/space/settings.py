@@ -17,7 +17,14 @@ from autoprune.policy import digest
 from autoprune.space.faults import plain_faults
 from autoprune.space.file import Document, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
-from autoprune.space.method import BudgetSettings, CriteriaSettings, GroupSettings, RecipeSettings, SearchSettings
+from autoprune.space.method import (
+    BudgetSettings,
+    CriteriaSettings,
+    GroupSettings,
+    LatencySettings,
+    RecipeSettings,
+    SearchSettings,
+)
 from autoprune.space.section import NAME_PATTERN, Found, Section
 
 SCHEMA = 1
@@ -45,6 +52,9 @@ class Space(Section):
     data: DataSettings = Field(description="The data to fine-tune and score on.")
     budget: BudgetSettings = Field(
         default_factory=BudgetSettings, description="Upper limits on costs, several at once, and the span of the front."
+    )
+    latency: LatencySettings = Field(
+        default_factory=LatencySettings, description="Under which conditions latency is measured and predicted."
     )
     groups: GroupSettings = Field(
         default_factory=GroupSettings, description="Which pruning groups may shrink, and how far."
@@ -76,9 +86,15 @@ class Space(Section):
         """
         plain = self.model_dump(mode="json", by_alias=True)
         plain["data"].pop("download")
+        for key in ("latency", "latency_ms"):  # a space without such a limit has the digest that it had before them
+            if plain["budget"][key] is None:
+                del plain["budget"][key]
         ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
         sections = ("model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed")
-        return {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
+        digests = {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
+        if self.budget.limits_latency:
+            digests["latency"] = digest(plain["latency"])
+        return digests
 
     @property
     def fingerprint(self) -> str:

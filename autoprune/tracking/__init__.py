@@ -9,10 +9,11 @@ from autoprune.tracking.environment import environment_tags
 from autoprune.tracking.location import artifact_root, resolve_uri, sqlite_path, ui_address
 from autoprune.tracking.reading import Reader, RecordedRun, open_reader
 from autoprune.tracking.recorder import Recorder, Refused
-from autoprune.tracking.records import TrialRecord, safe_key, trial_key
+from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
 from autoprune.tracking.registry import PICKED, Member, Registry, Version, registered_name
 
 __all__ = [
+    "FRACTIONS",
     "PICKED",
     "Member",
     "Reader",

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from autoprune.cost import LATENCY
 from autoprune.policy import Policy
 from autoprune.results import TrialResult
 
@@ -40,8 +41,8 @@ _SCHEMA = "1"
 _KEY_LIMIT = 250
 _PARAM_LIMIT = 6000
 _TAG_LIMIT = 8000
-_FRACTIONS = {"macs": "macs_fraction", "params": "params_fraction", "size_bytes": "size_fraction"}
-_FRACTIONS["activation_bytes"] = "activation_fraction"
+FRACTIONS = {"macs": "macs_fraction", "params": "params_fraction", "size_bytes": "size_fraction"}
+FRACTIONS |= {"activation_bytes": "activation_fraction", LATENCY: "latency_fraction"}
 
 State = Literal["complete", "fail", "stopped"]
 
@@ -123,9 +124,10 @@ def trial_metrics(record: TrialRecord) -> dict[str, float]:
     if "val_accuracy" in values:
         values["val_error"] = result.val_error
     for name, cost in result.costs.items():
-        values[name] = float(cost)
+        if name != LATENCY:  # the metric `latency_predicted_ms` tells it
+            values[name] = float(cost)
         if record.dense.get(name):
-            values[_FRACTIONS.get(name, f"{name}_fraction")] = cost / record.dense[name]
+            values[FRACTIONS.get(name, f"{name}_fraction")] = cost / record.dense[name]
     values |= {f"seconds/{name}": spent for name, spent in result.seconds.items()}
     return {safe_key(name): finite(value) for name, value in values.items()}
 

@@ -113,7 +113,7 @@ def test_dense_and_pruned_are_timed_alike(saved: Path) -> None:
     threads = torch.get_num_threads()
     times = further.time_both(saved, device="cpu")
     assert torch.get_num_threads() == threads
-    assert times["device"] == "cpu"
+    assert [times[key] for key in ("device", "batch", "dtype", "threads")] == ["cpu", 1, "float32", 1]
     assert all(times[f"{name}_ms"] > 0 for name in ("dense", "pruned"))
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autoprune.cost import COSTS
+from autoprune.cost import COSTS, LATENCY
 from autoprune.report import FrontPoint, SearchView
 from autoprune.report.card import Card, ClassScores, card_markdown
-from autoprune.report.markdown import front_markdown, search_markdown, table, version_markdown, widths_markdown
+from autoprune.report.markdown import (
+    comparison_markdown,
+    front_markdown,
+    search_markdown,
+    table,
+    version_markdown,
+    widths_markdown,
+)
 
 SIZES = {"stem": 16, "layer|1": 8}
 
@@ -39,8 +46,20 @@ def test_the_front_is_a_table_of_linked_trials_in_order_of_rising_cost() -> None
     lines = text.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "3", "[5](/#/runs/abc) (knee)", "7"]
     assert "| 95.00% | 94.00% | 400 (40%) |" in text
-    assert "| 1.5 ms |" in text
+    assert "| 1.50 ms |" in text
     assert "nan" not in text
+
+
+def test_a_predicted_latency_stands_beside_the_measured_one() -> None:
+    timed = {LATENCY: 2_000_000}
+    view = make_view()
+    dense = replace(view.dense, costs={**view.dense.costs, **timed})
+    trial = replace(view.trials[1], costs={**view.trials[1].costs, LATENCY: 500_000})
+    view = replace(view, dense=dense, trials=(trial,), primary=LATENCY, limits={LATENCY: 1_000_000})
+    head, _, _, row = front_markdown(view, {}).splitlines()
+    assert "| size | latency | measured |" in head
+    assert "| 0.500 ms (25%) | 1.50 ms |" in row
+    assert "| predicted latency | 2.00 ms | 0.500 ms | 25% of dense |" in comparison_markdown(view, trial)
 
 
 def test_columns_that_nobody_measured_are_left_out() -> None:
@@ -118,11 +137,12 @@ def test_a_card_tells_what_was_measured_and_nothing_else() -> None:
 
 def test_a_card_tells_latency_classes_and_settings_where_they_are_given() -> None:
     times = {"device": "cpu", "dense_ms": 2.0, "dense_spread_ms": 0.1, "pruned_ms": 1.0, "pruned_spread_ms": 0.1}
+    times |= {"batch": 4, "dtype": "bfloat16", "threads": 1}
     nan = float("nan")
     scores = ClassScores("val", 10, 0.9, 0.8, [("one", 10, 0.9, 0.8), ("none", 0, nan, nan)])
     text = card_markdown(make_card(latency=times, scores=[scores], settings={"schema": 1, "name": "digits"}))
-    assert "| latency | 2 ms (IQR 0.1) | 1 ms (IQR 0.1) | 2.00 times as fast |" in text
-    assert "on cpu with one thread." in text
+    assert "| measured latency | 2.00 ms (IQR 0.1) | 1.00 ms (IQR 0.1) | 2.00 times as fast |" in text
+    assert "Latency: median of repeated passes, batch 4, bfloat16, on cpu with 1 thread." in text
     assert "## By class, val (10 samples)" in text
     assert "| one | 10 | 90.0% | 80.0% | -10.0 |" in text
     assert "| none | 0 | – | – | – |" in text
