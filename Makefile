@@ -11,6 +11,8 @@ HOURS ?=
 NAME ?=
 TRIAL ?=
 FORMAT ?= safetensors
+PICK ?= --knee
+EPOCHS ?= 20
 PORT ?= 8080
 BENCH ?=
 PYTHON ?= python3
@@ -28,6 +30,9 @@ search: $(READY) ## search for a front: SPACE= TRIALS= WORKERS= HOURS= NAME= (ru
 inspect: $(READY) ## show the pruning groups and costs of a space's model: SPACE=
 	@$(RUN) inspect $(SPACE)
 
+latency: $(READY) ## measure the latency table of a space's model on this device: SPACE=
+	@$(RUN) latency $(SPACE)
+
 validate: $(READY) ## check a space file: SPACE=
 	@$(RUN) validate $(SPACE)
 
@@ -37,8 +42,20 @@ front: $(READY) ## show the front that a search has found: NAME=
 report: $(READY) ## write everything about a search into one HTML file: NAME=
 	@$(RUN) report $(or $(NAME),digits-resnet20)
 
-export: $(READY) ## write a pruned model to exports/: NAME= TRIAL= FORMAT=safetensors|pt2|onnx
-	$(RUN) export $(or $(NAME),digits-resnet20) --trial $(or $(TRIAL),$(error name a trial of the front: make export TRIAL=17)) --format $(FORMAT)
+pick: $(READY) ## pick a model of the front: NAME= PICK="--knee" or "--trial 6" or "--max-macs 0.3"
+	$(RUN) pick $(or $(NAME),digits-resnet20) $(PICK)
+
+export: $(READY) ## write the picked model, or TRIAL=, to exports/: NAME= TRIAL= FORMAT=safetensors|pt2|onnx|all
+	$(RUN) export $(or $(NAME),digits-resnet20) $(if $(TRIAL),--trial $(TRIAL)) --format $(FORMAT)
+
+finetune: $(READY) ## train the picked model longer: NAME= or NAME=name@knee, EPOCHS=20
+	OMP_WAIT_POLICY=PASSIVE $(RUN) finetune $(or $(NAME),digits-resnet20) --epochs $(EPOCHS)
+
+reproduce: $(READY) ## evaluate the trial of an MLflow run again and compare: RUN=id
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/autoprune reproduce $(if $(filter command,$(origin RUN)),$(RUN),$(error name a run of MLflow: make reproduce RUN=id))
+
+sync: $(READY) ## record in MLflow what it does not hold yet: NAME=
+	$(RUN) sync $(or $(NAME),digits-resnet20)
 
 schema: $(READY) ## print the JSON Schema of space files, for editors
 	@$(RUN) schema

@@ -10,15 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoprune.cost import COSTS, MACS, MEMORY, PARAMS, SIZE, CostModel
+from autoprune.cost import COSTS, LATENCY, MACS, MEMORY, PARAMS, SIZE, CostModel
 from autoprune.errors import BudgetError, nearest
 from autoprune.policy import Group
 
-KEYS = {"macs": MACS, "params": PARAMS, "size": SIZE, "memory": MEMORY}
+KEYS = {"macs": MACS, "params": PARAMS, "size": SIZE, "memory": MEMORY, "latency": LATENCY, "latency_ms": LATENCY}
 """Keys of a space file's budget → names of costs."""
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
 _SUFFIX |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TIMES = {"ns": 1.0, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9}
+_TIME = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(ns|us|µs|ms|s)\s*$")
 _PATTERN = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*(%?)\s*$")
 
 
@@ -48,6 +50,30 @@ def parse_limit(value: float | int | str) -> tuple[float, bool]:
         raise BudgetError(f"a budget is positive and finite, got {value!r}")
     if fraction and number > 1.0:
         raise BudgetError(f"a fraction of the dense network is at most 1, got {value!r}")
+    return number, fraction
+
+
+def read_limit(key: str, value: float | int | str) -> tuple[float, bool]:
+    """Reads the limit of one of `KEYS`: `(number, is_fraction)`, the number in the unit of the cost.
+
+    `latency` is a fraction of dense or a text with a unit of time (`"4 ms"`), `latency_ms` a number of milliseconds;
+    any other key is read by `parse_limit`.
+
+    Raises:
+        BudgetError: `value` is no such limit, or is not positive.
+    """
+    if key == "latency_ms":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise BudgetError(f"latency_ms is a positive number of milliseconds, got {value!r}")
+        return value * 1e6, False
+    if key != "latency":
+        return parse_limit(value)
+    match = _TIME.match(value) if isinstance(value, str) else None
+    number, fraction = (float(match[1]) * _TIMES[match[2]], False) if match else parse_limit(value)
+    if not match and not fraction:
+        raise BudgetError(f"a latency budget is a fraction of dense or has a unit of time ('4 ms'), got {value!r}")
+    if not number > 0:
+        raise BudgetError(f"a budget is positive and finite, got {value!r}")
     return number, fraction
 
 
@@ -83,7 +109,7 @@ def resolve_budget(
     """Turns a space file's budget into absolute limits for one network and checks that some policy can meet it.
 
     Args:
-        wanted: Limits by key of `KEYS`, each as `parse_limit` reads it. The first one is the primary cost; `macs` where
+        wanted: Limits by key of `KEYS`, each as `read_limit` reads it. The first one is the primary cost; `macs` where
             there is none.
         cost_model: Prices the widths.
         groups: The groups that may be pruned.
@@ -100,12 +126,16 @@ def resolve_budget(
         if key not in KEYS:
             raise BudgetError(f"unknown budget {key!r}{nearest(key, KEYS)}")
         name = KEYS[key]
-        number, fraction = parse_limit(value)
+        if name not in dense:
+            raise BudgetError(f"the budget {key} needs a latency table of the network, and there is none")
+        if name in limits:
+            raise BudgetError("latency and latency_ms are the same limit; give one of them")
+        number, fraction = read_limit(key, value)
         limits[name] = int(number * dense[name] + 1e-6) if fraction else int(number)
         if least[name] > limits[name]:
             raise BudgetError(
-                f"no policy meets the budget {key}: {value}: the least possible is {least[name]:,}"
-                f" ({least[name] / dense[name]:.3f} of the dense {dense[name]:,})"
+                f"no policy meets the budget {key}: {value}: the least possible is {_shown(name, least[name])}"
+                f" ({least[name] / dense[name]:.3f} of the dense {_shown(name, dense[name])})"
             )
     primary = KEYS[next(iter(wanted))] if wanted else MACS
     floor = least[primary] / dense[primary]
@@ -122,9 +152,13 @@ def resolve_budget(
     return Budget(limits, primary, (low, high))
 
 
+def _shown(name: str, value: int) -> str:
+    return f"{value / 1e6:,.3f} ms" if name == LATENCY else f"{value:,}"
+
+
 def key_of(cost: str) -> str:
     """Returns the space file's key for the name of a cost."""
     return next(key for key, name in KEYS.items() if name == cost)
 
 
-assert set(KEYS.values()) == set(COSTS)
+assert set(KEYS.values()) == {*COSTS, LATENCY}

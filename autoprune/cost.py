@@ -1,15 +1,18 @@
 """The exact cost of a network as a function of the widths of its pruning groups.
 
 Every cost is a sum of terms `factor * (c0 + c1*w1 + ...) * (...)`: a convolution multiplies its kept inputs by its kept
-outputs, a flattened feature map repeats a channel, a concatenation adds groups up. Decides how such sums are held and
-evaluated; knows nothing of how they were found.
+outputs, a flattened feature map repeats a channel, a concatenation adds groups up. Latency, which follows no such
+formula, is a sum of measured surfaces over the same linear forms. Decides how such sums are held and evaluated; knows
+nothing of how they were found.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import TypeVar
 
 MACS = "macs"
@@ -17,6 +20,9 @@ PARAMS = "params"
 SIZE = "size_bytes"
 MEMORY = "activation_bytes"
 COSTS = (MACS, PARAMS, SIZE, MEMORY)
+"""What every network's model prices, exactly."""
+LATENCY = "latency_ns"
+"""The predicted latency in nanoseconds, which only a model with a latency table prices."""
 
 Number = TypeVar("Number")
 
@@ -39,6 +45,75 @@ class Term:
     factor: int
     forms: tuple[Form, ...] = ()
     divisor: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """A time in nanoseconds over a grid of sizes, multilinear between the knots and constant beyond them.
+
+    Axis k is the size `forms[k]` at the ascending `knots[k]`. `values` are in row-major order. Where they rise along
+    every axis, a wider network never costs less.
+    """
+
+    forms: tuple[Form, ...]
+    knots: tuple[tuple[int, ...], ...]
+    values: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        cells = 1
+        for knots in self.knots:
+            cells *= len(knots)
+            if not knots or any(a >= b for a, b in pairwise(knots)):
+                raise ValueError(f"knots must rise, got {knots}")
+        if len(self.forms) != len(self.knots) or len(self.values) != cells:
+            raise ValueError(
+                f"{len(self.forms)} forms, {len(self.knots)} axes and {len(self.values)} values for {cells} cells"
+            )
+
+    def at(self, widths: Sequence[int]) -> int:
+        """Returns the time at the widths of the groups, in whole nanoseconds."""
+        values, total = self.values, 0.0
+        if len(self.forms) == 1:
+            i, part = _place(self.forms[0], self.knots[0], widths)
+            total = values[i] + part * (values[i + 1] - values[i]) if part else values[i]
+        elif len(self.forms) == 2:
+            i, part = _place(self.forms[0], self.knots[0], widths)
+            j, other = _place(self.forms[1], self.knots[1], widths)
+            i = i * len(self.knots[1]) + j
+            total = values[i] + other * (values[i + 1] - values[i]) if other else values[i]
+            if part:
+                i += len(self.knots[1])
+                above = values[i] + other * (values[i + 1] - values[i]) if other else values[i]
+                total += part * (above - total)
+        else:
+            total = self._corners(widths)
+        # Rounded down but for the noise of the sum, so that equal times stay equal.
+        return int(total + 1e-6)
+
+    def _corners(self, widths: Sequence[int]) -> float:
+        corners = [(0, 1.0)]
+        for form, knots in zip(self.forms, self.knots, strict=True):
+            i, part = _place(form, knots, widths)
+            corners = [
+                (index * len(knots) + i + step, weight * share)
+                for index, weight in corners
+                for step, share in ((0, 1.0 - part), (1, part))
+                if share
+            ]
+        return sum(self.values[index] * weight for index, weight in corners)
+
+
+def _place(form: Form, knots: Sequence[int], widths: Sequence[int]) -> tuple[int, float]:
+    """Returns the knot at or below a form's size, and how far it is to the next one; beyond the ends, the end."""
+    size = form.const
+    for group, coefficient in form.terms:
+        size += coefficient * widths[group]
+    if size <= knots[0]:
+        return 0, 0.0
+    i = bisect_right(knots, size) - 1
+    if i == len(knots) - 1:
+        return i, 0.0
+    return i, (size - knots[i]) / (knots[i + 1] - knots[i])
 
 
 def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
@@ -64,7 +139,8 @@ class CostModel:
     `macs` counts multiply-accumulates of convolutions, linear layers and matrix products for one sample. `params`
     counts trainable elements and `size_bytes` the bytes of the state dict (buffers included). `activation_bytes` is the
     largest sum of tensors that are alive together in one forward pass of one sample, the input included: `live` holds a
-    sum for each point of the graph.
+    sum for each point of the graph. `latency` holds the surfaces of a latency table; their sum is the predicted
+    latency, a cost of its own where there are any.
     """
 
     groups: tuple[str, ...]
@@ -73,12 +149,18 @@ class CostModel:
     params: tuple[Term, ...]
     size_bytes: tuple[Term, ...]
     live: tuple[tuple[Term, ...], ...] = ()
+    latency: tuple[Surface, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The costs that this model prices: `COSTS`, and `LATENCY` where there is a latency table."""
+        return (*COSTS, LATENCY) if self.latency else COSTS
 
     def cost(self, name: str, widths: Mapping[str, int]) -> int:
         """Returns one cost; groups that `widths` leaves out keep all their channels.
 
         Raises:
-            KeyError: `name` is not in `COSTS`.
+            KeyError: `name` is neither in `COSTS` nor `LATENCY`.
         """
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
         return self._cost(name, values)
@@ -86,7 +168,7 @@ class CostModel:
     def costs(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Returns every cost by name; groups that `widths` leaves out keep all their channels."""
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
-        return {name: self._cost(name, values) for name in COSTS}
+        return {name: self._cost(name, values) for name in self.names}
 
     def dense(self) -> dict[str, int]:
         """Returns every cost of the unpruned network."""
@@ -95,6 +177,8 @@ class CostModel:
     def _cost(self, name: str, values: Sequence[int]) -> int:
         if name == MEMORY:
             return max((_value(terms, values) for terms in self.live), default=0)
+        if name == LATENCY:
+            return sum(surface.at(values) for surface in self.latency)
         return _value({MACS: self.macs, PARAMS: self.params, SIZE: self.size_bytes}[name], values)
 
     def share(self, name: str, group: str) -> CostModel:
@@ -105,8 +189,11 @@ class CostModel:
         Raises:
             KeyError: `name` has no shares.
         """
-        attribute = {MACS: "macs", PARAMS: "params", SIZE: "size_bytes"}[name]
         place = self.groups.index(group)
+        if name == LATENCY:
+            surfaces = tuple(s for s in self.latency if any(g == place for form in s.forms for g, _ in form.terms))
+            return CostModel(self.groups, self.sizes, (), (), (), latency=surfaces)
+        attribute = {MACS: "macs", PARAMS: "params", SIZE: "size_bytes"}[name]
         own = tuple(t for t in getattr(self, attribute) if any(g == place for form in t.forms for g, _ in form.terms))
         empty: dict[str, tuple[Term, ...]] = {"macs": (), "params": (), "size_bytes": (), attribute: own}
         return CostModel(self.groups, self.sizes, empty["macs"], empty["params"], empty["size_bytes"])

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoprune.budget import Budget
-from autoprune.cost import CostModel
+from autoprune.cost import MACS, CostModel
 from autoprune.errors import AutopruneError
 from autoprune.policy import Group, Policy
 
@@ -78,8 +78,10 @@ class TrialResult:
     `metrics` holds `val_accuracy` (the value that the search maximises: after everything that the fidelity asked for),
     `val_loss`, and where they were measured `val_accuracy_pruned` (after surgery alone), `val_accuracy_recalibrated`
     (after compensation and recalibration), `val_accuracy_tuned` (after fine-tuning), the same with `test_`,
-    `latency_ms`. `costs` holds the names of `autoprune.cost.COSTS`. `curves` holds one list per epoch series.
-    `seconds` tells where the time went. `model_path` is the folder that holds the finished model, where it was kept.
+    `latency_ms` with `latency_spread_ms` and `latency_least_ms`, `latency_predicted_ms` (where there is a latency
+    table), `peak_memory_bytes` (of one sample, on CUDA). `costs` holds the names that the cost model prices. `curves`
+    holds one list per epoch series. `seconds` tells where the time went. `model_path` is the folder that holds the
+    finished model, where it was kept.
     """
 
     policy: Policy
@@ -143,6 +145,25 @@ class TrialResult:
             seed=data["seed"],
             model_path=data["model_path"],
         )
+
+
+def not_faster(
+    costs: Mapping[str, float],
+    metrics: Mapping[str, float],
+    *,
+    dense_costs: Mapping[str, float],
+    dense_metrics: Mapping[str, float],
+) -> bool:
+    """Whether a network multiplies less than the dense one, and its measured latency still is not lower beyond spread.
+
+    A disturbed measurement has a wide spread; then the fastest passes are compared too, and one that is 2 % faster
+    counts. False where either latency was not measured.
+    """
+    if "latency_ms" not in metrics or "latency_ms" not in dense_metrics or costs[MACS] >= dense_costs[MACS]:
+        return False
+    spread = max(metrics.get("latency_spread_ms", 0.0), dense_metrics.get("latency_spread_ms", 0.0))
+    least, dense_least = (m.get("latency_least_ms", m["latency_ms"]) for m in (metrics, dense_metrics))
+    return metrics["latency_ms"] > dense_metrics["latency_ms"] - spread and least > 0.98 * dense_least
 
 
 Submit = Callable[[Policy, Fidelity], "Future[TrialResult]"]

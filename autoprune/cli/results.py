@@ -13,9 +13,11 @@ from autoprune.cli.shared import (
     HOME,
     HomeOption,
     JsonOption,
+    ModelReference,
     SearchName,
     app,
     guarded,
+    note,
     show,
 )
 from autoprune.errors import InputError, MissingExtraError, nearest
@@ -43,20 +45,31 @@ def front(
 @app.command()
 @guarded
 def export(
-    name: SearchName,
-    trial: Annotated[int, typer.Option(min=0, help="Number of the trial, as the front shows it.", show_default=False)],
-    format_: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "safetensors",
+    name: ModelReference,
+    trial: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of the trial, as the front shows it. Default: what is picked."),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help=f"One or more of {', '.join(FORMATS)}, with commas between; or all.")
+    ] = "safetensors",
     output: Annotated[
         Path | None, typer.Option(help="Folder to write to. Default: exports/NAME-TRIAL.", show_default=False)
     ] = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Also score dense and pruned by class, for the model card.")
+    ] = False,
     home: HomeOption = HOME,
 ) -> None:
-    """Write the pruned model of a trial to disk."""
-    if format_ not in FORMATS:
-        raise InputError(f"unknown format {format_!r}{nearest(format_, FORMATS)}")
-    from autoprune.coordinator import export_trial
+    """Write a pruned model and its model card to disk: a trial's, or the picked one."""
+    formats = FORMATS if format_ == "all" else tuple(dict.fromkeys(part.strip() for part in format_.split(",")))
+    for wanted in formats:
+        if wanted not in FORMATS:
+            raise InputError(f"unknown format {wanted!r}{nearest(wanted, [*FORMATS, 'all'])}")
+    from autoprune.coordinator import ExportWish, export_models
 
-    for path in export_trial(name, home=home, trial=trial, format=format_, output=output):
+    wish = ExportWish(name, trial, formats, output, evaluate)
+    for path in export_models(wish, home=home, say=note):
         typer.echo(path)
 
 

@@ -84,6 +84,14 @@ HomeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 SearchName = Annotated[str, typer.Argument(help="Name of the search: `name` in its space file.")]
+ModelReference = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME[@ALIAS]",
+        help="Name of the search; with @picked (the default), @knee, @smallest, @most-accurate, @finetuned, or an alias"
+        " that was set in the MLflow UI.",
+    ),
+]
 
 HOME = Path(".autoprune")
 
@@ -110,6 +118,11 @@ def default_workers(space: Space) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4)
+
+
+def note(text: str) -> None:
+    """Tells what is going on, on stderr."""
+    typer.echo(text, err=True)
 
 
 def show(text: str, data: dict[str, Any], *, as_json: bool) -> None:

@@ -1,6 +1,6 @@
-"""What a search leaves with its studies so that explanations and reports need neither the model nor the data.
+"""What a search leaves with its studies: what explanations and reports need beside the trials, and its settings.
 
-Decides what is kept (groups, cost model, error curves, settings, versions, sizes of the data) and how it is packed:
+Decides what is kept (settings, groups, cost model, error curves, versions, sizes of the data) and how it is packed:
 error curves at no more widths than a picture can show, with five digits.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoprune.cost import CostModel, Form, Term
+from autoprune.coordinator.setup import Setup
+from autoprune.cost import CostModel, Form, Surface, Term
 from autoprune.errors import StudyError
 from autoprune.policy import Group
 from autoprune.prices import ErrorCurve
 from autoprune.results import Problem
 
-SCHEMA = 1
+SCHEMA = 2
 _POINTS = 129
 """Widths of a stored error curve, at most: a wide group's curve is smooth between them."""
 _DIGITS = 5
@@ -27,16 +28,15 @@ _DIGITS = 5
 class Background:
     """What is known of a search beside its trials.
 
-    `settings` is the text of the space file, `python` whether model and data were live objects, which no space file
-    can name. `samples` holds the number of samples of each split, `classes` their number of classes (0: none),
-    `environment` versions and the like as readable pairs. `began` is when it was written.
+    `setup` holds the settings that the search was last run with. `samples` holds the number of samples of each split,
+    `classes` their number of classes (0: none), `environment` versions and the like as readable pairs, `began` the
+    time: both of the search's first call.
     """
 
+    setup: Setup
     groups: tuple[Group, ...]
     model: CostModel
     curves: Mapping[str, Mapping[str, ErrorCurve]]
-    settings: str
-    python: bool
     samples: Mapping[str, int]
     classes: int
     accuracy: bool
@@ -47,11 +47,19 @@ class Background:
     began: datetime.datetime | None = None
 
 
-def pack(background: Background) -> dict[str, Any]:
-    """Returns `background` as plain JSON values."""
-    model = background.model
-    return {
+def pack(background: Background, *, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns `background` as plain JSON values.
+
+    Dense costs and criterion scopes of the setup are left out: the cost model and the groups tell them.
+
+    Args:
+        background: What is packed.
+        before: What the search's first call left, which keeps its time and versions.
+    """
+    model, setup = background.model, background.setup
+    packed = {
         "schema": SCHEMA,
+        "setup": {"space": dict(setup.space), "at_hand": setup.at_hand, "facts": dict(setup.facts)},
         "groups": [[g.name, g.size, list(g.widths), g.scope] for g in background.groups],
         "model": {
             "groups": list(model.groups),
@@ -60,13 +68,12 @@ def pack(background: Background) -> dict[str, Any]:
             "params": _packed(model.params),
             "size_bytes": _packed(model.size_bytes),
             "live": [_packed(terms) for terms in model.live],
+            "latency": [[_forms(s.forms), [list(knots) for knots in s.knots], list(s.values)] for s in model.latency],
         },
         "curves": {
             group: {name: [list(c.widths), list(c.errors)] for name, c in by.items()}
             for group, by in background.curves.items()
         },
-        "settings": background.settings,
-        "python": background.python,
         "samples": dict(background.samples),
         "classes": background.classes,
         "accuracy": background.accuracy,
@@ -76,6 +83,9 @@ def pack(background: Background) -> dict[str, Any]:
         "environment": dict(background.environment),
         "began": None if background.began is None else background.began.isoformat(timespec="seconds"),
     }
+    if before is not None:
+        packed |= {"environment": before["environment"], "began": before["began"]}
+    return packed
 
 
 def unpack(data: Mapping[str, Any]) -> Background:
@@ -86,25 +96,19 @@ def unpack(data: Mapping[str, Any]) -> Background:
     """
     if data.get("schema") != SCHEMA:
         raise StudyError(
-            f"the search's background has the schema {data.get('schema')!r}; this version reads schema {SCHEMA}"
+            f"the search's background has the schema {data.get('schema')!r}; this version reads schema {SCHEMA}: run"
+            " the same search again, which repeats nothing and stores it anew"
         )
-    model = data["model"]
+    model = _model(data["model"])
+    groups = tuple(Group(name, size, tuple(widths), scope) for name, size, widths, scope in data["groups"])
     return Background(
-        groups=tuple(Group(name, size, tuple(widths), scope) for name, size, widths, scope in data["groups"]),
-        model=CostModel(
-            groups=tuple(model["groups"]),
-            sizes=tuple(model["sizes"]),
-            macs=_terms(model["macs"]),
-            params=_terms(model["params"]),
-            size_bytes=_terms(model["size_bytes"]),
-            live=tuple(_terms(terms) for terms in model["live"]),
-        ),
+        setup=Setup(**data["setup"], dense=model.dense(), scopes={group.name: group.scope for group in groups}),
+        groups=groups,
+        model=model,
         curves={
             group: {name: ErrorCurve(tuple(widths), tuple(errors)) for name, (widths, errors) in by.items()}
             for group, by in data["curves"].items()
         },
-        settings=data["settings"],
-        python=data["python"],
         samples=data["samples"],
         classes=data["classes"],
         accuracy=data["accuracy"],
@@ -150,12 +154,32 @@ def _thinned(widths: Sequence[int]) -> list[int]:
     return [widths[round(i * (len(widths) - 1) / (_POINTS - 1))] for i in range(_POINTS)]
 
 
+def _model(packed: Mapping[str, Any]) -> CostModel:
+    return CostModel(
+        groups=tuple(packed["groups"]),
+        sizes=tuple(packed["sizes"]),
+        macs=_terms(packed["macs"]),
+        params=_terms(packed["params"]),
+        size_bytes=_terms(packed["size_bytes"]),
+        live=tuple(_terms(terms) for terms in packed["live"]),
+        latency=tuple(
+            Surface(_read_forms(forms), tuple(tuple(axis) for axis in knots), tuple(values))
+            for forms, knots, values in packed["latency"]
+        ),
+    )
+
+
 def _packed(terms: Sequence[Term]) -> list[Any]:
-    return [[t.factor, [[form.const, [list(pair) for pair in form.terms]] for form in t.forms]] for t in terms]
+    return [[term.factor, _forms(term.forms)] for term in terms]
 
 
 def _terms(packed: Sequence[Any]) -> tuple[Term, ...]:
-    return tuple(
-        Term(factor, tuple(Form(const, tuple((group, times) for group, times in pairs)) for const, pairs in forms))
-        for factor, forms in packed
-    )
+    return tuple(Term(factor, _read_forms(forms)) for factor, forms in packed)
+
+
+def _forms(forms: Sequence[Form]) -> list[Any]:
+    return [[form.const, [list(pair) for pair in form.terms]] for form in forms]
+
+
+def _read_forms(packed: Sequence[Any]) -> tuple[Form, ...]:
+    return tuple(Form(const, tuple((group, times) for group, times in pairs)) for const, pairs in packed)

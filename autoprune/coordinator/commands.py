@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune import report
-from autoprune.coordinator.views import StoredSearch, read_search, storage_path, view_of
+from autoprune.coordinator.views import StoredSearch, make_home, read_search, storage_path, view_of
 from autoprune.errors import StudyError
 from autoprune.space import Space
 
@@ -79,17 +79,24 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 
 
-def export_trial(name: str, *, home: Path, trial: int, format: str, output: Path | None = None) -> list[Path]:
-    """Writes a trial's model in the given format and returns the files.
+def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
+    """Measures the latency table of a space's model, or reads the one that the home folder's cache holds.
+
+    Returns what it predicts, and how well, as text and as JSON values.
 
     Raises:
-        StudyError: There is no such search or trial, or its weights were not kept.
-        InputError: The format is unknown, or the model cannot be exported.
+        InputError: The model or the data cannot be used, or the network cannot be timed under the space's conditions.
     """
-    from autoprune.network.export import export
+    from autoprune.network import pipeline
+    from autoprune.network.devices import latency_table
 
-    folder = read_search(name, home=home).model_path(trial)
-    return export(folder, output or Path("exports") / f"{name}-{trial}", format=format)
+    make_home(home)
+    with report.Progress() as progress:
+        ingredients = pipeline.ingredients_of(space, cache=home / "cache")
+        network = pipeline.trace_ingredients(ingredients)
+        data = latency_table(network, space, cache=home / "cache", note=progress.note).summary()
+    width, color = terminal()
+    return report.render_latency(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 
 
 def dashboard_command(home: Path, port: int) -> list[str]:

@@ -14,8 +14,7 @@ from typing import Any
 from autoprune import report
 from autoprune.budget import Budget
 from autoprune.coordinator.commands import terminal
-from autoprune.coordinator.views import Shown, StoredSearch, read_search, results_of, view_of
-from autoprune.cost import COSTS, MACS
+from autoprune.coordinator.views import Shown, StoredSearch, point_in, read_search, results_of, view_of
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Policy
 from autoprune.prices import ErrorCurve, Explanation, explain
@@ -45,7 +44,7 @@ def explain_trial(name: str, *, home: Path, trial: int) -> tuple[str, dict[str, 
     """
     stored = read_search(name, home=home)
     shown = stored.find(trial)
-    view, point = view_of(stored), _point(shown)
+    view, point = view_of(stored), point_in(stored, shown)
     why = explanation_of(stored, shown)
     width, color = terminal()
     text = report.render_explanation(view, point, why, console_width=width, color=color)
@@ -55,7 +54,7 @@ def explain_trial(name: str, *, home: Path, trial: int) -> tuple[str, dict[str, 
 def explanation_of(stored: StoredSearch, shown: Shown) -> Explanation:
     """Explains one trial by the search's error tables and cost model.
 
-    Errors are weighed against the cost on the front's axis, or against MACs where that is no sum over widths.
+    Errors are weighed against the cost on the front's axis; a latency is that of the search's latency table.
 
     Raises:
         StudyError: The tables are missing.
@@ -66,8 +65,7 @@ def explanation_of(stored: StoredSearch, shown: Shown) -> Explanation:
             f"{stored.name} was made by a version that stored no error tables; run the same search again: it repeats"
             " nothing and adds them"
         )
-    primary = str(stored.facts["primary"])
-    cost = primary if primary in COSTS else MACS
+    cost = str(stored.facts["primary"])
     policy, groups = shown.result.policy, background.groups
     try:
         weights = learned_weights(stored, policy)
@@ -118,17 +116,13 @@ def compare_trials(name: str, *, home: Path, trials: Sequence[int]) -> tuple[str
         raise InputError(f"name at least two different trials to compare, got {', '.join(map(str, trials)) or 'none'}")
     stored = read_search(name, home=home)
     view = view_of(stored)
-    compared = [compared_of(stored.find(number)) for number in numbers]
+    compared = [compared_of(stored, stored.find(number)) for number in numbers]
     width, color = terminal()
     text = report.render_comparison(view, compared, console_width=width, color=color)
     return text.rstrip("\n"), report.comparison_json(view, compared)
 
 
-def compared_of(shown: Shown) -> report.Compared:
+def compared_of(stored: StoredSearch, shown: Shown) -> report.Compared:
     """Returns a trial as the comparison takes it."""
     criteria = {group: choice.criterion for group, choice in shown.result.policy.choices.items()}
-    return report.Compared(_point(shown), shown.rung, criteria)
-
-
-def _point(shown: Shown) -> report.FrontPoint:
-    return report.point_of(shown.result, trial=shown.number, origin=shown.source)
+    return report.Compared(point_in(stored, shown), shown.rung, criteria)

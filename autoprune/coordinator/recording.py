@@ -7,62 +7,70 @@ recorded once.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import autoprune.search as studies
 from autoprune import report, tracking
+from autoprune.coordinator.registering import finetuned_registration, registration
 from autoprune.coordinator.reporting import page_of
+from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import CONTROLS, StoredSearch
 from autoprune.policy import CHANNEL, caveat
 from autoprune.report import SearchView
-from autoprune.results import Problem
+from autoprune.report.markdown import search_markdown
+from autoprune.results import TrialResult, not_faster
 from autoprune.search import StoredTrial
+
+SPACE_FILE = "space.json"
+"""The artifact of a search's run that holds the space as run; `autoprune search space.json` runs it again."""
+_COLUMNS = ("val_accuracy", "latency_ms", "size_bytes", "params_fraction", "macs_fraction")
+"""What the list of runs shows beside the primary cost."""
 
 
 class Records:
-    """Records one search. `runs` maps trial keys to the ids of their runs, as far as they are recorded."""
+    """Records one search. `runs` maps trial keys to the ids of their runs, as far as they are recorded.
 
-    def __init__(
-        self,
-        name: str,
-        problem: Problem,
-        *,
-        home: Path,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        say: Callable[[str], None],
-        pruning: str = CHANNEL,
-    ) -> None:
+    `versions` maps the front's trial keys to the versions of the registered model, once they are registered.
+    """
+
+    def __init__(self, name: str, setup: Setup, *, home: Path, say: Callable[[str], None], opens: bool = True) -> None:
+        """Starts recording; with `opens` the search's own run is made or set running, as a search does at once."""
         self.name = name
-        self.caveat = caveat(pruning)
-        self.problem = problem
+        self.setup = setup
+        self.caveat = caveat(str(setup.space.get("pruning", CHANNEL)))
+        self.home = home
         self.uri = tracking.resolve_uri(home, os.environ)
         self.address = tracking.ui_address(self.uri)
         self.runs: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
         self.charts: str | None = None
         self.search_run: str | None = None
         self._said: set[str] = set()
         self._tracker: tracking.Tracker | None = None
         self._lock = threading.Lock()
-        self._dense = problem.cost_model.dense()
-        self._scopes = {group.name: group.scope for group in problem.groups}
         self._recorder = tracking.Recorder(self._connect, say=say)
+        if opens:
+            self._recorder.put(self._run_of, what="the search")
 
-        self._params, self._tags = params, tags
-        self._recorder.put(self._run_of, what="the search")
+    def trial(self, rung: str, trial: StoredTrial, *, dense_metrics: Mapping[str, float] | None = None) -> None:
+        """Queues a finished trial; one that was queued before is left alone.
 
-    def trial(self, rung: str, trial: StoredTrial) -> None:
-        """Queues a finished trial; one that was queued before is left alone."""
+        With the dense network's metrics a trial gets the tag `latency` = `no faster` where that is so.
+        """
         study = studies.study_name(self.name, rung)
         key = tracking.trial_key(study, trial.number)
         if key in self._said or trial.state not in ("complete", "fail"):
             return
         self._said.add(key)
+        result, dense = trial.result, dense_metrics or {}
+        slow = result is not None and not_faster(
+            result.costs, result.metrics, dense_costs=self.setup.dense, dense_metrics=dense
+        )
         record = tracking.TrialRecord(
             search=self.name,
             study=study,
@@ -70,12 +78,12 @@ class Records:
             rung=rung,
             policy=trial.policy,
             result=trial.result,
-            dense=self._dense,
+            dense=self.setup.dense,
             origin=str(trial.origin),
             state="complete" if trial.state == "complete" else "fail",
             reason=trial.reason or "",
-            scopes=self._scopes,
-            tags={"source": trial.source},
+            scopes=self.setup.scopes,
+            tags={"source": trial.source} | ({"latency": "no faster"} if slow else {}),
             name=run_name(rung, trial),
         )
 
@@ -88,31 +96,67 @@ class Records:
     def publish(self, stored: StoredSearch, view: SearchView) -> None:
         """Queues the front: tags, figures, tables, models, and the numbers on the search's run."""
         on_front = {point.trial for point in view.front}
-        members = [s for s in stored.shown() if s.number in on_front]
         study = studies.study_name(self.name, stored.shown_rung)
-        keys = [tracking.trial_key(study, s.own) for s in members]
-        folders = {key: stored.folder(member.result) for key, member in zip(keys, members, strict=True)}
+        keys = {s.number: tracking.trial_key(study, s.own) for s in stored.shown() if s.number in on_front}
         files = front_files(view) | {"report.html": page_of(stored, view)}
         numbers = {"hypervolume": view.hypervolume, "front_size": float(len(view.front))}
         if view.controls:
             numbers["controls_hypervolume"] = view.controls_hypervolume
         numbers |= {f"dense_{name}": value for name, value in view.dense.metrics.items()}
         ratios = [f"ratio/{group}" for group in view.sizes][:12]
+        register = registration(stored, view, export=self._export_command("--trial {trial}", "TRIAL={trial}"))
 
         def front(tracker: tracking.Tracker) -> None:
             run = self._run_of(tracker)
-            tracker.mark_front(self.name, keys)
-            for key, folder in folders.items():
-                if key in self.runs and folder is not None:
-                    tracker.log_model_folder(self.runs[key], folder)
+            tracker.mark_front(self.name, list(keys.values()))
             tracker.log_front(run, files, metrics=numbers)
-            cost = {"size_bytes": "size_fraction", "activation_bytes": "activation_fraction"}.get(
-                view.primary, f"{view.primary}_fraction"
-            )
+            cost = tracking.FRACTIONS[view.primary]
             self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
+            columns = [name for name in _COLUMNS if name != cost]
+            listing = tracker.write_list_view(self.name, rung=stored.shown_rung, metrics=[*columns, cost])
+            with self._lock:
+                runs = dict(self.runs)
+            self.versions = register(tracker, runs)
+            links = {number: tracker.run_link(runs[key]) for number, key in keys.items() if key in runs}
+            text = self._description(tracker, view, run=run, listing=listing, links=links)
+            tracker.describe(text, run_id=run)
+            tracker.describe(text)
             tracker.finish_search(run, numbers)
 
         self._recorder.put(front, what="the front")
+
+    def finetuned(self, number: int, folder: Path, result: TrialResult, *, origin: str) -> None:
+        """Queues a model that was trained longer: a run of its own and a version with the alias `finetuned`.
+
+        Args:
+            number: Its number among the search's.
+            folder: The model.
+            result: What was measured.
+            origin: Key of the trial that it comes from.
+        """
+        study = studies.study_name(self.name, result.fidelity.rung)
+        record = tracking.TrialRecord(
+            search=self.name,
+            study=study,
+            number=number,
+            rung=result.fidelity.rung,
+            policy=result.policy,
+            result=result,
+            dense=self.setup.dense,
+            origin=origin,
+            scopes=self.setup.scopes,
+            tags={"finetuned_from": origin},
+            name=f"finetune {number} of {origin.removeprefix(f'{self.name}.')}",
+        )
+        register = finetuned_registration(self.name, record.key, folder, result, origin=origin)
+
+        def finetuned(tracker: tracking.Tracker) -> None:
+            run_id = tracker.record_trial(record)
+            before = tracker.find_run(self.name, origin)
+            tracker.set_tags(run_id, {"finetuned_from.run": before} if before else {})
+            register(tracker, run_id)
+
+        self._recorder.put(finetuned, what=f"the fine-tuned model {number}")
 
     def stop(self, status: str) -> None:
         """Queues the end of a search that did not finish."""
@@ -125,6 +169,11 @@ class Records:
     def close(self, timeout: float) -> int:
         """Waits for what is queued, for up to `timeout` seconds; returns how many records are left undone."""
         return self._recorder.close(timeout)
+
+    @property
+    def refused(self) -> tuple[tracking.Refused, ...]:
+        """What MLflow would not take, and why."""
+        return self._recorder.refused
 
     def links(self, rung: str) -> dict[int, str]:
         """Returns the address of each recorded trial's run page, by the trial's number in its study."""
@@ -142,8 +191,33 @@ class Records:
     def _run_of(self, tracker: tracking.Tracker) -> str:
         """Returns the run of the search, made on first use."""
         if self.search_run is None:
-            self.search_run = tracker.open_search(self.name, params=self._params, tags=self._tags)
+            run = tracker.open_search(self.name, params=self.setup.params, tags=self.setup.facts)
+            tracker.log_files(run, {SPACE_FILE: json.dumps(self.setup.space, indent=1) + "\n"})
+            self.search_run = run
         return self.search_run
+
+    def _description(
+        self, tracker: tracking.Tracker, view: SearchView, *, run: str, listing: str, links: Mapping[int, str]
+    ) -> str:
+        front, whole = (
+            tracker.run_link(run).replace("?", f"/artifacts/front/{file}?") for file in ("front.html", "report.html")
+        )
+        pages = {"charts": self.charts or "", "list of runs": listing, "interactive front": front, "report": whole}
+        if self.versions:
+            pages["registered models"] = f"/#/models/{tracking.registered_name(self.name)}"
+        return search_markdown(
+            view,
+            links=links,
+            pages={name: page for name, page in pages.items() if page},
+            picture=f"get-artifact?path=front/front.png&run_uuid={run}",
+            commands=f"Then `{self._export_command()}` writes it to disk.",
+        )
+
+    def _export_command(self, options: str = "", variables: str = "") -> str:
+        """Returns the command that exports: by make where its targets find this search."""
+        if Path("mlflow/server.env").is_file():
+            return f"make export NAME={self.name} {variables}".rstrip()
+        return f"autoprune export {self.name} {options}".rstrip()
 
     def _connect(self) -> tracking.Tracker:
         tracker = tracking.Tracker(

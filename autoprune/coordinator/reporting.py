@@ -65,7 +65,7 @@ def page_of(stored: StoredSearch, view: SearchView) -> str:
             for rung, failures in stored.failures.items()
             for failure in failures
         ),
-        settings=background.settings if background is not None else "",
+        settings=background.setup.text if background is not None else "",
         commands=_commands(stored, [s.number for s in chosen]),
         missing=_MISSING if background is None else "",
     )
@@ -166,7 +166,7 @@ def _span(starts: Sequence[datetime.datetime | None], ends: Sequence[datetime.da
 def _commands(stored: StoredSearch, numbers: Sequence[int]) -> tuple[tuple[str, str], ...]:
     background = stored.background
     search = ("autoprune search space.yaml --workers 1", "with the settings below; one worker makes it repeatable")
-    if background is not None and background.python:
+    if background is not None and background.setup.at_hand:
         search = (f"autoprune.search(model, data=..., name={stored.name!r}, ...)", "in Python, with the settings below")
     commands = [search, (f"autoprune front {stored.name}", "the front")]
     if numbers:

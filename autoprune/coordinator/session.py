@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.measuring import measure_front
+from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
+from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
     CONTROLS,
     HOME,
@@ -37,7 +40,10 @@ from autoprune.errors import DataError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
-from autoprune.network.evaluation import device_name
+from autoprune.network.devices import latency_table
+from autoprune.network.further import precision_text
+from autoprune.network.latency import LatencyTable
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
@@ -125,6 +131,12 @@ class Session:
         self.sections = dict(sections)
         self.network: Network = pipeline.trace_ingredients(ingredients, space)
         groups = pipeline.searchable_groups(self.network, space)
+        self.table: LatencyTable | None = None
+        if space.budget.limits_latency:
+            table = latency_table(self.network, space, cache=home / "cache", note=progress.note)
+            self.network = self.network.with_latency(table.surfaces)
+            self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
+            self.table = table
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
@@ -137,15 +149,8 @@ class Session:
     def run(self, *, workers: int, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
         plan = self._plan(workers, trials or self.space.search.trials)
-        records = Records(
-            self.space.name,
-            self.problem,
-            home=self.home,
-            params=self._params(),
-            tags={"fingerprint": self.fingerprint, "device": self.bench.device, "seed": str(self.space.seed)},
-            pruning=self.space.pruning,
-            say=self.progress.note,
-        )
+        self.background = self._background(workers)
+        records = Records(self.space.name, self.background.setup, home=self.home, say=self.progress.note)
         begun = time.monotonic()
         try:
             with self._executor(workers) as executor:
@@ -155,6 +160,10 @@ class Session:
             records.close(10.0)
             raise
         stored = read_search(self.space.name, home=self.home)
+        if measured := measure_front(self.bench, stored):
+            study = studies.load_rung(self.storage, self.space.name, stored.order[0])
+            studies.write_measured(study, measured)
+            stored = replace(stored, measured={**measured, **stored.measured})
         self._forget_models(stored)
         view = view_of(stored)
         if view.front:
@@ -162,7 +171,7 @@ class Session:
         else:
             records.stop("FINISHED")
         left = records.close(_PATIENCE)
-        self._link(stored, records)
+        write_notes(self.storage, stored, view, records)
         text = self._text(stored, view, records, left=left, summary=summary)
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
@@ -208,11 +217,36 @@ class Session:
             tables=self.bench.knowledge.tables or None,
         )
 
-    def _params(self) -> dict[str, Any]:
-        plain = self.space.model_dump(mode="json", by_alias=True)
-        return {f"{k}.{kk}": vv for k, v in plain.items() if isinstance(v, dict) for kk, vv in v.items()} | {
-            k: v for k, v in plain.items() if not isinstance(v, dict)
+    def _background(self, workers: int) -> Background:
+        """Returns what is kept of this call; the setup's `facts` hold what its space leaves open and a number depends
+        on.
+        """
+        bench, data = self.bench, self.space.data
+        formats = {"precision": bench.precision, "training_precision": bench.training_precision}
+        at_hand = not (bench.origin.get("name") or bench.origin.get("factory"))
+        facts = {
+            "fingerprint": self.fingerprint,
+            "device": bench.device,
+            "seed": str(self.space.seed),
+            "workers": str(workers),
+            "threads": str(pipeline.threads_of(workers)),
+            **{name: precision_text(precision) for name, precision in formats.items()},
+            "at_hand": str(at_hand).lower(),
         }
+        return Background(
+            setup=setup_of(self.space, self.problem, at_hand=at_hand, facts=facts),
+            groups=self.problem.groups,
+            model=self.problem.cost_model,
+            curves=curves_of(self.problem, bench.knowledge.tables),
+            samples={name: len(getattr(bench.splits, name)) for name in ("train", "calibration", "val", "test")},
+            classes=bench.splits.num_classes,
+            accuracy=bench.metric is None and bench.splits.num_classes > 0,
+            origin=str(bench.origin.get("name") or bench.origin.get("factory") or bench.origin.get("class")),
+            data="given in Python" if at_hand else str(data.name or data.factory),
+            device=device_name(bench.device),
+            environment=tracking.environment_tags(),
+            began=datetime.datetime.now().astimezone(),
+        )
 
     def _executor(self, workers: int) -> Executor:
         if workers == 1:
@@ -224,15 +258,16 @@ class Session:
 
     def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
         known: dict[str, bool] = {}
+        dense: dict[str, float] = {}
 
         def told(event: studies.Event) -> None:
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
                 if not known:
-                    self._write_facts(plan)
+                    dense.update(self._write_facts(plan))
                 known[event.rung] = True
                 for trial in self._trials(event.rung):
-                    records.trial(event.rung, trial)
+                    records.trial(event.rung, trial, dense_metrics=dense)
                     if trial.result is not None and trial.reused is None:
                         self.progress.trial_finished(
                             val_accuracy=trial.result.metrics["val_accuracy"],
@@ -246,7 +281,7 @@ class Session:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
-                records.trial(event.rung, self._trial(event))
+                records.trial(event.rung, self._trial(event), dense_metrics=dense)
             else:
                 self.progress.rung_finished()
 
@@ -290,40 +325,33 @@ class Session:
         study = studies.load_rung(self.storage, self.space.name, event.rung)
         return studies.read_trial(study, event.number, self.problem)
 
-    def _write_facts(self, plan: LadderPlan) -> None:
+    def _write_facts(self, plan: LadderPlan) -> dict[str, float]:
+        """Stores what readers need to know, once; returns the dense network's metrics."""
         study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
-        if studies.read_background(study) is None:  # a search of an older version gets it when it is resumed
-            studies.write_background(study, pack(self._background()))
-        if studies.read_facts(study) is not None:
-            return
+        packed = pack(self.background, before=studies.read_background(study))
+        studies.write_background(study, packed)
+        stored = studies.read_facts(study)
+        if stored is not None:
+            return dict(stored["dense_metrics"])
         last = plan.rungs[-1].fidelity
         dense = self.bench.dense_result(last)
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
         stages = {group.name: group.stage for group in self.network.groups}
+        conditions = self.bench.conditions
+        latency = asdict(conditions) | {"device": device_name(conditions.device)}
+        if self.table is not None:
+            latency["error"] = self.table.error
         facts = facts_of(
-            self.problem, dense, [rung.fidelity for rung in plan.rungs], stages, pruning=self.space.pruning
+            self.problem,
+            dense,
+            [rung.fidelity for rung in plan.rungs],
+            stages,
+            latency=latency,
+            pruning=self.space.pruning,
         )
         studies.write_facts(study, facts)
-
-    def _background(self) -> Background:
-        splits, origin, data = self.bench.splits, self.bench.origin, self.space.data
-        python = not (origin.get("name") or origin.get("factory"))
-        return Background(
-            groups=self.problem.groups,
-            model=self.problem.cost_model,
-            curves=curves_of(self.problem, self.bench.knowledge.tables),
-            settings=self.space.to_yaml(),
-            python=python,
-            samples={name: len(getattr(splits, name)) for name in ("train", "calibration", "val", "test")},
-            classes=splits.num_classes,
-            accuracy=self.bench.metric is None and splits.num_classes > 0,
-            origin=str(origin.get("name") or origin.get("factory") or origin.get("class")),
-            data="given in Python" if python else str(data.name or data.factory),
-            device=device_name(self.bench.device),
-            environment=tracking.environment_tags(),
-            began=datetime.datetime.now().astimezone(),
-        )
+        return dense
 
     # --- after ---
 
@@ -339,13 +367,6 @@ class Session:
         for folder in self.models.iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _link(self, stored: StoredSearch, records: Records) -> None:
-        """Writes each trial's note in the Optuna dashboard: what it is and where its MLflow run is."""
-        for rung in stored.rungs:
-            links = records.links(rung)
-            study = studies.load_rung(self.storage, self.space.name, rung)
-            studies.write_notes(study, {n: f"[MLflow run]({link})" for n, link in links.items()})
 
     def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
         width, color = terminal()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.background import Background, unpack
+from autoprune.coordinator.setup import Setup
 from autoprune.errors import StudyError
 from autoprune.policy import CHANNEL
 from autoprune.report import FrontPoint, SearchView
@@ -23,6 +24,8 @@ from autoprune.search import Audit, Failure, StoredTrial
 
 CONTROLS = "controls"
 """The rung of the controls: uniform and global policies under the last rung's recipe."""
+DENSE = "dense"
+"""The dense network's name among measurements."""
 STATE = "optuna.db"
 HOME = Path(".autoprune")
 """The home folder that the commands look for where none is named."""
@@ -34,9 +37,13 @@ def facts_of(
     rungs: Sequence[Fidelity],
     stages: Mapping[str, str],
     *,
+    latency: Mapping[str, Any],
     pruning: str = CHANNEL,
 ) -> dict[str, Any]:
-    """Returns what a reader of the studies needs to know beside the trials."""
+    """Returns what a reader of the studies needs to know beside the trials.
+
+    `latency` are the conditions under which it is measured, with the `error` of the latency table where there is one.
+    """
     return {
         "schema": 1,
         "pruning": pruning,
@@ -46,6 +53,7 @@ def facts_of(
         "dense_costs": problem.cost_model.dense(),
         "dense_metrics": dict(dense_metrics),
         "limits": dict(problem.budget.limits),
+        "latency": dict(latency),
         "reference": list(studies.reference_point()),
         "rungs": [{"rung": f.rung, "test": f.test, "epochs": f.epochs} for f in rungs],
     }
@@ -72,6 +80,21 @@ class StoredSearch:
     home: Path
     failures: Mapping[str, tuple[Failure, ...]] = field(default_factory=dict)
     background: Background | None = None
+    measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What was measured of models after the search: by `model_key`, and the dense network's under `dense`."""
+
+    @property
+    def setup(self) -> Setup:
+        """The settings that the search was last run with.
+
+        Raises:
+            StudyError: It was run by a version that did not keep them.
+        """
+        if self.background is None:
+            raise StudyError(
+                f"the search {self.name!r} keeps no settings (an earlier version ran it): run `autoprune search` again"
+            )
+        return self.background.setup
 
     @property
     def order(self) -> list[str]:
@@ -185,13 +208,19 @@ def read_search(name: str, *, home: Path) -> StoredSearch:
     failures = {rung: tuple(studies.read_failures(study)) for rung, study in opened.items()}
     packed = next((b for study in opened.values() if (b := studies.read_background(study)) is not None), None)
     background = None if packed is None else unpack(packed)
-    return StoredSearch(name, facts, trials, home, failures, background)
+    measured = studies.read_measured(opened[names[0]])
+    return StoredSearch(name, facts, trials, home, failures, background, measured)
+
+
+def model_key(result: TrialResult) -> str:
+    """Returns what names a finished model among the measurements of a search."""
+    return f"{result.fidelity.rung}-{result.identity}"
 
 
 def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
     """Returns the view of a search's shown rung, controls included where they ran the same recipe."""
     facts, background = stored.facts, stored.background
-    metrics = dict(facts["dense_metrics"])
+    metrics = dict(facts["dense_metrics"]) | dict(stored.measured.get(DENSE, {}))
     shown = stored.shown()
     dense = FrontPoint(
         trial=None,
@@ -208,7 +237,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         name=stored.name,
         rung=stored.shown_rung,
         dense=dense,
-        trials=tuple(report.point_of(s.result, trial=s.number, origin=s.source) for s in shown),
+        trials=tuple(point_in(stored, s) for s in shown),
         sizes=facts["sizes"],
         controls=tuple(
             report.point_of(t.result, trial=None, origin=t.source) for t in controls if t.result is not None
@@ -217,9 +246,27 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
         samples=background.samples if background is not None and background.accuracy else {},
-        notes=(*audit_notes(stored), *notes),
+        notes=(*latency_notes(facts), *audit_notes(stored), *notes),
         pruning=facts.get("pruning", CHANNEL),
     )
+
+
+def point_in(stored: StoredSearch, shown: Shown) -> FrontPoint:
+    """Returns a trial as the report sees it, with what was measured of it after the search."""
+    point = report.point_of(shown.result, trial=shown.number, origin=shown.source)
+    return replace(point, metrics={**point.metrics, **stored.measured.get(model_key(shown.result), {})})
+
+
+def latency_notes(facts: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence on how latency was measured, and one on how well the table predicts it."""
+    known = facts.get("latency")
+    if known is None:
+        return []
+    threads = f", {known['threads']} thread{'s' if known['threads'] > 1 else ''}" if known["device"] == "cpu" else ""
+    notes = [f"Latency: batch {known['batch']}, {known['dtype']}, {known['device']}{threads}."]
+    if "error" in known:
+        notes.append(f"The latency table's median error on networks that it had not seen is {known['error']:.1%}.")
+    return notes
 
 
 def audit_notes(stored: StoredSearch) -> list[str]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from autoprune.errors import CheckpointError
+from autoprune.errors import CheckpointError, InputError
 from autoprune.network.activations import replace_activations
 from autoprune.network.attention import replace_attention, replaced
 from autoprune.network.checkpoints import read_state, save_state
@@ -80,10 +80,24 @@ def model_document(
         "buffers": _unsaved_buffers(network, selection),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
+        "inputs": [_input_row(x, len(network.example_inputs[0])) for x in network.example_inputs],
         "dense_costs": dense,
         "costs": network.cost_model.costs({name: len(kept) for name, kept in selection.items()}),
         "result": {key: result[key] for key in ("metrics", "widths", "fidelity", "identity", "seed") if key in result},
     }
+
+
+def _input_row(x: Tensor, batch: int) -> dict[str, Any]:
+    """Returns what a document says of one input; `high` bounds whole numbers by what the example holds."""
+    batched = x.ndim > 0 and x.shape[0] == batch
+    row: dict[str, Any] = {
+        "shape": [int(n) for n in (x.shape[1:] if batched else x.shape)],
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "batched": batched,
+    }
+    if not x.is_floating_point() and x.dtype != torch.bool and x.numel():
+        row["high"] = int(x.max()) + 1
+    return row
 
 
 def save_model(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> Path:
@@ -130,12 +144,19 @@ def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn
 
     Raises:
         CheckpointError: Files are missing or damaged, or do not belong to the model that `factory` builds.
+        InputError: `factory` builds no module.
     """
     folder = Path(path)
+    if folder.name in (WEIGHTS, DOCUMENT) and folder.is_file():
+        folder = folder.parent
     document = read_document(folder)
     origin = document.get("origin") or {}
     if factory is not None:
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise InputError(f"factory is a function that builds the dense model, got {type(factory).__name__}")
         model = factory()
+        if not isinstance(model, nn.Module):
+            raise InputError(f"factory must return the dense torch.nn.Module, and returned {type(model).__name__}")
     elif origin.get("name") or origin.get("factory"):
         model = build_model(
             name=origin.get("name"),
@@ -164,6 +185,13 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
         lists = {"missing": missing, "unexpected": unexpected, "larger than dense": sorted(larger)}
         detail = "\n".join(f"  {len(names)} {kind}: {', '.join(names[:8])}" for kind, names in lists.items() if names)
         raise CheckpointError(f"{folder} does not belong to {type(model).__name__}:\n{detail}")
+    dense = (document.get("dense_costs") or {}).get("params")
+    found = sum(parameter.numel() for parameter in model.parameters())
+    if dense is not None and dense != found:
+        raise CheckpointError(
+            f"{folder} was pruned from a {type(model).__name__} of {dense:,} parameters, and this one has {found:,}:"
+            " build the dense model with the arguments that it had"
+        )
     _cut_buffers(model, document.get("buffers", {}))
     depthwise = set(document.get("depthwise", ()))
     replaced: dict[int, nn.Parameter] = {}
@@ -173,12 +201,14 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
             if parameter is None:
                 continue
             if id(parameter) not in replaced:
-                tensor = state[prefix + name].to(parameter.dtype)
+                tensor = state[
+                    prefix + name
+                ]  # in the type in which it was saved, which may be another than the factory's
                 replaced[id(parameter)] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
             module._parameters[name] = replaced[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and prefix + name in state:
-                module._buffers[name] = state[prefix + name].to(buffer.dtype)
+                module._buffers[name] = state[prefix + name]
         refresh_attributes(module, depthwise=module_path in depthwise)
     set_attributes(model, document.get("attributes", {}))
     replace_activations(model, document.get("activations") or {})

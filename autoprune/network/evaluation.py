@@ -1,14 +1,13 @@
 """How good and how fast a network is.
 
 Decides what a task needs to be scored, how a network is scored on a split, how BatchNorm statistics are recalibrated,
-how latency is measured, and which number format is the fastest here. Must not know of policies or of training.
+and which number format is the fastest here. Must not know of policies or of training.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import InputError
 from autoprune.network.samples import Device, Split
+from autoprune.network.timing import synchronise
 
 Loss = Callable[[Any, Tensor], Tensor]
 """A function of (what the network returns, targets) that gives the mean over the batch, a scalar tensor."""
@@ -51,18 +51,6 @@ class Score:
     loss: float
     count: int
     per_class: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Time of one forward pass of a batch: median and interquartile range in milliseconds, and how it was measured."""
-
-    median_ms: float
-    spread_ms: float
-    batch: int
-    threads: int
-    device: str
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,50 +282,6 @@ def recalibrate(
                 norm.momentum = momentum
 
 
-def measure_latency(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    device: Device = "cpu",
-    repeats: int = 30,
-    warmup: int = 5,
-    autocast_dtype: torch.dtype | None = None,
-) -> Latency:
-    """Times forward passes of the batch `example` in evaluation mode. The model is moved to `device`.
-
-    Raises:
-        ValueError: `repeats` is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    model.to(device)
-    example = example.to(device)
-    times = []
-    with torch.inference_mode(), mode(model, training=False), autocast(device, autocast_dtype):
-        for number in range(warmup + repeats):
-            _wait(device)
-            start = time.perf_counter()
-            model(example)
-            _wait(device)
-            if number >= warmup:
-                times.append(1000 * (time.perf_counter() - start))
-    quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    return Latency(
-        median_ms=statistics.median(times),
-        spread_ms=quartiles[2] - quartiles[0],
-        batch=len(example),
-        threads=torch.get_num_threads(),
-        device=device_name(device),
-        dtype=str(autocast_dtype or example.dtype).removeprefix("torch."),
-    )
-
-
-def device_name(device: Device) -> str:
-    """Returns the name of a device: that of the GPU, else the kind of device."""
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def probe_precision(
     model: nn.Module, example: Tensor, *, device: Device = "cpu", training: bool = False, seconds: float = 1.0
 ) -> Precision:
@@ -373,22 +317,17 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
     best, end = float("inf"), time.perf_counter() + seconds
     with mode(model, training=training), torch.set_grad_enabled(training):
         for number in range(1000):
-            _wait(x.device)
+            synchronise(x.device)
             start = time.perf_counter()
             with autocast(x.device, precision.autocast_dtype):
                 output = first_tensor(model(x))
             if training:
                 model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
                 torch.autograd.backward(output.float().square().mean())
-            _wait(x.device)
+            synchronise(x.device)
             now = time.perf_counter()
             if number > 0:  # the first pass prepares kernels
                 best = min(best, now - start)
             if number > 0 and now > end:
                 break
     return best
-
-
-def _wait(device: Device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

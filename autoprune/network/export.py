@@ -1,22 +1,29 @@
 """Exports: a pruned model as state dict, `torch.export` program or ONNX file, each checked after writing.
 
-Decides the formats and what is checked: the same output as the model, and as many parameters in the file as were
-counted.
+Decides the formats and what is checked: the same output as the model with batches of one and of three, and as many
+parameters in the file as the model has. A file that fails a check is not left behind.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import os
+import re
+import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from autoprune.errors import AutopruneError, InputError, MissingExtraError, nearest
+from autoprune.errors import AutopruneError, CheckpointError, InputError, MissingExtraError, nearest
 from autoprune.network.artifacts import DOCUMENT, WEIGHTS, load, read_document
 from autoprune.network.checkpoints import read_state, write_whole
 from autoprune.network.complexity import count_params
@@ -24,87 +31,188 @@ from autoprune.network.trace import evaluating
 
 TOLERANCE = 1e-4
 """Largest difference between the model and what was exported, relative to the largest output."""
+_COARSE = 2e-2
+"""The same for outputs in half precision, which keep two to three digits."""
+_CHECKED = (1, 3)
+"""Batches that what was exported must take; it is exported with a batch of two."""
 
 
-def export_safetensors(folder: Path, model: nn.Module, example: Tensor, target: Path) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model takes: for each positional input shape, type, and whether its first dimension is the batch.
+
+    `highs` bound whole numbers, which may be indices into a table.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    batched: tuple[bool, ...]
+    highs: tuple[int, ...]
+
+    def sample(self, batch: int) -> tuple[Tensor, ...]:
+        """Returns inputs of a batch, the same ones at every call."""
+        generator = torch.Generator().manual_seed(batch)
+        made = []
+        for shape, dtype, batched, high in zip(self.shapes, self.dtypes, self.batched, self.highs, strict=True):
+            full = (batch, *shape) if batched else shape
+            if dtype.is_floating_point:
+                made.append(torch.randn(full, generator=generator).to(dtype))
+            else:
+                made.append(torch.randint(0, 2 if dtype == torch.bool else high, full, generator=generator).to(dtype))
+        return tuple(made)
+
+    def dynamic(self, batch: Any) -> tuple[dict[int, Any] | None, ...]:
+        """Returns which dimensions are the batch, as `torch.export` wants it."""
+        return tuple({0: batch} if batched else None for batched in self.batched)
+
+    def widened(self) -> Inputs:
+        """Returns the same inputs with real numbers in float32."""
+        dtypes = tuple(torch.float32 if dtype.is_floating_point else dtype for dtype in self.dtypes)
+        return Inputs(self.shapes, dtypes, self.batched, self.highs)
+
+
+def inputs_of(document: Mapping[str, Any]) -> Inputs:
+    """Returns the inputs that a saved model's document names; an old document names the shape of a single one.
+
+    Raises:
+        CheckpointError: It names none.
+    """
+    rows = document.get("inputs") or [{"shape": document.get("input_shape")}]
+    try:
+        return Inputs(
+            tuple(tuple(int(n) for n in row["shape"]) for row in rows),
+            tuple(getattr(torch, row.get("dtype", "float32")) for row in rows),
+            tuple(bool(row.get("batched", True)) for row in rows),
+            tuple(max(2, int(row.get("high", 2))) for row in rows),
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{DOCUMENT} does not say what inputs the model takes") from error
+
+
+# --- formats ------------------------------------------------------------------------------------------------------
+
+
+def export_safetensors(folder: Path, model: nn.Module, inputs: Inputs, target: Path) -> list[str]:
     """Copies weights and policy; `autoprune.load` reads them back.
 
     Raises:
         AutopruneError: What was written does not give the model's output.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    paths = [target / WEIGHTS, target / DOCUMENT]
-    for path in paths:
-        write_whole(path, (folder / path.name).read_bytes())
-    with evaluating(model):
-        x = _sample(example, 3)
-        _compare(paths[0], _output(load_like(model, target), x), _output(model, x))
-    return paths
+    for name in (WEIGHTS, DOCUMENT):
+        write_whole(target / name, (folder / name).read_bytes())
+    twin = load_like(model, target)
+    for batch in _CHECKED:
+        x = inputs.sample(batch)
+        _compare(WEIGHTS, _leaves(twin, x), _leaves(model, x))
+    _count(WEIGHTS, count_params(twin), model)
+    return [WEIGHTS, DOCUMENT]
 
 
-def export_pt2(folder: Path, model: nn.Module, example: Tensor, target: Path) -> list[Path]:
+def export_pt2(folder: Path, model: nn.Module, inputs: Inputs, target: Path) -> list[str]:
     """Writes a `torch.export` program with a dynamic batch; `torch.export.load` reads it.
 
     Raises:
+        InputError: The model cannot be exported.
         AutopruneError: What was written does not give the model's output.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / "model.pt2"
-    batch = torch.export.Dim("batch", min=1)
-    with evaluating(model), torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
-    temporary = path.with_name(".model.tmp.pt2")
-    torch.export.save(program, temporary)
-    os.replace(temporary, path)
-    loaded = torch.export.load(path).module()
-    for size in (1, 3):
-        x = _sample(example, size)
-        _compare(path, loaded(x), _output(model, x))
-    _count(path, sum(p.numel() for p in loaded.parameters()), model)
-    return [path]
+    name = "model.pt2"
+    program = _program(model, inputs)
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    write_whole(target / name, stream.getvalue())
+    loaded = torch.export.load(target / name).module()
+    for batch in _CHECKED:
+        x = inputs.sample(batch)
+        _compare(name, _tensors(loaded(*x)), _leaves(model, x))
+    _count(name, sum(p.numel() for p in loaded.parameters()), model)
+    return [name]
 
 
-def export_onnx(folder: Path, model: nn.Module, example: Tensor, target: Path) -> list[Path]:
+def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) -> list[str]:
     """Writes an ONNX file with a dynamic batch, checked with onnxruntime.
+
+    A model in half precision is written in float32, which holds the same weights: onnxruntime has few kernels for
+    anything else on a CPU. The graph is not optimised, as that folds parameters into others; runtimes do so on loading.
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        InputError: The model cannot be exported.
         AutopruneError: What was written does not give the model's output.
     """
     try:
-        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  the exporter needs it and says so only half-way
     except ImportError as error:
         raise MissingExtraError(f"FORMAT=onnx needs {error.name}: pip install 'autoprune[onnx]'") from error
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / "model.onnx"
-    batch = torch.export.Dim("batch", min=1)
-    temporary = path.with_name(".model.tmp.onnx")
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(
-            model,
-            (example,),
-            str(temporary),
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["input"],
-            output_names=["output"],
-            external_data=False,
-            verbose=False,
-        )
-    os.replace(temporary, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for size in (1, 3):
-        x = _sample(example, size)
-        (found,) = session.run(None, {"input": x.numpy()})
-        _compare(path, torch.from_numpy(found), _output(model, x))
-    graph = onnx.load(str(path)).graph
-    stored = sum(_elements(t.dims) for t in graph.initializer)
-    if stored > count_params(model) + sum(b.numel() for b in model.buffers()) + 1000:
-        raise AutopruneError(f"{path} holds {stored:,} numbers, the model only {count_params(model):,} parameters")
-    return [path]
+    name = "model.onnx"
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        model, inputs = copy.deepcopy(model).float(), inputs.widened()
+    program = _program(model, inputs)
+    names = _input_names(model, len(inputs.shapes))
+    outputs = _output_names(model, inputs.sample(2), names)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # the exporter's own deprecations
+            written = torch.onnx.export(
+                program,
+                inputs.sample(2),
+                dynamo=True,
+                input_names=names,
+                output_names=outputs,
+                external_data=False,
+                optimize=False,
+                verbose=False,
+            )
+        assert written is not None
+        graph = written.model_proto.graph
+        write_whole(target / name, written.model_proto.SerializeToString())
+        session = onnxruntime.InferenceSession(str(target / name), providers=["CPUExecutionProvider"])
+    except OSError:
+        raise
+    except Exception as error:  # the exporter and the runtime raise classes of their own, and of protobuf
+        raise InputError(f"{type(model).__name__} cannot be written as ONNX: {_head(error)}; try FORMAT=pt2") from error
+    known = {entry.name for entry in session.get_inputs()}
+    for batch in _CHECKED:
+        x = inputs.sample(batch)
+        fed = {key: value.numpy() for key, value in zip(names, x, strict=True) if key in known}
+        found = [torch.from_numpy(array) for array in session.run(None, fed)]
+        _compare(name, found, _leaves(model, x))
+    _count(name, _stored(graph, model), model, unused=_unused(program, model))
+    return [name]
+
+
+FORMATS: dict[str, Callable[[Path, nn.Module, Inputs, Path], list[str]]] = {
+    "safetensors": export_safetensors,
+    "pt2": export_pt2,
+    "onnx": export_onnx,
+}
+"""Format → a function that writes a model into a folder, checks it, and returns the names of its files."""
+
+
+def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.Module] | None = None) -> list[Path]:
+    """Writes the pruned model saved in `folder` to the folder `target`; returns the files.
+
+    They are written and checked beside `target` and moved there at the end, so that a failure leaves nothing behind.
+
+    Raises:
+        InputError: The format is unknown, the model cannot be exported, or `target` cannot be written.
+        CheckpointError: `folder` holds no usable model.
+        AutopruneError: What was written does not give the model's output.
+    """
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}{nearest(format, FORMATS)}")
+    model = load(folder, factory)
+    inputs = inputs_of(read_document(folder))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work, evaluating(model):
+            names = FORMATS[format](folder, model, inputs, Path(work))
+            target.mkdir(exist_ok=True)
+            for name in names:
+                os.replace(Path(work) / name, target / name)
+    except OSError as error:
+        raise InputError(f"the model cannot be written to {target}: {error.strerror or error}") from error
+    return [target / name for name in names]
 
 
 def load_like(model: nn.Module, folder: Path) -> nn.Module:
@@ -114,34 +222,138 @@ def load_like(model: nn.Module, folder: Path) -> nn.Module:
     return twin
 
 
-def _elements(dims: object) -> int:
-    total = 1
-    for n in dims:  # type: ignore[attr-defined]
-        total *= n
-    return total
+# --- the exporter -------------------------------------------------------------------------------------------------
 
 
-def _sample(example: Tensor, batch: int) -> Tensor:
-    return torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(batch))
+def _program(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
+            # A parameter `*args` takes all positional inputs as one.
+            shapes: Any = inputs.dynamic(batch)
+            if _variadic(model):
+                shapes = (shapes,)
+            return torch.export.export(model, inputs.sample(2), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export lets through whatever the model's own code raises
+        fixed = "Constraints violated" in str(error) or "specialized" in str(error)
+        advice = (
+            "its forward pass fixes the batch: take it from the input's shape, or write -1 where it is reshaped"
+            if fixed
+            else "its forward pass must not depend on the values of tensors; FORMAT=safetensors needs no export"
+        )
+        raise InputError(
+            f"{type(model).__name__} cannot be exported with a dynamic batch: {_head(error)}\n  {advice}"
+        ) from error
 
 
-def _output(model: nn.Module, x: Tensor) -> Tensor:
+def _variadic(model: nn.Module) -> bool:
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    return bool(kinds) and kinds[0] == inspect.Parameter.VAR_POSITIONAL
+
+
+def _head(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+
+
+def _input_names(model: nn.Module, count: int) -> list[str]:
+    """Returns `input` for a single input, else what the forward pass calls them."""
+    if count == 1:
+        return ["input"]
+    named = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return named[:count] if len(named) >= count else [f"input_{number}" for number in range(count)]
+
+
+def _output_names(model: nn.Module, x: Sequence[Tensor], names: Sequence[str]) -> list[str]:
+    """Returns `output` for a single tensor, else keys and places: `logits`, `output_1`, `hidden_0`.
+
+    An input that is handed through is one value in the graph, with one name: its own.
+    """
+    output = _output(model, x)
+    if isinstance(output, Tensor):
+        return ["output"]
+
+    def walk(value: Any, name: str) -> list[str]:
+        if isinstance(value, Tensor):
+            through = next((own for own, given in zip(names, x, strict=True) if given is value), None)
+            return [through or (f"{name}_output" if name in names else name)]
+        if isinstance(value, Mapping):
+            parts = [(str(key), part) for key, part in value.items()]
+        elif hasattr(value, "_fields"):
+            parts = list(zip(value._fields, value, strict=True))
+        elif isinstance(value, (tuple, list)):
+            parts = [(f"{name or 'output'}_{place}", part) for place, part in enumerate(value)]
+            return [found for key, part in parts for found in walk(part, key)]
+        else:
+            return []
+        return [found for key, part in parts for found in walk(part, f"{name}_{key}" if name else key)]
+
+    found = [re.sub(r"\W", "_", name) for name in walk(output, "")]
+    return found if len(set(found)) == len(found) else [f"output_{number}" for number in range(len(found))]
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _output(model: nn.Module, x: Sequence[Tensor]) -> Any:
     with evaluating(model), torch.no_grad():
-        output = model(x)
-    if not isinstance(output, Tensor):
-        raise InputError(f"the model returns {type(output).__name__}; a single tensor can be exported")
-    return output
+        return model(*x)
 
 
-def _compare(path: Path, found: Tensor, expected: Tensor) -> None:
-    difference = float((found.detach() - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-    if not difference <= TOLERANCE:
-        raise AutopruneError(f"{path} does not give the model's output (relative difference {difference:.1e})")
+def _leaves(model: nn.Module, x: Sequence[Tensor]) -> list[Tensor]:
+    found = _tensors(_output(model, x))
+    if not found:
+        raise InputError(f"{type(model).__name__} returns no tensor, so there is nothing to export")
+    return found
 
 
-def _count(path: Path, stored: int, model: nn.Module) -> None:
-    if stored != count_params(model):
-        raise AutopruneError(f"{path} holds {stored:,} parameters, the model {count_params(model):,}")
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _compare(name: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    if [tuple(a.shape) for a in found] != [tuple(b.shape) for b in expected]:
+        shapes = [[tuple(t.shape) for t in side] for side in (found, expected)]
+        raise AutopruneError(f"{name} gives outputs of the shapes {shapes[0]}, the model {shapes[1]}")
+    for a, b in zip(found, expected, strict=True):
+        coarse = b.dtype in (torch.bfloat16, torch.float16)
+        if not b.numel():
+            continue
+        difference = float((a.double() - b.double()).abs().max()) / (float(b.double().abs().max()) or 1.0)
+        if not difference <= (_COARSE if coarse else TOLERANCE):
+            raise AutopruneError(f"{name} does not give the model's output (relative difference {difference:.1e})")
+
+
+def _count(name: str, stored: int, model: nn.Module, *, unused: int = 0) -> None:
+    expected = count_params(model) - unused
+    if stored != expected:
+        raise AutopruneError(f"{name} holds {stored:,} parameters, the model {expected:,}")
+
+
+def _stored(graph: Any, model: nn.Module) -> int:
+    """Returns the elements of the model's parameters among an ONNX graph's initializers, tied ones once."""
+    owners = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    sizes: dict[int, int] = {}
+    for tensor in graph.initializer:
+        if tensor.name in owners:
+            total = 1
+            for n in tensor.dims:
+                total *= n
+            sizes[owners[tensor.name]] = total
+    return sum(sizes.values())
+
+
+def _unused(program: torch.export.ExportedProgram, model: nn.Module) -> int:
+    """Returns the elements of parameters that the forward pass never reads: ONNX has no place for them."""
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    names = program.graph_signature.inputs_to_parameters
+    read = {id(owners[names[n.name]]) for n in program.graph.nodes if n.name in names and n.users}
+    return sum(p.numel() for p in model.parameters() if id(p) not in read)
 
 
 def _count_zeros(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> None:
@@ -152,26 +364,3 @@ def _count_zeros(folder: Path, model: nn.Module, document: Mapping[str, Any]) ->
             raise AutopruneError(
                 f"{entry['parameter']} in {folder} has {stored:,} non-zeros, its document says {entry['nonzero']:,}"
             )
-
-
-FORMATS: dict[str, Callable[[Path, nn.Module, Tensor, Path], list[Path]]] = {
-    "safetensors": export_safetensors,
-    "pt2": export_pt2,
-    "onnx": export_onnx,
-}
-
-
-def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.Module] | None = None) -> list[Path]:
-    """Writes the pruned model saved in `folder` to the folder `target`; returns the files.
-
-    Raises:
-        InputError: The format is unknown, or the model cannot be exported.
-        CheckpointError: `folder` holds no usable model.
-        AutopruneError: What was written does not give the model's output.
-    """
-    if format not in FORMATS:
-        raise InputError(f"unknown format {format!r}{nearest(format, FORMATS)}")
-    model, document = load(folder, factory), read_document(folder)
-    _count_zeros(folder, model, document)
-    example = torch.zeros(2, *document["input_shape"])
-    return FORMATS[format](folder, model, example, target)

@@ -26,7 +26,8 @@ from autoprune.network.attention import prunable
 from autoprune.network.blocks import with_removable
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.data import DataSettings, Splits, load_data
-from autoprune.network.evaluation import Loss, Precision, check_task, device_name, probe_precision
+from autoprune.network.devices import LOCK, conditions_of, resolve_device
+from autoprune.network.evaluation import Loss, Precision, check_task, probe_precision
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.learning import learn, mean_loss
 from autoprune.network.mask_learning import learn_weights
@@ -36,6 +37,7 @@ from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
 from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.schedule import check_steps
+from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
@@ -57,22 +59,6 @@ class Ingredients:
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
     untrained: bool = False
     """Whether the model has its initial weights and must be trained before anything is learnt from it."""
-
-
-def resolve_device(wanted: str) -> str:
-    """Returns the device to run on; `auto` takes a GPU where there is one.
-
-    Raises:
-        InputError: A GPU was asked for and there is none.
-    """
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= count:
-            raise InputError(f"device {wanted!r} was asked for, and {count} CUDA devices are usable here")
-    return wanted
 
 
 def recipe_of(space: Space) -> Recipe:
@@ -333,6 +319,8 @@ def workbench_of(
         else:
             knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
+        # What a resumed search reads has another memory layout, by which losses differ in the seventh digit.
+        knowledge = read_knowledge(path, device=device) or knowledge
     if recipe.schedule is not None:
         check_steps(network)
     if recipe.regularisation is not None:
@@ -357,6 +345,8 @@ def workbench_of(
         metric=ingredients.metric,
         activations=activation_sites(network) if space.activations.choices else (),
         activation_scope=_activation_scope(space),
+        conditions=conditions_of(space),
+        lock=cache / LOCK,
     )
 
 
@@ -392,6 +382,11 @@ def threads_per_worker(workers: int) -> int:
     """Returns each worker's share of the cores, at least one: processes that each use all of them are far slower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // workers)
+
+
+def threads_of(workers: int) -> int:
+    """Returns the threads with which each evaluation runs; sums, and so results, can depend on them."""
+    return torch.get_num_threads() if workers == 1 else threads_per_worker(workers)
 
 
 class WorkerFactory:

@@ -57,7 +57,7 @@ def unit_mask(network: Network, selection: Selection) -> np.ndarray:
 def kept_indices(units: Labels, kept: np.ndarray) -> Labels:
     """Returns the indices of one parameter dimension that stay; `units` is its row of the index map."""
     if len(kept) == 0:
-        return np.flatnonzero(~(units >= 0).reshape(len(units), -1).any(1))  # every group went whole in an earlier cut
+        return np.arange(len(units))  # every group went whole in an earlier cut
     return np.flatnonzero(stays(units, kept))
 
 

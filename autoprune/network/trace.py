@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.cost import CostModel
+from autoprune.cost import CostModel, Surface
 from autoprune.errors import TraceError, nearest
 from autoprune.network.attention import prunable
 from autoprune.network.groups import (
@@ -41,7 +41,7 @@ from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 from autoprune.policy import CHANNEL
 
-_ALIASES = frozenset(
+ALIASES = frozenset(
     [
         "view",
         "_unsafe_view",
@@ -142,6 +142,11 @@ class Network:
         """Returns the units of labels of the record, as in the index map."""
         return units_of(self.record.solution, self.assembly.unit, labels)
 
+    def with_latency(self, surfaces: tuple[Surface, ...]) -> Network:
+        """Returns the network with a cost model that also predicts latency, from the surfaces of a latency table."""
+        model = replace(self.cost_model, latency=surfaces)
+        return replace(self, assembly=replace(self.assembly, cost_model=model))
+
     def freeze(self, reasons: dict[str, str]) -> Network:
         """Returns the network with the groups in `reasons` frozen."""
         broken = self.broken | reasons
@@ -171,8 +176,8 @@ def trace(
         raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
     model = prunable(model)
     with evaluating(model):
-        program = _export(model, inputs)
-        record, unknown = _run(program, model, inputs[0].shape[0])
+        program = export_program(model, inputs)
+        record, unknown = walk(program, model, inputs[0].shape[0])
     record, assembly, uncounted = _with_uncounted(record, model, inputs)
     network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
     if pruning != CHANNEL:
@@ -222,7 +227,12 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"no rule for the operator {name}: what it reads is frozen" for name in dict.fromkeys(unknown))
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Returns the model's graph of ATen operators at the shapes of `inputs`.
+
+    Raises:
+        TraceError: It cannot be exported; the message names the operator.
+    """
     printed = io.StringIO()
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
@@ -254,9 +264,15 @@ def _why(model: nn.Module, error: Exception, graph: str) -> str:
 # --- the pass over the graph --------------------------------------------------------------------------------------
 
 
-def _run(program: torch.export.ExportedProgram, model: nn.Module, batch: int) -> tuple[Record, list[str]]:
+def walk(
+    program: torch.export.ExportedProgram, model: nn.Module, batch: int, env: dict[torch.fx.Node, Any] | None = None
+) -> tuple[Record, list[str]]:
+    """Applies the rules to every node of a graph; returns what they wrote down, and the operators without a rule.
+
+    `env` is filled with the `Value` of each node (or a tuple of them), for whoever wants to know every tensor.
+    """
     tape = Tape()
-    env: dict[torch.fx.Node, Any] = {}
+    env = {} if env is None else env
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     state = {
@@ -449,7 +465,7 @@ def _live(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[L
         if node.op == "call_function":
             raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
             inplace = raw.endswith("_") and not raw.startswith("__")
-            alias = node.target is operator.getitem or inplace or operator_name(node.target) in _ALIASES
+            alias = node.target is operator.getitem or inplace or operator_name(node.target) in ALIASES
             first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
             base[node] = base.get(first, first) if alias and first is not None else node
             made.setdefault(base[node], step)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.cost import LATENCY
 from autoprune.errors import TrialError
 from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
@@ -27,7 +28,7 @@ from autoprune.network.calibration import Statistics, gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
-from autoprune.network.evaluation import Loss, Precision, Score, evaluate, measure_latency, recalibrate
+from autoprune.network.evaluation import Loss, Precision, Score, evaluate, recalibrate
 from autoprune.network.mask_repair import repair_masked
 from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
 from autoprune.network.merging import merge
@@ -36,6 +37,7 @@ from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
 from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.tables import Tables
+from autoprune.network.timing import Conditions, measure_latency, measure_peak_memory, one_at_a_time
 from autoprune.network.trace import Network
 from autoprune.policy import Group, Policy, digest
 from autoprune.results import Fidelity, TrialResult
@@ -63,7 +65,7 @@ class Workbench:
 
     `groups` are the groups that the search may prune; all others stay whole. `origin` says how the dense model is
     built, for the document beside every saved model. `models` is the folder for finished models (None: they are not
-    kept).
+    kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart.
     """
 
     network: Network
@@ -81,6 +83,8 @@ class Workbench:
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
     activations: tuple[Site, ...] = ()
     activation_scope: str = "model"
+    conditions: Conditions = field(default_factory=Conditions)
+    lock: Path | None = None
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -135,11 +139,20 @@ class Workbench:
         metrics = self._scored("val", self.network.model, fidelity.images)
         if fidelity.test:
             metrics |= self._scored("test", self.network.model, None)
-        return metrics | self._latency(self.network.model)
+        return metrics | self.measure(self.network.model) | _predicted(self.network.cost_model.dense())
 
     def repair(self, selection: Selection) -> nn.Module:
         """Returns the pruned network after surgery (or masking), compensation and recalibration."""
         return self._repaired(self._pruned(selection), selection)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Returns latency and, on CUDA, peak memory a sample of a model, under the workbench's conditions."""
+        inputs = self.network.example_inputs
+        with one_at_a_time(self.lock):
+            latency = measure_latency(model, inputs, self.conditions)
+            peak = measure_peak_memory(model, inputs, self.conditions)
+        memory = {} if peak is None else {"peak_memory_bytes": peak / self.conditions.batch}
+        return latency.metrics | memory
 
     # --- the steps of a trial ---
 
@@ -188,15 +201,16 @@ class Workbench:
             raise TrialError(f"the validation accuracy is {metrics['val_accuracy']}")
         if fidelity.epochs > 0 or fidelity.test:
             with clock("measurement"):
-                metrics |= self._latency(model)
+                metrics |= self.measure(model)
         widths = policy.widths(self.groups)
+        costs = self.network.cost_model.costs(widths)
         result = TrialResult(
             policy=policy,
             identity=self.identity(policy),
             fidelity=fidelity,
             widths=widths,
-            costs=self.network.cost_model.costs(widths),
-            metrics=metrics,
+            costs=costs,
+            metrics=metrics | _predicted(costs),
             curves=curves,
             seconds=clock.seconds,
             device=self.device,
@@ -244,7 +258,7 @@ class Workbench:
                 metrics |= self._scored_tuned(outcomes[-1].model, fidelity)
             found.append(metrics)
         first = outcomes[0]
-        return first.model, first.selection, _mean(found), _curves(first.history)
+        return first.model, first.selection, _mean(found), curves_of(first.history)
 
     def _tools(
         self, policy: Policy, fidelity: Fidelity, number: int, *, metrics: dict[str, float], clock: _Clock
@@ -306,7 +320,7 @@ class Workbench:
             with clock("evaluation"):
                 found.append(self._scored_tuned(model, fidelity))
             if first is None:
-                first, curves = model, _curves(history)
+                first, curves = model, curves_of(history)
         assert first is not None
         return first, _mean(found), curves
 
@@ -346,16 +360,9 @@ class Workbench:
         )
         return {f"{split}_accuracy{suffix}": score.accuracy, f"{split}_loss{suffix}": score.loss}
 
-    def _latency(self, model: nn.Module) -> dict[str, float]:
-        """Times one sample. On a CPU with one thread, in the coordinator as in a worker, so that numbers compare."""
-        example = self.network.example_inputs[0][:1].to(self.device)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            latency = measure_latency(model, example, device=self.device, repeats=30)
-        finally:
-            torch.set_num_threads(threads)
-        return {"latency_ms": latency.median_ms, "latency_spread_ms": latency.spread_ms}
+
+def _predicted(costs: Mapping[str, int]) -> dict[str, float]:
+    return {"latency_predicted_ms": costs[LATENCY] / 1e6} if LATENCY in costs else {}
 
 
 def _sample(scores: Scores) -> Scores:
@@ -374,7 +381,8 @@ def _mean(found: list[dict[str, float]]) -> dict[str, float]:
     return mean
 
 
-def _curves(history: History) -> dict[str, tuple[float, ...]]:
+def curves_of(history: History) -> dict[str, tuple[float, ...]]:
+    """Returns the series of a training that hold at least one epoch, by name."""
     series = {"train_loss": history.train_loss, "val_accuracy": history.val_accuracy, "lr": history.lr}
     return {name: values for name, values in series.items() if values}
 

@@ -18,6 +18,7 @@ from autoprune.report.diagnostics import (
 from autoprune.report.explanation import explanation_json, render_explanation
 from autoprune.report.figures import figure_html, front_figure, front_png, widths_figure, widths_png
 from autoprune.report.inspection import render_inspection
+from autoprune.report.latency import render_latency
 from autoprune.report.page import FailureRow, PageData, chosen_points, render_page
 from autoprune.report.plot import plot_front
 from autoprune.report.progress import Progress
@@ -54,6 +55,7 @@ __all__ = [
     "render_explanation",
     "render_front",
     "render_inspection",
+    "render_latency",
     "render_layers",
     "render_page",
     "sensitivity_figure",

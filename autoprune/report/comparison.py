@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.cost import COSTS
+from autoprune.cost import LATENCY
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
 from autoprune.report.view import FrontPoint, SearchView
@@ -79,7 +79,7 @@ def comparison_json(view: SearchView, trials: Sequence[Compared]) -> dict[str, A
             "val_accuracy": point.val_accuracy,
             "test_accuracy": point.test_accuracy,
             "costs": dict(point.costs),
-            "fractions": {name: view.fraction(point, name) for name in COSTS},
+            "fractions": {name: view.fraction(point, name) for name in view.costs},
             "widths": {group: point.widths.get(group, size) for group, size in view.sizes.items()},
             "metrics": dict(point.metrics),
             "origin": point.origin,
@@ -108,11 +108,12 @@ def _scores(view: SearchView, trials: Sequence[Compared]) -> list[tuple[str, str
     ]
     if any(p.test_accuracy is not None for p in points):
         rows.append(("test accuracy", _percent(dense.test_accuracy), [_percent(p.test_accuracy) for p in points]))
-    for name in COSTS:
+    for name in view.costs:
         cells = [f"{units.cost(name, p.costs[name])} {units.share(view.fraction(p, name)):>4}" for p in points]
         rows.append((units.LABELS[name], units.cost(name, dense.costs[name]), cells))
     if any("latency_ms" in p.metrics for p in points):
-        rows.append(("latency", units.latency(dense.metrics), [units.latency(p.metrics) for p in points]))
+        what = "measured" if LATENCY in view.costs else "latency"
+        rows.append((what, units.latency(dense.metrics), [units.latency(p.metrics) for p in points]))
     rows.append(("criterion", "", [p.criterion for p in points]))
     rows.append(("proposed by", "", [p.origin for p in points]))
     return rows

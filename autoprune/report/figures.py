@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprune.cost import COSTS
+from autoprune.cost import LATENCY
 from autoprune.policy import CHANNEL
 from autoprune.report import units
 from autoprune.report.view import FrontPoint, SearchView
@@ -278,11 +278,11 @@ def _said(view: SearchView, point: FrontPoint) -> str:
         margin = view.margin(point)
         around = "" if margin is None else f" ± {100.0 * margin[0]:.2f} ({margin[1]})"
         lines.append(f"test accuracy {units.percent(point.test_accuracy, 2)}{around}")
-    for cost in COSTS:
+    for cost in view.costs:
         share = units.percent(view.fraction(point, cost), 1)
         lines.append(f"{units.LABELS[cost]} {units.cost(cost, point.costs[cost])} ({share} of dense)")
     if "latency_ms" in point.metrics:
-        lines.append(f"latency {units.latency(point.metrics)}")
+        lines.append(f"{'measured' if LATENCY in view.costs else 'latency'} {units.latency(point.metrics)}")
     if point.criterion:
         lines.append(f"criterion {html.escape(point.criterion)}")
     if point.widths and point is not view.dense:

@@ -10,7 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoprune.cost import COSTS
+from autoprune.cost import COSTS, LATENCY
 from autoprune.policy import CHANNEL
 from autoprune.prices import CHEAP, DEAR, Curves, Explanation
 from autoprune.report import units
@@ -38,8 +38,8 @@ def front(view: SearchView) -> str:
         text = f"No trial of the rung {_e(view.rung)} has finished yet."
         return _section("Front", f"<p>{text}</p>{_figure('figure-front')}")
     tested = any(p.test_accuracy is not None for p in (view.dense, *view.front, *view.controls))
-    heads = ["trial", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in COSTS)]
-    heads += ["latency"] if _has_latency(view) else []
+    heads = ["trial", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in view.costs)]
+    heads += [_measured_head(view)] if _has_latency(view) else []
     heads += ["criterion", "proposed by"]
     rows = [_front_row(view, view.dense, tested=tested)]
     rows += [_front_row(view, point, tested=tested) for point in reversed(view.front)]
@@ -204,15 +204,16 @@ def _front_row(view: SearchView, point: FrontPoint, *, tested: bool) -> str:
     dense = point is view.dense
     cells = ["dense" if dense else _e(point.name), units.percent(point.val_accuracy)]
     cells += [_tested(view, point)] if tested else []
-    cells += [_cost(view, point, cost) for cost in COSTS]
-    cells += [units.latency(point.metrics)] if _has_latency(view) else []
+    cells += [_cost(view, point, cost) for cost in view.costs]
+    cells += [_measured(view, point)] if _has_latency(view) else []
     cells += ["", ""] if dense else [_e(point.criterion), _e(point.origin)]
     knee = view.knee
     return _row(cells, mark="knee" if knee is not None and point is knee else "")
 
 
 def _controls(view: SearchView, *, tested: bool) -> str:
-    heads = ["control", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in COSTS), "front gains"]
+    heads = ["control", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in view.costs)]
+    heads.append("front gains")
     rows = []
     for point in sorted(view.controls, key=lambda p: -p.costs[view.primary]):
         gain = view.gain(point)
@@ -220,7 +221,7 @@ def _controls(view: SearchView, *, tested: bool) -> str:
         said = "–" if gain is None else f"<span class='{shade}'>{units.points(gain)} points</span>"
         cells = [_e(point.origin or point.name), units.percent(point.val_accuracy)]
         cells += [_tested(view, point)] if tested else []
-        rows.append(_row([*cells, *(_cost(view, point, cost) for cost in COSTS), said]))
+        rows.append(_row([*cells, *(_cost(view, point, cost) for cost in view.costs), said]))
     text = "What the front gains: the validation accuracy of its best point within the control's"
     text += f" {units.LABELS[view.primary]}, less the control's."
     return _table(heads, rows) + f"<p class='note'>{text}</p>"
@@ -231,9 +232,10 @@ def _card(view: SearchView, what: str, point: FrontPoint) -> str:
     lines = [f"{change} points against dense"]
     if point.test_accuracy is not None:
         lines.append(f"test {_tested(view, point)}")
-    lines.append(", ".join(f"{units.share(view.fraction(point, c))} of {units.LABELS[c]}" for c in COSTS[:3]))
+    shown = [c for c in view.costs if c in (*COSTS[:3], LATENCY)]
+    lines.append(", ".join(f"{units.share(view.fraction(point, c))} of {units.LABELS[c]}" for c in shown))
     if "latency_ms" in point.metrics:
-        lines.append(f"latency {units.latency(point.metrics)} (dense {units.latency(view.dense.metrics)})")
+        lines.append(f"{_measured_head(view)} {_measured(view, point)} (dense {units.latency(view.dense.metrics)})")
     items = "".join(f"<li>{line}</li>" for line in lines)
     title = f"<span class='what'>{_e(what)}</span> <span class='soft'>trial {_e(point.name)}</span>"
     return f"<div class='card'>{title}<b>{units.percent(point.val_accuracy)}</b><ul>{items}</ul></div>"
@@ -293,6 +295,19 @@ def _closing(view: SearchView) -> str:
 def _cost(view: SearchView, point: FrontPoint, cost: str) -> str:
     share = units.share(view.fraction(point, cost))
     return f"{units.cost(cost, point.costs[cost])} <span class='unit'>{share}</span>"
+
+
+def _measured(view: SearchView, point: FrontPoint) -> str:
+    """Returns the measured latency, with a word where it did not fall or is above the limit."""
+    text = units.latency(point.metrics)
+    if point is not view.dense:
+        text += " <span class='bad'>no faster</span>" if view.no_faster(point) else ""
+        text += " <span class='bad'>over the limit</span>" if view.over_limit(point) else ""
+    return text
+
+
+def _measured_head(view: SearchView) -> str:
+    return "measured" if LATENCY in view.costs else "latency"
 
 
 def _has_latency(view: SearchView) -> bool:

@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoprune.cost import COSTS
+from autoprune.cost import COSTS, LATENCY
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FRACTION = {name: f"{name.removesuffix('_bytes')}_fraction" for name in COSTS}
+_FRACTION = {name: f"{name.removesuffix('_bytes').removesuffix('_ns')}_fraction" for name in (*COSTS, LATENCY)}
+_MEASURED = ("latency_ms", "latency_spread_ms", "latency_predicted_ms")
 SCHEMA = 1
 
 
@@ -24,7 +25,9 @@ def front_table(view: SearchView) -> pd.DataFrame:
 
     Columns: `trial`, `val_accuracy`, `test_accuracy` (NaN where it was not measured), each cost (`macs`, `params`,
     `size_bytes`, `activation_bytes`), its fraction of dense and what is saved (`macs_saved` = dense less pruned),
-    `criterion`, `origin`, `knee`; where costs count non-zeros, `caveat` too.
+    `latency_ms`, `latency_spread_ms` and `latency_predicted_ms` (NaN where there are none), `no_faster` (MACs fell,
+    measured latency did not), `criterion`, `origin`, `knee`. With a latency table `latency_ns` is a cost as well. Where
+    costs count non-zeros, `caveat` too.
     """
     import pandas as pd
 
@@ -106,9 +109,10 @@ def front_json(view: SearchView) -> dict[str, Any]:
 
 def _columns(view: SearchView) -> list[str]:
     columns = ["trial", "val_accuracy", "test_accuracy"]
-    for name in COSTS:
+    for name in view.costs:
         columns += [name, _FRACTION[name], f"{name}_saved"]
-    return [*columns, "criterion", "origin", "knee", *(["caveat"] if view.caveat else [])]
+    last = ["caveat"] if view.caveat else []
+    return [*columns, *_MEASURED, "no_faster", "criterion", "origin", "knee", *last]
 
 
 def _row(view: SearchView, point: FrontPoint) -> dict[str, Any]:
@@ -117,12 +121,13 @@ def _row(view: SearchView, point: FrontPoint) -> dict[str, Any]:
         "val_accuracy": point.val_accuracy,
         "test_accuracy": math.nan if point.test_accuracy is None else point.test_accuracy,
     }
-    for name in COSTS:
+    for name in view.costs:
         row[name] = point.costs[name]
         row[_FRACTION[name]] = view.fraction(point, name)
         row[f"{name}_saved"] = view.dense.costs[name] - point.costs[name]
     if view.caveat:
         row["caveat"] = view.caveat
+    row |= {name: point.metrics.get(name, math.nan) for name in _MEASURED} | {"no_faster": view.no_faster(point)}
     knee = view.knee
     return {**row, "criterion": point.criterion, "origin": point.origin, "knee": knee is not None and point is knee}
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from autoprune.cost import COSTS, MACS, MEMORY, PARAMS, SIZE
+from autoprune.cost import LATENCY, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
 from autoprune.policy import CHANNEL
 from autoprune.report import units
@@ -39,11 +40,13 @@ def render_front(view: SearchView, *, console_width: int = 120, color: bool = Fa
         return text_of(console)
     if view.caveat:
         console.print(view.caveat)
-    costs = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
+    costs: tuple[str, ...] = _SHOWN if view.primary in _SHOWN else (*_SHOWN, view.primary)
+    if LATENCY in view.costs:
+        costs = (MACS, PARAMS, *([view.primary] if view.primary in (SIZE, MEMORY) else []), LATENCY)
     count = f"{len(front)} of {len(view.trials)} trials" if len(front) < len(view.trials) else f"{len(front)} trials"
     console.print(Text.assemble((view.name, "bold"), ": the front after the rung ", (view.rung, "bold"), f" ({count})"))
     whole = _front(view, costs, savings=True)
-    if Measurement.get(console, console.options.update(max_width=_ENDLESS), whole).minimum <= console_width:
+    if _least_width(console, whole, front) <= console_width:
         console.print(whole)
     else:
         console.print(_front(view, costs, savings=False))
@@ -100,11 +103,19 @@ def render_layers(
     return text_of(console)
 
 
+def _least_width(console: Console, table: Table, front: Sequence[FrontPoint]) -> int:
+    """Returns the columns that a table needs where only the criteria may be folded, between words."""
+    whole = Measurement.get(console, console.options.update(max_width=_ENDLESS), table).maximum
+    longest = max(_CRITERION, *(len(point.criterion) for point in front))
+    folded = max(_CRITERION, *(len(word) for point in front for word in point.criterion.split() or [""]))
+    return whole - longest + folded
+
+
 def _tested(shown: Sequence[FrontPoint]) -> bool:
     return any(p.test_accuracy is not None for p in shown)
 
 
-def _head(first: str, costs: Sequence[str], *, tested: bool) -> Table:
+def _head(first: str, costs: Sequence[str], *, tested: bool, timed: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(first, justify="right" if first == "trial" else "left", min_width=5)
     table.add_column("val acc", justify="right", no_wrap=True)
@@ -112,7 +123,23 @@ def _head(first: str, costs: Sequence[str], *, tested: bool) -> Table:
         table.add_column("test acc", justify="right", no_wrap=True)
     for cost in costs:
         table.add_column(units.LABELS[cost], justify="right", no_wrap=True)
+    if timed:
+        table.add_column("measured", justify="right", no_wrap=True)
     return table
+
+
+def _time(point: FrontPoint, *, timed: bool) -> list[str]:
+    if not timed:
+        return []
+    measured, spread = (point.metrics.get(f"latency_{part}") for part in ("ms", "spread_ms"))
+    return ["–" if measured is None else f"{units.milliseconds(measured)} ±{spread or 0.0:.2g}"]
+
+
+def _mark(view: SearchView, point: FrontPoint) -> str:
+    marks = ["◄ knee"] if point is view.knee else []
+    marks += ["no faster"] if view.no_faster(point) else []
+    marks += ["over the limit"] if view.over_limit(point) else []
+    return ", ".join(marks)
 
 
 def _scores(point: FrontPoint, *, tested: bool) -> list[str]:
@@ -131,8 +158,8 @@ def _saving(view: SearchView, point: FrontPoint, cost: str) -> str:
 
 
 def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
-    tested = _tested((view.dense, *view.front))
-    table = _head("trial", costs, tested=tested)
+    tested, timed = _tested((view.dense, *view.front)), LATENCY in costs
+    table = _head("trial", costs, tested=tested, timed=timed)
     if savings:
         for cost in costs:
             table.add_column(f"saves {units.LABELS[cost]}", justify="right", no_wrap=True)
@@ -141,7 +168,13 @@ def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
     blanks = [""] * (len(costs) + 1 if savings else 0)
     dense = view.dense
     table.add_row(
-        "dense", *_scores(dense, tested=tested), *(_kept(view, dense, c) for c in costs), *blanks, "", style="dim"
+        "dense",
+        *_scores(dense, tested=tested),
+        *(_kept(view, dense, c) for c in costs),
+        *_time(dense, timed=timed),
+        *blanks,
+        "",
+        style="dim",
     )
     knee = view.knee
     for point in reversed(view.front):
@@ -151,8 +184,9 @@ def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
             point.name,
             *_scores(point, tested=tested),
             *(_kept(view, point, c) for c in costs),
+            *_time(point, timed=timed),
             *saved,
-            "◄ knee" if is_knee else "",
+            _mark(view, point),
             style="bold green" if is_knee else "",
         )
     return table
@@ -191,7 +225,7 @@ def _closing(view: SearchView) -> list[str]:
     lines = [f"{line} (reference point: validation error {view.reference[0]:g}, {axis})."]
     if view.limits:
         limits = ", ".join(
-            f"{units.LABELS[name]} {units.cost(name, view.limits[name])}" for name in COSTS if name in view.limits
+            f"{units.LABELS[name]} {units.cost(name, view.limits[name])}" for name in view.costs if name in view.limits
         )
         lines.append(f"Budget: at most {limits}.")
     if MEMORY in view.limits and view.primary != MEMORY:

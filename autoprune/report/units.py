@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-LABELS = {"macs": "MACs", "params": "params", "size_bytes": "size", "activation_bytes": "memory"}
+LABELS = {
+    "macs": "MACs",
+    "params": "params",
+    "size_bytes": "size",
+    "activation_bytes": "memory",
+    "latency_ns": "latency",
+}
 """Short names of costs, for the heads of columns."""
 
 AXES = {
@@ -13,6 +19,7 @@ AXES = {
     "params": "parameters",
     "size_bytes": "model size",
     "activation_bytes": "peak activation memory",
+    "latency_ns": "predicted latency",
 }
 """Long names of costs, for axes."""
 
@@ -29,6 +36,8 @@ def size(value: float) -> str:
 
 def cost(name: str, value: float) -> str:
     """Returns a cost in its own unit."""
+    if name.endswith("_ns"):
+        return milliseconds(value / 1e6)
     return size(value) if name.endswith("_bytes") else quantity(value)
 
 
@@ -58,11 +67,11 @@ def seconds(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Returns a latency with three digits: `0.412 ms`, `12.3 ms`; a dash for what is not a number."""
+    """Returns a latency with three digits: `0.0812 ms`, `12.3 ms`, `1,180 ms`; a dash for what is not a number."""
     if not math.isfinite(value):
         return "–"
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
-    return f"{value:.{digits}f} ms"
+    digits = sum(abs(value) < limit for limit in (99.95, 9.995, 0.9995, 0.09995))
+    return f"{value:,.{digits}f} ms"
 
 
 def latency(metrics: Mapping[str, float]) -> str:

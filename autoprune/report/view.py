@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autoprune.cost import COSTS, MACS
+from autoprune.cost import COSTS, LATENCY, MACS
 from autoprune.pareto import Point, front_indices, hypervolume, knee_index
 from autoprune.policy import CHANNEL, UNITS, Policy, caveat
-from autoprune.results import TrialResult
+from autoprune.results import TrialResult, not_faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,9 @@ class FrontPoint:
     """One evaluated network.
 
     `trial` is the number that a person types (`TRIAL=17`); `None` for the dense network and for a control that is no
-    trial. `costs` holds the names of `autoprune.cost.COSTS`. `criterion` is readable text. `origin` says who proposed
-    the policy; for a control it is its name (`uniform l2`). Accuracies are fractions of 1.
+    trial. `costs` holds the names of `autoprune.cost.COSTS`, and `LATENCY` where there is a latency table. `criterion`
+    is readable text. `origin` says who proposed the policy; for a control it is its name (`uniform l2`). Accuracies
+    are fractions of 1.
     """
 
     trial: int | None
@@ -86,7 +87,7 @@ class SearchView:
     pruning: str = CHANNEL
 
     def __post_init__(self) -> None:
-        if self.primary not in COSTS:
+        if self.primary not in (*COSTS, LATENCY):
             raise ValueError(f"unknown primary cost {self.primary!r}")
         if not self.dense.costs[self.primary] > 0:
             raise ValueError(f"the dense network's {self.primary} is {self.dense.costs[self.primary]}")
@@ -100,6 +101,21 @@ class SearchView:
     def caveat(self) -> str:
         """A sentence about costs that stands in every table and figure; empty where there is none."""
         return caveat(self.pruning)
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The costs that every point has."""
+        return (*COSTS, LATENCY) if LATENCY in self.dense.costs else COSTS
+
+    def no_faster(self, point: FrontPoint) -> bool:
+        """Whether a point's MACs fell and its measured latency did not, beyond the spread."""
+        dense = self.dense
+        return not_faster(point.costs, point.metrics, dense_costs=dense.costs, dense_metrics=dense.metrics)
+
+    def over_limit(self, point: FrontPoint) -> bool:
+        """Whether even a point's fastest pass took longer than the limit on latency."""
+        limit, measured = self.limits.get(LATENCY), point.metrics.get("latency_least_ms")
+        return limit is not None and measured is not None and 1e6 * measured > limit
 
     def fraction(self, point: FrontPoint, cost: str | None = None) -> float:
         """Returns a cost of `point`, by default the primary one, relative to dense; NaN where dense costs nothing."""

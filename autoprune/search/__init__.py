@@ -8,7 +8,17 @@ from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
-from autoprune.search.notes import read_facts, write_facts, write_notes
+from autoprune.search.lease import is_running
+from autoprune.search.notes import (
+    read_facts,
+    read_measured,
+    read_pick,
+    write_facts,
+    write_measured,
+    write_notes,
+    write_pick,
+    write_study_note,
+)
 from autoprune.search.projection import Projector, project
 from autoprune.search.records import (
     Failure,
@@ -49,6 +59,7 @@ __all__ = [
     "TrialFinished",
     "audit",
     "distinct",
+    "is_running",
     "kendall_tau",
     "load_rung",
     "make_sampler",
@@ -62,6 +73,8 @@ __all__ = [
     "read_background",
     "read_facts",
     "read_failures",
+    "read_measured",
+    "read_pick",
     "read_results",
     "read_trial",
     "read_trials",
@@ -74,5 +87,8 @@ __all__ = [
     "study_summary",
     "write_background",
     "write_facts",
+    "write_measured",
     "write_notes",
+    "write_pick",
+    "write_study_note",
 ]

@@ -1,4 +1,4 @@
-"""What a search leaves with its studies for explanations and reports: error tables, prices, settings.
+"""What a search leaves with its studies for what is done after it: settings, prices, error tables.
 
 Decides where it is stored: as a system attribute, which the Optuna dashboard does not show, because it may be some
 hundred kilobytes. Knows nothing of what is in it.
@@ -15,7 +15,9 @@ BACKGROUND = "autoprune.background"
 
 
 def write_background(study: Study, background: Mapping[str, Any]) -> None:
-    """Stores plain JSON values with a study."""
+    """Stores plain JSON values with a study, unless they are there already."""
+    if read_background(study) == background:
+        return
     study._storage.set_study_system_attr(study._study_id, BACKGROUND, dict(background))
 
 

@@ -161,6 +161,7 @@ def promoted(trials: Sequence[StoredTrial], problem: Problem, count: int) -> lis
     """Returns the candidates that a rung's trials hand on: good ones, well spread along the primary cost.
 
     They come in an order of which any beginning is well spread too, for a rung that is cut short.
+    What was measured beside other workers decides nothing here: it cost a search its best half when it did.
     """
     measured = [(t, t.result) for t in records.distinct(trials) if t.result is not None]
     points = [records.objectives(problem, result) for _, result in measured]

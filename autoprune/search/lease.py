@@ -57,6 +57,12 @@ def hold(study: Study) -> Iterator[None]:
         study.set_user_attr(LEASE, None)
 
 
+def is_running(study: Study) -> bool:
+    """Whether a process that is alive holds the lease of a study."""
+    holder = study.user_attrs.get(LEASE)
+    return holder is not None and _alive(holder)
+
+
 def _renew(study: Study, mine: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(_RENEW_SECONDS):
         _write(study, mine)

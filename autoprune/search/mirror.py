@@ -15,7 +15,7 @@ from optuna.trial import Trial, TrialState
 
 from autoprune.policy import Policy
 from autoprune.results import Problem
-from autoprune.search.records import kept_attrs
+from autoprune.search.records import kept_attrs, measured_constraints
 from autoprune.search.sampler import BudgetSampler, make_sampler, params_of, policy_of, search_space
 
 _SEED_STRIDE = 1_000_003
@@ -43,7 +43,7 @@ class Mirror:
                     values=trial.values,
                     params=trial.params,
                     distributions=trial.distributions,
-                    system_attrs=kept_attrs(trial.system_attrs),
+                    system_attrs=kept_attrs(trial.system_attrs) | measured_constraints(trial.system_attrs),
                 )
             )
 
@@ -58,9 +58,13 @@ class Mirror:
         trial = self._study.ask(self._space)
         return policy_of(self._problem, trial.params), trial
 
-    def tell(self, trial: Trial, values: tuple[float, float] | None) -> None:
-        """Finishes a trial with its objectives; None: it failed."""
+    def tell(
+        self, trial: Trial, values: tuple[float, float] | None, measured: Mapping[str, float] | None = None
+    ) -> None:
+        """Finishes a trial with its objectives; None: it failed. `measured` are the violations of what was measured."""
         self._study.sampler = self._sampler
+        for name, violation in (measured or {}).items():
+            trial.set_constraint(name, violation)
         if values is None:
             self._study.tell(trial, state=TrialState.FAIL)
         else:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autoprune.cost import MACS, MEMORY, PARAMS, SIZE, CostModel, Form, Term
+from autoprune.cost import LATENCY, MACS, MEMORY, PARAMS, SIZE, CostModel, Form, Surface, Term
 from autoprune.errors import BudgetError, PolicyError
 from autoprune.policy import Group
 from autoprune.results import Problem
@@ -107,6 +107,9 @@ class Projector:
 
     def _limit(self, name: str, limit: int) -> _Limit:
         model = self._model
+        if name == LATENCY:
+            shares = (_latency_share(model, group.name) for group in self._groups)
+            return _Limit(name, limit, tuple(shares))
         sums = model.live if name == MEMORY else [(term,) for term in getattr(model, name)]
         own: dict[str, list[tuple[Term, ...]]] = {group: [] for group in model.groups}
         for terms in sums:
@@ -275,6 +278,23 @@ def _share(model: CostModel, name: str, sums: Sequence[tuple[Term, ...]]) -> Cos
         size_bytes=flat if name == SIZE else (),
         live=moved if name == MEMORY else (),
     )
+
+
+def _latency_share(model: CostModel, group: str) -> CostModel:
+    """Returns a model of the groups alone that share a surface with `group`; see `_share`."""
+    surfaces = model.share(LATENCY, group).latency
+    used = sorted({place for surface in surfaces for form in surface.forms for place, _ in form.terms})
+    new = {place: i for i, place in enumerate(used)}
+    moved = tuple(
+        Surface(
+            tuple(Form(f.const, tuple((new[p], k) for p, k in f.terms)) for f in surface.forms),
+            surface.knots,
+            surface.values,
+        )
+        for surface in surfaces
+    )
+    groups, sizes = tuple(model.groups[p] for p in used), tuple(model.sizes[p] for p in used)
+    return CostModel(groups, sizes, (), (), (), latency=moved)
 
 
 def _gain(group: Group, ideal: float, width: int) -> float:

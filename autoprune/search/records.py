@@ -16,6 +16,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autoprune.cost import LATENCY, MEMORY
 from autoprune.errors import StudyError
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
@@ -185,9 +186,26 @@ def result_attrs(problem: Problem, result: TrialResult, *, reused: int | None = 
     return attrs
 
 
-def constraint_attrs(problem: Problem, costs: Mapping[str, float]) -> dict[str, Any]:
+def measured_excess(problem: Problem, result: TrialResult) -> dict[str, float]:
+    """Returns by how much a limit is exceeded by what was measured, relative to the limit: zero or less is feasible.
+
+    A latency counts as over its limit where even its fastest pass is: what disturbs a measurement only adds to it.
+    """
+    limits, metrics = problem.budget.limits, result.metrics
+    excess = {}
+    if LATENCY in limits and "latency_least_ms" in metrics:
+        excess["latency_measured"] = 1e6 * metrics["latency_least_ms"] / limits[LATENCY] - 1.0
+    if MEMORY in limits and "peak_memory_bytes" in metrics:
+        excess["memory_measured"] = metrics["peak_memory_bytes"] / limits[MEMORY] - 1.0
+    return {name: value for name, value in excess.items() if math.isfinite(value)}
+
+
+def constraint_attrs(problem: Problem, result: TrialResult) -> dict[str, Any]:
     """Returns the system attributes that tell Optuna and its dashboard by how much each limit is exceeded."""
-    excess = {name: costs[name] / limit - 1.0 for name, limit in problem.budget.limits.items()} or {"budget": -1.0}
+    costs = result.costs
+    excess = {name: costs[name] / limit - 1.0 for name, limit in problem.budget.limits.items()}
+    excess |= measured_excess(problem, result)
+    excess = excess or {"budget": -1.0}
     return {_CONSTRAINTS: list(excess.values())} | {f"{_CONSTRAINTS}:{name}": value for name, value in excess.items()}
 
 
@@ -223,7 +241,7 @@ def add_complete(
         params=params,
         distributions=_distributions(problem, params),
         user_attrs=candidate_attrs(candidate) | result_attrs(problem, result, reused=reused),
-        system_attrs=kept_attrs(notes) | constraint_attrs(problem, result.costs),
+        system_attrs=kept_attrs(notes) | constraint_attrs(problem, result),
     )
     trial.datetime_start = started
     return _add(study, trial)
@@ -262,7 +280,7 @@ def finish_running(
 
 def conclude(study: Study, problem: Problem, number: int, result: TrialResult) -> None:
     """Tells a RUNNING trial that already holds its result."""
-    for key, value in constraint_attrs(problem, result.costs).items():
+    for key, value in constraint_attrs(problem, result).items():
         study._storage.set_trial_system_attr(_trial_id(study, number), key, value)
     study.tell(number, list(objectives(problem, result)))
 
@@ -279,6 +297,15 @@ def fail_running(study: Study, number: int, *, reason: str, abandoned: bool = Fa
 def kept_attrs(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a sampler noted about a trial and will want to read again, such as its generation."""
     return {key: value for key, value in system_attrs.items() if not key.startswith(_TRANSIENT)}
+
+
+def measured_constraints(system_attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the violations of what was measured, as Optuna keeps them; those of exact costs are never above zero."""
+    return {
+        key: value
+        for key, value in system_attrs.items()
+        if key.startswith(f"{_CONSTRAINTS}:") and key.endswith("_measured")
+    }
 
 
 def _distributions(problem: Problem, params: Mapping[str, Any]) -> dict[str, Any]:

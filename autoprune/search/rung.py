@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -271,7 +271,8 @@ class Rung:
         else:
             number = ticket.number
             records.finish_running(self._study, self._problem, number, result=result, reused=reused, notes=notes)
-        self._tell(ticket, records.objectives(self._problem, result))
+        measured = records.measured_excess(self._problem, result)
+        self._tell(ticket, records.objectives(self._problem, result), measured)
         work.on_event(
             TrialFinished(self._fidelity.rung, number, result, ticket.candidate.origin, "complete", reused=reused)
         )
@@ -288,9 +289,11 @@ class Rung:
         self._tell(ticket, None)
         work.on_event(TrialFinished(self._fidelity.rung, number, None, ticket.candidate.origin, "fail", reason=reason))
 
-    def _tell(self, ticket: _Ticket, values: tuple[float, float] | None) -> None:
+    def _tell(
+        self, ticket: _Ticket, values: tuple[float, float] | None, measured: Mapping[str, float] | None = None
+    ) -> None:
         if self._mirror is not None and ticket.trial is not None:
-            self._mirror.tell(ticket.trial, values)
+            self._mirror.tell(ticket.trial, values, measured)
 
     def _abort(self, work: Work, *, gracefully: bool) -> None:
         """Cancels what has not begun; where there is time, waits for the rest and stores what it found."""

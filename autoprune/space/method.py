@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from autoprune.budget import KEYS, parse_limit
+from autoprune.budget import KEYS, read_limit
 from autoprune.errors import BudgetError, nearest
 from autoprune.space.masking import DEFAULT_STEP
 from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Found, Globs, Section, as_tuple, number
@@ -61,10 +61,22 @@ def _compensation(value: Any) -> Any:
 
 
 def _limit(value: Any) -> Any:
+    return _checked("macs", value)
+
+
+def _latency(value: Any) -> Any:
+    return _checked("latency", value)
+
+
+def _latency_ms(value: Any) -> Any:
+    return _checked("latency_ms", value)
+
+
+def _checked(key: str, value: Any) -> Any:
     if value is None:
         return None
     try:
-        parse_limit(value)
+        read_limit(key, value)
     except BudgetError as error:
         raise PydanticCustomError("fault", "{text}", {"text": str(error)}) from error
     return value
@@ -87,11 +99,19 @@ class BudgetSettings(Section):
         default=None,
         description="Limit on the bytes of activations that are alive together for one sample: 0.5, '2 MB'.",
     )
+    latency: Annotated[float | str | None, BeforeValidator(_latency)] = Field(
+        default=None,
+        description="Limit on the latency that the latency table predicts, under the conditions of the section "
+        "`latency`: a fraction of the dense network's (0.5, '50%') or a time ('4 ms').",
+    )
+    latency_ms: Annotated[float | None, BeforeValidator(_latency_ms)] = Field(
+        default=None, description="The same limit in milliseconds: 4. Excludes `latency`."
+    )
     front: Annotated[tuple[float, float] | None, BeforeValidator(as_tuple)] = Field(
         default=None,
         description="Fractions of the dense cost between which the front is searched, [low, high]. The cost is the "
-        "first of macs, params, size, memory that has a limit (macs where none has). Null: from the least possible to "
-        "the limit.",
+        "first of macs, params, size, memory, latency that has a limit (macs where none has). Null: from the "
+        "least possible to the limit.",
     )
 
     @property
@@ -99,9 +119,16 @@ class BudgetSettings(Section):
         """The limits that are set, as `budget.resolve_budget` reads them."""
         return {key: value for key in KEYS if (value := getattr(self, key)) is not None}
 
+    @property
+    def limits_latency(self) -> bool:
+        """Whether a latency table is needed."""
+        return self.latency is not None or self.latency_ms is not None
+
     @classmethod
     def cross_faults(cls, raw: Mapping[str, Any]) -> Iterator[Found]:
-        """Checks that the front rises within (0, 1] and reaches below the limit."""
+        """Checks that latency is limited once, and that the front rises within (0, 1] and reaches below the limit."""
+        if raw.get("latency") is not None and raw.get("latency_ms") is not None:
+            yield ("latency_ms",), "is the same limit as `latency`; give one of them"
         front = raw.get("front")
         if not isinstance(front, (list, tuple)) or len(front) != 2:
             return
@@ -113,11 +140,21 @@ class BudgetSettings(Section):
             return
         key = next((key for key in KEYS if raw.get(key) is not None), None)
         try:
-            limit, fraction = parse_limit(raw[key]) if key else (1.0, True)
+            limit, fraction = read_limit(key, raw[key]) if key else (1.0, True)
         except BudgetError:
             return
         if fraction and limit < low:
             yield ("front",), f"starts at {low}, above the budget {key}: {raw[key or '']}"
+
+
+class LatencySettings(Section):
+    """Under which conditions latency is measured and predicted; the device is the space's."""
+
+    batch: int = Field(default=1, ge=1, description="Samples of a forward pass.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Number format of weights and inputs."
+    )
+    threads: int = Field(default=1, ge=1, description="Threads of a forward pass on the CPU.")
 
 
 class GroupSettings(Section):

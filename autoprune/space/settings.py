@@ -16,10 +16,17 @@ from autoprune.errors import Fault, SpaceError
 from autoprune.policy import CHANNEL, digest
 from autoprune.space.activations import ActivationSettings
 from autoprune.space.faults import plain_faults
-from autoprune.space.file import Document, override, parse_document, read_document, write_document
+from autoprune.space.file import Document, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
 from autoprune.space.masking import Pruning, pruning_faults
-from autoprune.space.method import BudgetSettings, CriteriaSettings, GroupSettings, RecipeSettings, SearchSettings
+from autoprune.space.method import (
+    BudgetSettings,
+    CriteriaSettings,
+    GroupSettings,
+    LatencySettings,
+    RecipeSettings,
+    SearchSettings,
+)
 from autoprune.space.section import NAME_PATTERN, Found, Section
 
 SCHEMA = 1
@@ -53,6 +60,9 @@ class Space(Section):
     )
     budget: BudgetSettings = Field(
         default_factory=BudgetSettings, description="Upper limits on costs, several at once, and the span of the front."
+    )
+    latency: LatencySettings = Field(
+        default_factory=LatencySettings, description="Under which conditions latency is measured and predicted."
     )
     groups: GroupSettings = Field(
         default_factory=GroupSettings, description="Which pruning groups may shrink, and how far."
@@ -103,6 +113,9 @@ class Space(Section):
         for key in ("schedule", "regularisation"):
             if plain["recipe"][key] is None:
                 plain["recipe"].pop(key)
+        for key in ("latency", "latency_ms"):
+            if plain["budget"][key] is None:
+                del plain["budget"][key]
         ladder = [{k: v for k, v in rung.items() if k != "trials"} for rung in plain["search"]["ladder"]]
         sections = ["model", "checkpoint", "data", "budget", "groups", "criteria", "recipe", "seed"]
         if self.pruning == CHANNEL:
@@ -111,16 +124,14 @@ class Space(Section):
             sections.append("pruning")
         if self.activations.choices:
             sections.append("activations")
+        if self.budget.limits_latency:
+            sections.append("latency")
         return {name: digest(plain[name]) for name in sections} | {"ladder": digest(ladder)}
 
     @property
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that are the same for spaces whose results can be compared."""
         return digest(self.fingerprint_sections())
-
-    def to_yaml(self) -> str:
-        """Returns the space as the text of a space file, with every key, those that were left out included."""
-        return write_document(self.model_dump(mode="json", by_alias=True))
 
     @staticmethod
     def from_mapping(data: Mapping[str, Any]) -> Space:

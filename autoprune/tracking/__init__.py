@@ -6,17 +6,31 @@ know how trials are proposed or evaluated: it is handed finished records.
 
 from autoprune.tracking.client import Tracker
 from autoprune.tracking.environment import environment_tags
-from autoprune.tracking.location import artifact_root, resolve_uri, ui_address
-from autoprune.tracking.recorder import Recorder
-from autoprune.tracking.records import TrialRecord, trial_key
+from autoprune.tracking.location import artifact_root, resolve_uri, sqlite_path, ui_address
+from autoprune.tracking.reading import Reader, RecordedRun, open_reader
+from autoprune.tracking.recorder import Recorder, Refused
+from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
+from autoprune.tracking.registry import PICKED, Member, Registry, Version, registered_name
 
 __all__ = [
+    "FRACTIONS",
+    "PICKED",
+    "Member",
+    "Reader",
+    "RecordedRun",
     "Recorder",
+    "Refused",
+    "Registry",
     "Tracker",
     "TrialRecord",
+    "Version",
     "artifact_root",
     "environment_tags",
+    "open_reader",
+    "registered_name",
     "resolve_uri",
+    "safe_key",
+    "sqlite_path",
     "trial_key",
     "ui_address",
 ]

@@ -19,7 +19,8 @@ from autoprune.errors import TrackingError
 from autoprune.tracking import records
 from autoprune.tracking.connection import connect, translated
 from autoprune.tracking.records import TrialRecord
-from autoprune.tracking.views import SHARED_VIEW_TAG, WORKFLOW, chart_view, encode_view, view_link
+from autoprune.tracking.registry import Registry, registered_name
+from autoprune.tracking.views import SHARED_VIEW_TAG, WORKFLOW, chart_view, encode_view, list_view, view_link
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 _STATUS = {"complete": "FINISHED", "fail": "FAILED", "stopped": "KILLED"}
 _OPEN = ("RUNNING", "SCHEDULED")
 _PAGE = 1000
-_MODEL_FILES = (".safetensors", ".json", ".txt", ".md", ".yaml", ".onnx", ".pt2")
 
 
 class Tracker:
@@ -66,8 +66,8 @@ class Tracker:
             self._client = connect(uri)
             self.experiment_id = self._open_experiment(artifact_root)
             tags = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for agents
-            if description:
-                tags["mlflow.note.content"] = records.clip(description, 5000)
+            if description and records.NOTE_TAG not in self._client.get_experiment(self.experiment_id).tags:
+                tags[records.NOTE_TAG] = records.clip(description, records.NOTE_LIMIT)
             for key, value in tags.items():
                 self._client.set_experiment_tag(self.experiment_id, key, value)
 
@@ -230,21 +230,34 @@ class Tracker:
         self.log_files(run_id, files, folder="front")
         self._log_metrics(run_id, metrics)
 
-    def log_model_folder(self, run_id: str, folder: Path) -> None:
-        """Stores a finished model (safetensors and `policy.json`) under `model/`.
+    def registry(self, search: str) -> Registry:
+        """Returns the registered model of a search, in the same store."""
+        return Registry(self._client, self.uri, registered_name(search))
+
+    def describe(self, text: str, *, run_id: str | None = None) -> None:
+        """Writes the description (Markdown) of a run or of the experiment; what a person put around ours stays.
 
         Raises:
-            ValueError: `folder` holds no model, or a file that could be a pickle.
             TrackingError: The store cannot be used.
         """
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-        unwelcome = [path.name for path in found if path.suffix.lower() not in _MODEL_FILES]
-        if unwelcome:
-            raise ValueError(f"{folder} holds {', '.join(unwelcome)}: models are stored as safetensors and JSON only")
-        if not any(path.suffix == ".safetensors" for path in found):
-            raise ValueError(f"{folder} holds no .safetensors file")
-        with self._translated("store a model in"):
-            self._client.log_artifacts(run_id, str(folder), artifact_path="model")
+        with self._translated("describe a search in"):
+            if run_id is None:
+                old = self._client.get_experiment(self.experiment_id).tags.get(records.NOTE_TAG, "")
+                self._client.set_experiment_tag(self.experiment_id, records.NOTE_TAG, records.merged_note(old, text))
+            else:
+                old = self._client.get_run(run_id).data.tags.get(records.NOTE_TAG, "")
+                self._client.set_tag(run_id, records.NOTE_TAG, records.merged_note(old, text))
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags of a run.
+
+        Raises:
+            TrackingError: The store cannot be used.
+        """
+        from mlflow.entities import RunTag
+
+        with self._translated("tag a run in"):
+            self._client.log_batch(run_id, tags=[RunTag(k, v) for k, v in records.clean_tags(tags).items()])
 
     def finish_search(self, run_id: str, metrics: Mapping[str, float], *, status: str = "FINISHED") -> None:
         """Writes the search's last numbers and ends its run as `FINISHED`, `FAILED` or `KILLED`.
@@ -271,16 +284,36 @@ class Tracker:
         Raises:
             TrackingError: The store cannot be used.
         """
-        clauses = [_equals(records.KIND_TAG, "trial"), _equals("rung", rung), _equals(records.SEARCH_TAG, search)]
         state = chart_view(
-            filter_text=" and ".join(clause for clause in clauses if clause),
+            filter_text=_trials_of(search, rung),
             cost=records.safe_key(cost),
             params=[records.safe_key(name) for name in params],
         )
-        key = re.sub(r"[^A-Za-z0-9_-]", "-", f"autoprune-{search}-{rung}")[:100]
+        return self._write_view(f"{search}-{rung}", state, mode="CHART")
+
+    def write_list_view(self, search: str, *, rung: str, metrics: Sequence[str]) -> str:
+        """Prepares the UI's list of the runs of one rung of a search.
+
+        Args:
+            search: The search.
+            rung: Whose trials are listed.
+            metrics: The columns; the last one, a cost, orders the rows, lowest first.
+
+        Returns:
+            The page's address after the server's own: put `ui_address` before it.
+
+        Raises:
+            TrackingError: The store cannot be used.
+        """
+        keys = [records.safe_key(name) for name in metrics]
+        state = list_view(filter_text=_trials_of(search, rung), order_by=keys[-1], metrics=keys)
+        return self._write_view(f"{search}-{rung}-list", state, mode="TABLE")
+
+    def _write_view(self, name: str, state: dict[str, Any], *, mode: str) -> str:
+        key = re.sub(r"[^A-Za-z0-9_-]", "-", f"autoprune-{name}")[:100]
         with self._translated("prepare the charts in"):
             self._client.set_experiment_tag(self.experiment_id, SHARED_VIEW_TAG + key, encode_view(state))
-        return view_link(self.experiment_id, key)
+        return view_link(self.experiment_id, key, mode=mode)
 
     def run_link(self, run_id: str) -> str:
         """Returns the address of a run's page after the server's own."""
@@ -344,6 +377,11 @@ class Tracker:
 def _tag(run: Run, key: str) -> str:
     tags: dict[str, Any] = run.data.tags
     return str(tags.get(key, ""))
+
+
+def _trials_of(search: str, rung: str) -> str:
+    clauses = [_equals(records.KIND_TAG, "trial"), _equals("rung", rung), _equals(records.SEARCH_TAG, search)]
+    return " and ".join(clause for clause in clauses if clause)
 
 
 def _equals(key: str, value: str) -> str:

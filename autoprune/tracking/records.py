@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from autoprune.cost import LATENCY
 from autoprune.policy import Policy
 from autoprune.results import TrialResult
 
@@ -26,13 +27,22 @@ PARETO_TAG = "pareto"
 COLOR_TAG = "mlflow.runColor"
 FRONT_COLOR = "#c2185b"
 PLAIN_COLOR = "#a9b4c2"
+PICK_TAG = "pick"
+NOTE_TAG = "mlflow.note.content"
+NOTE_LIMIT = 5000
+"""Characters of a description; an experiment's tag takes no more."""
+_BEGIN, _END = "<!-- autoprune -->", "<!-- /autoprune -->"
+MODEL_FOLDER = "model"
+"""Where a run keeps its model."""
+MODEL_FILES = (".safetensors", ".json", ".txt", ".md", ".yaml", ".onnx", ".pt2")
+"""What a model's folder may hold: nothing that runs code when it is read."""
 
 _SCHEMA = "1"
 _KEY_LIMIT = 250
 _PARAM_LIMIT = 6000
 _TAG_LIMIT = 8000
-_FRACTIONS = {"macs": "macs_fraction", "params": "params_fraction", "size_bytes": "size_fraction"}
-_FRACTIONS["activation_bytes"] = "activation_fraction"
+FRACTIONS = {"macs": "macs_fraction", "params": "params_fraction", "size_bytes": "size_fraction"}
+FRACTIONS |= {"activation_bytes": "activation_fraction", LATENCY: "latency_fraction"}
 
 State = Literal["complete", "fail", "stopped"]
 
@@ -116,9 +126,10 @@ def trial_metrics(record: TrialRecord) -> dict[str, float]:
     if "val_accuracy" in values:
         values["val_error"] = result.val_error
     for name, cost in result.costs.items():
-        values[name] = float(cost)
+        if name != LATENCY:  # the metric `latency_predicted_ms` tells it
+            values[name] = float(cost)
         if record.dense.get(name):
-            values[_FRACTIONS.get(name, f"{name}_fraction")] = cost / record.dense[name]
+            values[FRACTIONS.get(name, f"{name}_fraction")] = cost / record.dense[name]
     values |= {f"seconds/{name}": spent for name, spent in result.seconds.items()}
     return {safe_key(name): finite(value) for name, value in values.items()}
 
@@ -171,6 +182,19 @@ def clean_params(params: Mapping[str, object]) -> dict[str, str]:
 def clip(text: str, limit: int) -> str:
     """Returns `text`, cut to `limit` characters with a mark where something is missing."""
     return text if len(text) <= limit else text[: limit - 4] + " ..."
+
+
+def merged_note(old: str, ours: str) -> str:
+    """Returns the description `old` with our part replaced by `ours`; what a person wrote before or after it stays.
+
+    A description without our marks that is not empty is a person's own: ours is put below it.
+    """
+    before, begun, rest = old.partition(_BEGIN)
+    _, ended, after = rest.partition(_END)
+    if not begun or not ended:
+        before, after = (f"{old.rstrip()}\n\n" if old.strip() else ""), ""
+    room = NOTE_LIMIT - len(before) - len(after) - len(_BEGIN) - len(_END) - 4
+    return f"{before}{_BEGIN}\n\n{clip(ours, max(room, 4))}\n{_END}{after}"
 
 
 def finite(value: float) -> float:

@@ -1,6 +1,6 @@
-"""The prepared chart page of MLflow's web UI: accuracy against cost, and all ratios side by side.
+"""The prepared pages of MLflow's web UI: accuracy against cost with all ratios side by side, and the list of runs.
 
-Decides what the page shows. The format is the front end's own (learnt from the bundle of MLflow 3.17) and
+Decides what the pages show. The format is the front end's own (learnt from the bundle of MLflow 3.17) and
 undocumented, so nothing depends on it: the interactive figure on the search's run shows the same front. Must not know
 mlflow.
 """
@@ -19,6 +19,7 @@ WORKFLOW = "workflowType=machine_learning"
 SHARED_VIEW_TAG = "mlflow.sharedViewState."
 _TAG_LIMIT = 5000
 _AXES = 14
+_TAGS = ("tags.`pareto`", "tags.`origin`")
 
 
 def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]:
@@ -71,9 +72,33 @@ def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: S
         "isAccordionReordered": True,
         "hideEmptyCharts": True,
         "groupBy": None,
-        "selectedColumns": [*(f"metrics.`{name}`" for name in shown), "tags.`pareto`", "tags.`origin`"],
+        "selectedColumns": [*(f"metrics.`{name}`" for name in shown), *_TAGS],
         "compareRunCharts": charts,
         "compareRunSections": [front],
+    }
+
+
+def list_view(*, filter_text: str, order_by: str, metrics: Sequence[str]) -> dict[str, Any]:
+    """Returns the state of the page that lists runs: the columns `metrics`, then rung, front and origin.
+
+    Args:
+        filter_text: Which runs are shown, in MLflow's search language.
+        order_by: The metric that orders them, lowest first.
+        metrics: The columns.
+    """
+    return {
+        "searchFilter": filter_text,
+        "orderByKey": f"metrics.`{order_by}`",
+        "orderByAsc": True,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "runsHiddenMode": "SHOW_ALL",
+        "viewMaximized": True,
+        "runListHidden": False,
+        "groupBy": None,
+        "selectedColumns": [*(f"metrics.`{name}`" for name in metrics), "tags.`rung`", *_TAGS],
     }
 
 
@@ -85,9 +110,9 @@ def encode_view(state: dict[str, Any]) -> str:
     return "deflate;" + base64.b64encode(zlib.compress(text.encode(), 9)).decode("ascii")
 
 
-def view_link(experiment_id: str, key: str) -> str:
-    """Returns the part of the page's address that follows the server's."""
-    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={key}&compareRunsMode=CHART&{WORKFLOW}"
+def view_link(experiment_id: str, key: str, *, mode: str = "CHART") -> str:
+    """Returns the part of the page's address that follows the server's; `mode` is `CHART` or `TABLE`."""
+    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={key}&compareRunsMode={mode}&{WORKFLOW}"
 
 
 def _axis(metric: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autoprune.errors import AutopruneError
 from autoprune.network.artifacts import model_document, save_model, shrink_to
 from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.export import export_onnx
+from autoprune.network.export import Inputs, export_onnx
 from autoprune.network.models import build_model
 from autoprune.network.surgery import Selection, cut, masked_twin
 from autoprune.network.trace import Network, trace
@@ -127,7 +127,8 @@ def autoprune(model: Model, options: dict[str, Any], write: Write) -> None:
     if options["onnx"]:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                export_onnx(Path(folder), small, x, Path(folder))
+                inputs = Inputs((tuple(x.shape[1:]),), (x.dtype,), (True,), (2,))
+                export_onnx(Path(folder), small, inputs, Path(folder))
                 write(onnx="equal")
             except Exception as error:  # whatever the exporter and the runtime raise is what the table tells
                 write(onnx=f"{type(error).__name__}: {_first_line(error)}")

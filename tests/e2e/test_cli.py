@@ -39,13 +39,17 @@ def run_search(space, *, home, workers, timeout, trials, summary):
 fake.run_search = run_search
 fake.show_front = lambda name, *, home, layers: (f"{name} {home} {layers}", {"name": name, "error": float("nan")})
 fake.inspect_space = lambda space, *, home: (f"groups of {space.name}", {"groups": [1, float("inf")]})
-fake.export_trial = lambda name, *, home, trial, format, output: [f"{name} {trial} {format} {output}", "policy.json"]
+fake.ExportWish = lambda *wish: " ".join(map(str, wish))
+fake.export_models = lambda wish, *, home, say: [wish, "policy.json"]
 fake.dashboard_command = lambda home, port: ["echo", str(home), str(port)] if port != 1 else ["no-such-dashboard"]
 sys.modules["autoprune.coordinator"] = fake
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from autoprune.cli import main
 main()
 """
+
+COMMANDS = ("inspect", "validate", "search", "front", "export", "schema", "dashboard")
+COMMANDS += ("pick", "finetune", "reproduce", "sync")
 
 
 def run(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -85,11 +89,11 @@ def test_help_lists_the_commands_without_importing_anything_heavy(tmp_path: Path
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "autoprune" in imported
     assert not imported & HEAVY
-    for command in ("inspect", "validate", "search", "front", "export", "schema", "dashboard"):
+    for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "validate", "search", "front", "export", "schema", "dashboard"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -113,7 +117,11 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
         ["search", "--timeout", "soon"],
         ["search", "--timeout", "-5"],
         ["front"],
-        ["export", "t"],
+        ["export"],
+        ["pick", "t"],
+        ["pick", "t", "--knee", "--trial", "3"],
+        ["pick", "t", "--min-accuracy", "90"],
+        ["finetune", "t"],
         ["export", "t", "--trial", "-1"],
         ["dashboard", "--port", "70000"],
         ["validate", "--unknown"],
@@ -233,7 +241,9 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
 
 def test_export_prints_what_it_wrote_and_refuses_an_unknown_format(tmp_path: Path) -> None:
     done = run_composed("export", "t", "--trial", "17", "--format", "onnx", "--output", "o", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["t 17 onnx o", "policy.json"]
+    assert done.stdout.splitlines() == ["t 17 ('onnx',) o False", "policy.json"]
+    done = run_composed("export", "t@knee", "--format", "all", "--evaluate", cwd=tmp_path)
+    assert done.stdout.splitlines()[0] == "t@knee None ('safetensors', 'pt2', 'onnx') None True"
     done = run_composed("export", "t", "--trial", "17", "--format", "onx", cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown format 'onx'; did you mean 'onnx'?" in done.stderr
@@ -281,12 +291,29 @@ class TestMake:
         assert self.dry("front").stdout.split() == [".venv/bin/autoprune", "front", "digits-resnet20"]
         assert self.dry("front", "NAME=x").stdout.split()[-1] == "x"
 
-    def test_export_needs_a_trial(self) -> None:
+    def test_export_takes_the_picked_model_where_no_trial_is_named(self) -> None:
         done = self.dry("export", "NAME=x", "TRIAL=17", "FORMAT=onnx")
         assert done.stdout.split()[1:] == ["export", "x", "--trial", "17", "--format", "onnx"]
-        done = self.dry("export", "NAME=x")
+        assert self.dry("export", "NAME=x").stdout.split()[1:] == ["export", "x", "--format", "safetensors"]
+
+    def test_pick_finetune_and_sync_pass_their_variables_on(self) -> None:
+        assert self.dry("pick", "NAME=x", "PICK=--max-macs 0.5").stdout.split()[1:] == [
+            "pick",
+            "x",
+            "--max-macs",
+            "0.5",
+        ]
+        assert self.dry("pick").stdout.split()[1:] == ["pick", "digits-resnet20", "--knee"]
+        done = self.dry("finetune", "NAME=x@knee", "EPOCHS=3")
+        assert done.stdout.split()[2:] == ["finetune", "x@knee", "--epochs", "3"]
+        assert self.dry("sync", "NAME=x").stdout.split()[1:] == ["sync", "x"]
+
+    def test_reproduce_needs_a_run(self) -> None:
+        done = self.dry("reproduce", "RUN=0123")
+        assert done.stdout.split()[1:] == [".venv/bin/autoprune", "reproduce", "0123"]
+        done = self.dry("reproduce")
         assert done.returncode == 2
-        assert "make export TRIAL=17" in done.stderr
+        assert "make reproduce RUN=id" in done.stderr
 
     def test_a_failed_installation_leaves_no_stamp_and_is_tried_again(self, tmp_path: Path) -> None:
         shutil.copy(ROOT / "Makefile", tmp_path)

@@ -171,27 +171,72 @@ class Browser:
 
     def picture(self, address: str, path: Path, *, until: str, size: tuple[int, int] = (1500, 950)) -> Path:
         """Opens a page, waits until a JavaScript condition holds in it, and keeps what it shows."""
+        page = self.open(address, until=until, size=size)
+        page.keep(path)
+        page.close()
+        return path
+
+    def open(self, address: str, *, until: str, size: tuple[int, int] = (1500, 950)) -> Page:
+        """Opens a page and waits until a JavaScript condition holds in it."""
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         self.ask("Emulation.setDeviceMetricsOverride", session, **screen)
         self.ask("Page.enable", session)
         self.ask("Page.navigate", session, url=address)
-        end = time.monotonic() + 60
-        while not self.ask("Runtime.evaluate", session, expression=f"Boolean({until})")["result"].get("value"):
-            assert time.monotonic() < end, f"{address}: {until} does not come to hold"
-            time.sleep(0.2)
-        self.ask("Runtime.evaluate", session, expression=CLOSE_PANEL)
-        time.sleep(2.0)  # until what moves has come to rest
-        path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", session)["data"]))
-        self.ask("Target.closeTarget", targetId=target)
-        return path
+        page = Page(self, target, session, address)
+        page.wait(until)
+        page.run(CLOSE_PANEL)
+        return page
 
     def close(self) -> None:
         self.ask("Browser.close")
         self._process.wait(30)
         os.close(self._write)
         os.close(self._read)
+
+
+class Page:
+    """A page that is open: what a person does with mouse and keyboard."""
+
+    def __init__(self, browser: Browser, target: str, session: str, address: str) -> None:
+        self._browser, self._target, self._session, self._address = browser, target, session, address
+
+    def run(self, script: str) -> Any:
+        """Evaluates JavaScript in the page."""
+        found = self._browser.ask("Runtime.evaluate", self._session, expression=script, returnByValue=True)
+        return found["result"].get("value")
+
+    def wait(self, until: str, seconds: float = 60.0) -> None:
+        """Waits until a JavaScript condition holds."""
+        end = time.monotonic() + seconds
+        while not self.run(f"Boolean({until})"):
+            assert time.monotonic() < end, f"{self._address}: {until} does not come to hold: {self.text()[:2000]}"
+            time.sleep(0.2)
+
+    def text(self) -> str:
+        """What the page says."""
+        return str(self.run("document.body.innerText"))
+
+    def click(self, element: str) -> None:
+        """Clicks with the mouse in the middle of the element that a JavaScript expression finds."""
+        script = f"(() => {{ const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'center'}});"
+        script += " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+        end = time.monotonic() + 60
+        while (box := self.run(script)) is None:  # a page that is drawn anew may lose it for a moment
+            assert time.monotonic() < end, f"{self._address}: there is no {element}: {self.text()[:2000]}"
+            time.sleep(0.2)
+        for kind in ("mousePressed", "mouseReleased"):
+            where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+            self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **where)
+
+    def keep(self, path: Path) -> None:
+        """Keeps a picture of what the page shows, once what moves has come to rest."""
+        time.sleep(2.0)
+        path.write_bytes(base64.b64decode(self._browser.ask("Page.captureScreenshot", self._session)["data"]))
+
+    def close(self) -> None:
+        self._browser.ask("Target.closeTarget", targetId=self._target)
 
 
 @pytest.fixture(scope="module")
@@ -256,13 +301,20 @@ def test_the_mlflow_server_hands_out_the_front_and_its_models(mlflow_ui: str, na
     assert "Plotly.newPlot" in page
     for run in runs_of(mlflow_ui, name, "tags.pareto = 'true'"):
         files = ask(mlflow_ui, f"/api/2.0/mlflow/artifacts/list?run_id={run['info']['run_id']}&path=model")["files"]
-        assert {file["path"] for file in files} == {"model/model.safetensors", "model/policy.json"}
+        assert {"model/model.safetensors", "model/policy.json", "model/MLmodel"} <= {file["path"] for file in files}
+
+
+def shared_view(experiment: dict[str, Any], *, list_of_runs: bool) -> tuple[str, str]:
+    """Returns key and state of a prepared page: the list of runs or the charts."""
+    prefix = "mlflow.sharedViewState."
+    views = {t["key"].removeprefix(prefix): t["value"] for t in experiment["tags"] if t["key"].startswith(prefix)}
+    ((key, state),) = [(key, state) for key, state in views.items() if key.endswith("-list") == list_of_runs]
+    return key, state
 
 
 def chart_page(address: str, name: str) -> str:
     experiment = ask(address, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
-    (key,) = [t["key"] for t in experiment["tags"] if t["key"].startswith("mlflow.sharedViewState.")]
-    share = key.removeprefix("mlflow.sharedViewState.")
+    share = shared_view(experiment, list_of_runs=False)[0]
     number = experiment["experiment_id"]
     return (
         f"{address}/#/experiments/{number}/runs?viewStateShareKey={share}"
@@ -272,8 +324,7 @@ def chart_page(address: str, name: str) -> str:
 
 def test_the_prepared_chart_page_charts_the_runs_of_the_shown_rung(mlflow_ui: str, name: str) -> None:
     experiment = ask(mlflow_ui, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
-    tags = {tag["key"]: tag["value"] for tag in experiment["tags"]}
-    (text,) = [value for key, value in tags.items() if key.startswith("mlflow.sharedViewState.")]
+    _, text = shared_view(experiment, list_of_runs=False)
     if text.startswith("deflate;"):
         text = zlib.decompress(base64.b64decode(text.removeprefix("deflate;"))).decode()
     state = json.loads(text)
@@ -319,6 +370,41 @@ def test_the_front_opens_as_a_page_of_its_own(finished: Path, name: str, browser
     assert colours(path) > 50
 
 
+@needs_browser
+def test_the_list_of_runs_shows_the_numbers_that_people_need(
+    mlflow_ui: str, name: str, front: dict[str, Any], browser: Browser, pictures: Path
+) -> None:
+    experiment = ask(mlflow_ui, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    share, _ = shared_view(experiment, list_of_runs=True)
+    address = f"{mlflow_ui}/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={share}"
+    until = f"document.body.innerText.includes('{front['trials']} matching runs')"
+    page = browser.open(f"{address}&compareRunsMode=TABLE&workflowType=machine_learning", until=until, size=(1700, 800))
+    page.wait("document.body.innerText.includes('val_accuracy')")
+    text = page.text()
+    page.keep(pictures / "mlflow-list.png")
+    page.close()
+    for column in ("latency_ms", "macs_fraction", "size_bytes", "pareto", "rung"):
+        assert column in text
+
+
+@needs_browser
+def test_the_searchs_run_tells_its_front_with_links_and_a_picture(
+    mlflow_ui: str, name: str, front: dict[str, Any], browser: Browser, pictures: Path
+) -> None:
+    (search,) = runs_of(mlflow_ui, name, "tags.kind = 'search'")
+    info = search["info"]
+    address = f"{mlflow_ui}/#/experiments/{info['experiment_id']}/runs/{info['run_id']}?workflowType=machine_learning"
+    page = browser.open(address, until="document.body.innerText.includes('networks on the front')", size=(1500, 1250))
+    page.click("[...document.querySelectorAll('button')].find(e => e.innerText.trim() === 'Show more')")
+    page.wait(
+        "[...document.images].some(e => e.src.includes('path=front/front.png') && e.complete && e.naturalWidth > 100)"
+    )
+    linked = page.run("[...document.querySelectorAll('table a')].map(e => e.innerText.trim())")
+    page.keep(pictures / "mlflow-search.png")
+    page.close()
+    assert {str(point["trial"]) for point in front["front"]} <= set(linked)
+
+
 # --- the Optuna dashboard ---
 
 
@@ -354,16 +440,25 @@ def test_every_trial_links_to_a_run_that_the_mlflow_server_has(dashboard: str, m
     studies = studies_of(dashboard)
     for rung in ("tune", "final"):
         for trial in ask(dashboard, f"/api/studies/{studies[f'{name}.{rung}']}?after=0")["trials"]:
+            assert "channels kept" in trial["note"]["body"]
             match = re.search(r"\[MLflow run\]\(.*/runs/([0-9a-f]{32})", trial["note"]["body"])
             assert match, trial["note"]
             run = ask(mlflow_ui, f"/api/2.0/mlflow/runs/get?run_id={match[1]}")["run"]
             assert tags_of(run)["autoprune.trial"] == f"{name}.{rung}/{trial['number']}"
 
 
+def test_every_rung_says_what_it_is_for_and_shows_the_front(dashboard: str, name: str, front: dict[str, Any]) -> None:
+    for rung in ("screen", "tune", "final", "controls"):
+        note = ask(dashboard, f"/api/studies/{studies_of(dashboard)[f'{name}.{rung}']}?after=0")["note"]["body"]
+        assert f"rung `{rung}` of screen → tune → final" in note
+        assert all(f"| {point['trial']} |" in note for point in front["front"])
+
+
 @needs_browser
 @pytest.mark.parametrize(
     ("page", "until"),
     [
+        ("/note", "document.body.innerText.includes('Objectives')"),
         ("", "document.querySelectorAll('.scatterlayer .point').length > 4"),
         ("/analytics", "document.querySelectorAll('.scatterlayer .point').length > 4"),
         ("/trials", "document.body.innerText.includes('MLflow run')"),

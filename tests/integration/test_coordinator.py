@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 from autoprune import report
-from autoprune.budget import Budget
-from autoprune.coordinator.commands import dashboard_command, export_trial, show_front
+from autoprune.coordinator.commands import dashboard_command, show_front
+from autoprune.coordinator.exporting import ExportWish, export_models
 from autoprune.coordinator.recording import Records, run_name
 from autoprune.coordinator.session import Session
+from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import CONTROLS, StoredSearch, make_home, read_search, view_of
 from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError, TrackingError
-from autoprune.policy import Choice, Group, Policy
+from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.search import StoredTrial
 
@@ -137,6 +138,28 @@ def test_costs_of_very_different_size_are_drawn_on_a_logarithmic_axis(tmp_path: 
 # --- records ---
 
 
+class FakeRegistry:
+    """Remembers what it is told, with the tracker that it belongs to."""
+
+    def __init__(self, tracker: FakeTracker, search: str) -> None:
+        self.tell = tracker.said.append
+        self.search = search
+
+    def open(self, *, description: str, tags: Mapping[str, str]) -> None:
+        self.tell(("registry", self.search))
+
+    def add(self, members: Any, *, loader: str) -> dict[str, str]:
+        for member in members:
+            self.tell(("model", (member.run_id, member.folder.name, dict(member.tags))))
+        return {member.key: str(number) for number, member in enumerate(members, start=1)}
+
+    def mark(self, front: Any) -> None:
+        self.tell(("versions", list(front)))
+
+    def point(self, aliases: Mapping[str, str | None]) -> None:
+        self.tell(("aliases", dict(aliases)))
+
+
 class FakeTracker:
     """Remembers what it is told."""
 
@@ -160,8 +183,14 @@ class FakeTracker:
     def mark_front(self, search: str, keys: Any) -> None:
         self.said.append(("front", list(keys)))
 
-    def log_model_folder(self, run: str, folder: Path) -> None:
-        self.said.append(("model", (run, folder.name)))
+    def registry(self, search: str) -> FakeRegistry:
+        return FakeRegistry(self, search)
+
+    def describe(self, text: str, *, run_id: str | None = None) -> None:
+        self.said.append(("describe", (run_id, text)))
+
+    def log_files(self, run: str, files: Mapping[str, Any]) -> None:
+        self.said.append(("space", (run, dict(files))))
 
     def log_front(self, run: str, files: Mapping[str, Any], *, metrics: Mapping[str, float]) -> None:
         self.said.append(("files", (run, set(files), dict(metrics))))
@@ -169,6 +198,10 @@ class FakeTracker:
     def write_chart_view(self, search: str, *, rung: str, cost: str, params: Any) -> str:
         self.said.append(("charts", (rung, cost, params)))
         return "/#/charts"
+
+    def write_list_view(self, search: str, *, rung: str, metrics: Any) -> str:
+        self.said.append(("list", (rung, list(metrics))))
+        return "/#/list"
 
     def finish_search(self, run: str, metrics: Mapping[str, float], *, status: str = "FINISHED") -> None:
         self.said.append(("finish", status))
@@ -180,16 +213,21 @@ class FakeTracker:
         return [what for said, what in self.said if said == kind]
 
 
+SETUP = Setup(
+    space={"name": "s", "recipe": {"lr": 0.1}, "seed": 0},
+    at_hand=False,
+    dense=DENSE,
+    scopes={"layer": "model"},
+    facts={"threads": "1"},
+)
+
+
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
     monkeypatch.setattr("autoprune.coordinator.recording.tracking.Tracker", FakeTracker)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    groups = (Group("layer", 10, tuple(range(1, 11))),)
-    problem: Any = SimpleNamespace(
-        groups=groups, cost_model=SimpleNamespace(dense=lambda: DENSE), budget=Budget({"macs": 600}, "macs", (0.1, 0.6))
-    )
-    return Records("s", problem, home=tmp_path / ".autoprune", params={}, tags={}, say=lambda text: None)
+    return Records("s", SETUP, home=tmp_path / ".autoprune", say=lambda text: None)
 
 
 def test_a_finished_or_failed_trial_is_recorded_once_and_a_running_one_not(records: Records) -> None:
@@ -210,7 +248,9 @@ def test_publishing_marks_the_front_and_stores_its_kept_models_figures_and_numbe
     records: Records, tmp_path: Path
 ) -> None:
     home = tmp_path / ".autoprune"
-    (home / "models/s/final-width-5").mkdir(parents=True)
+    folder = home / "models/s/final-width-5"
+    folder.mkdir(parents=True)
+    (folder / "policy.json").write_text(json.dumps({"input_shape": [4], "origin": {"num_classes": 3}}))
     worse = trial(2, 5, 0.2, fidelity=FINAL, origin=2)
     search = stored(home, tune=TUNED, final=(*FINALS, worse))
     for item in search.rungs["final"]:
@@ -220,15 +260,26 @@ def test_publishing_marks_the_front_and_stores_its_kept_models_figures_and_numbe
     assert records.close(60) == 0
     tracker = FakeTracker.last
     assert tracker.all("front") == [["s.final/0", "s.final/1"]]
-    assert tracker.all("model") == [("run-s.final/1", "final-width-5")]
+    ((model_run, kept, tags),) = tracker.all("model")
+    assert (model_run, kept) == ("run-s.final/1", "final-width-5")
+    assert {"trial": "0", "rung": "final", "val_accuracy": "0.9500", "macs_fraction": "0.5000"}.items() <= tags.items()
+    assert tracker.all("aliases") == [{"smallest": None, "most-accurate": "1", "knee": None}]
     ((run, files, metrics),) = tracker.all("files")
     assert run == "search-run"
-    assert {"front.html", "front.png", "front.csv", "groups.csv", "controls.csv"} <= files
+    assert {"front.html", "front.png", "front.csv", "groups.csv", "controls.csv", "report.html"} <= files
     assert metrics["front_size"] == 2
     assert metrics["hypervolume"] == pytest.approx(view.hypervolume)
     assert tracker.all("charts") == [("final", "macs_fraction", ["ratio/layer"])]
     assert tracker.all("finish") == ["FINISHED"]
     assert records.charts == "/#/charts"
+    assert records.versions == {"s.final/1": "1"}
+    texts = dict(tracker.all("describe"))
+    assert set(texts) == {"search-run", None}
+    assert "| [0](/#/runs/run-s.final/1) | 95.00% |" in texts["search-run"]
+    assert "the alias `picked`" in texts["search-run"]
+    assert "[report](/#/runs/search-run" in texts["search-run"]
+    ((run, written),) = tracker.all("space")
+    assert json.loads(written["space.json"]) == SETUP.space
 
 
 def test_runs_go_by_the_numbers_that_people_use() -> None:
@@ -247,7 +298,7 @@ def test_a_store_that_is_away_leaves_the_records_undone_and_raises_nothing(
     records.close(10)
     monkeypatch.setattr("autoprune.coordinator.recording.tracking.Tracker", away)
     said: list[str] = []
-    late = Records("s", records.problem, home=tmp_path, params={}, tags={}, say=said.append)
+    late = Records("s", SETUP, home=tmp_path, say=said.append)
     late.trial("tune", TUNED[0])
     assert late.close(10) == 2
     assert len(said) == 1
@@ -302,7 +353,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     for call in (
         lambda: read_search("s", home=tmp_path),
         lambda: show_front("s", home=tmp_path),
-        lambda: export_trial("s", home=tmp_path, trial=1, format="onnx"),
+        lambda: export_models(ExportWish("s", 1), home=tmp_path, say=print),
         lambda: dashboard_command(tmp_path, 8080),
     ):
         with pytest.raises(StudyError, match=str(tmp_path)):

@@ -18,8 +18,9 @@ from autoprune.budget import resolve_budget
 from autoprune.coordinator.background import Background, curves_of, pack, unpack
 from autoprune.coordinator.explaining import compare_trials, explain_trial
 from autoprune.coordinator.reporting import write_report
+from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import facts_of, read_search, storage_path
-from autoprune.cost import CostModel, Form, Term
+from autoprune.cost import LATENCY, CostModel, Form, Surface, Term
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Choice, Group, Policy, feasible_widths, uniform_policy
 from autoprune.results import Fidelity, Problem, TrialResult
@@ -27,6 +28,7 @@ from autoprune.search.records import Candidate, add_complete, add_failed
 
 SIZES = {"first": 16, "second": 200}
 CRITERIA = ("l2", "obs")
+LATENCY_FACTS = {"batch": 1, "dtype": "float32", "threads": 1, "device": "cpu"}
 
 
 def problem() -> Problem:
@@ -49,8 +51,13 @@ def background(known: Problem, **changes: Any) -> Background:
         "groups": known.groups,
         "model": known.cost_model,
         "curves": curves_of(known, tables()),
-        "settings": "schema: 1\nname: small\n",
-        "python": False,
+        "setup": Setup(
+            space={"schema": 1, "name": "small"},
+            at_hand=False,
+            dense=known.cost_model.dense(),
+            scopes={group.name: group.scope for group in known.groups},
+            facts={"threads": "1"},
+        ),
         "samples": {"train": 700, "test": 400},
         "classes": 10,
         "accuracy": True,
@@ -71,7 +78,9 @@ def home(tmp_path: Path) -> Path:
     storage = studies.open_storage(storage_path(tmp_path))
     study = studies.open_study(storage, "small.tune", known, fingerprint="f", settings={})
     fidelity = Fidelity("tune", epochs=1)
-    studies.write_facts(study, facts_of(known, {"val_accuracy": 0.95, "latency_ms": 1.0}, [fidelity], {}))
+    studies.write_facts(
+        study, facts_of(known, {"val_accuracy": 0.95, "latency_ms": 1.0}, [fidelity], {}, latency=LATENCY_FACTS)
+    )
     now = datetime.datetime.now()
     for ratio, accuracy in ((0.2, 0.94), (0.5, 0.9), (0.8, 0.7)):
         policy = uniform_policy(known.groups, ratio, "obs")
@@ -94,6 +103,20 @@ def home(tmp_path: Path) -> Path:
 def give_background(home: Path, **changes: Any) -> None:
     study = studies.load_rung(studies.open_storage(storage_path(home)), "small", "tune")
     studies.write_background(study, pack(background(problem(), **changes)))
+
+
+def test_a_search_that_goes_on_keeps_the_time_and_versions_of_its_first_call(home: Path) -> None:
+    first = background(problem())
+    facts = {"threads": "7"}
+    later = replace(
+        first,
+        setup=replace(first.setup, facts=facts),
+        environment={"version.autoprune": "0.2.0"},
+        began=datetime.datetime(2027, 1, 1, tzinfo=datetime.UTC),
+    )
+    read = unpack(pack(later, before=json.loads(json.dumps(pack(first)))))
+    assert (read.environment, read.began) == (first.environment, first.began)
+    assert read.setup.facts == facts
 
 
 def test_a_background_survives_the_store_and_json(home: Path) -> None:
@@ -140,6 +163,49 @@ def test_a_trial_is_explained_from_what_is_stored(home: Path) -> None:
     assert data["groups"][1]["uniform_width"] == 100
     with pytest.raises(StudyError, match=r"no finished trial 3; finished: 0, 1, 2"):
         explain_trial("small", home=home, trial=3)
+
+
+def test_a_search_for_latency_is_explained_by_the_prices_of_its_latency_table(tmp_path: Path) -> None:
+    known = problem()
+    surfaces = (
+        Surface((Form(terms=((0, 1),)),), ((2, 16),), (1_000_000, 5_000_000)),
+        Surface((Form(terms=((0, 1),)), Form(2, ((1, 1),))), ((2, 16), (22, 202)), (100, 200, 300, 1_000_000)),
+    )
+    model = replace(known.cost_model, latency=surfaces)
+    budget = resolve_budget({"latency": 0.9}, model, known.groups)
+    timed = replace(known, cost_model=model, budget=budget)
+    study = studies.open_study(
+        studies.open_storage(storage_path(tmp_path)), "fast.tune", timed, fingerprint="f", settings={}
+    )
+    fidelity = Fidelity("tune", epochs=1)
+    studies.write_facts(
+        study, facts_of(timed, {"val_accuracy": 0.95, "latency_ms": 7.0}, [fidelity], {}, latency=LATENCY_FACTS)
+    )
+    kept = pack(background(timed))
+    studies.write_background(study, kept)
+    policy = uniform_policy(timed.groups, 0.5, "obs")
+    widths = policy.widths(timed.groups)
+    metrics = {"val_accuracy": 0.9, "latency_ms": 7.5, "latency_least_ms": 7.4}
+    result = TrialResult(policy, policy.id, fidelity, widths, timed.costs(policy), metrics)
+    candidate = Candidate(policy, policy.id, "uniform-obs", "uniform-obs")
+    add_complete(study, timed, candidate, result=result, reused=None, started=datetime.datetime.now(), notes={})
+
+    stored = read_search("fast", home=tmp_path)
+    assert stored.background is not None
+    assert stored.background.model == model
+    assert stored.setup.dense[LATENCY] == model.cost(LATENCY, {})
+    text, data = explain_trial("fast", home=tmp_path, trial=0)
+    assert (data["cost"], data["dense"], data["total"]) == (LATENCY, 6_000_000, model.cost(LATENCY, widths))
+    first, second = data["groups"]
+    assert first["share"] == pytest.approx(1.0)
+    assert 0 < second["share"] < first["share"]
+    narrower = {**widths, "first": first["down"]["width"]}
+    assert first["down"]["cost"] == model.cost(LATENCY, narrower) - model.cost(LATENCY, widths)
+    assert "percent of the dense latency" in text
+    page = write_report("fast", home=tmp_path, output=tmp_path / "fast.html").read_text(encoding="utf-8")
+    assert "<th>latency</th><th>measured</th>" in page
+    assert "no faster" in page
+    assert "over the limit" in page
 
 
 def test_a_search_without_tables_cannot_be_explained_and_says_what_to_do(home: Path) -> None:
@@ -209,7 +275,8 @@ def test_a_report_without_a_background_names_what_is_missing(home: Path, tmp_pat
 
 
 def test_a_search_from_python_is_reproduced_in_python(home: Path, tmp_path: Path) -> None:
-    give_background(home, python=True)
+    setup = background(problem()).setup
+    give_background(home, setup=replace(setup, at_hand=True))
     text = write_report("small", home=home, output=tmp_path / "python.html").read_text(encoding="utf-8")
     assert "autoprune.search(model, data=..., name=&#x27;small&#x27;, ...)" in text
 

@@ -71,6 +71,12 @@ def test_the_experiment_says_what_it_is(tracker: Tracker) -> None:
     experiment = tracker._client.get_experiment(tracker.experiment_id)
     assert experiment.name == "digits"
     assert experiment.tags["mlflow.note.content"] == "**digits**: a test"
+    tracker.describe("what was *found*")
+    tracker.describe("what was found **later**")
+    text = tracker._client.get_experiment(tracker.experiment_id).tags["mlflow.note.content"]
+    assert text.startswith("**digits**: a test\n")
+    assert "what was found **later**" in text
+    assert "*found*\n" not in text
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
@@ -221,19 +227,6 @@ def test_a_file_cannot_be_stored_outside_its_run(tracker: Tracker, name: str) ->
         tracker.log_files("any", {name: "text"})
 
 
-def test_a_model_folder_is_stored_but_never_a_pickle(tracker: Tracker, folder: Path, tmp_path: Path) -> None:
-    run_id = tracker.record_trial(make_record("model", 1))
-    (tmp_path / "policy.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
-        tracker.log_model_folder(run_id, tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    tracker.log_model_folder(run_id, tmp_path)
-    assert (folder / "artifacts/digits" / run_id / "artifacts/model/model.safetensors").read_bytes() == b"weights"
-    (tmp_path / "model.pt").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"model\.pt"):
-        tracker.log_model_folder(run_id, tmp_path)
-
-
 def test_the_chart_view_names_its_axes_and_filters_one_rung(tracker: Tracker) -> None:
     link = tracker.write_chart_view("charts", rung="tune", cost="macs_fraction", params=["ratio/a", "ratio/b"])
     page = f"/#/experiments/{tracker.experiment_id}/runs?viewStateShareKey=autoprune-charts-tune&compareRunsMode=CHART"
@@ -244,6 +237,22 @@ def test_the_chart_view_names_its_axes_and_filters_one_rung(tracker: Tracker) ->
     assert (scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("macs_fraction", "val_accuracy")
     assert parallel["selectedParams"] == ["ratio/a", "ratio/b"]
     assert "tags.`rung` = 'tune'" in state["searchFilter"]
+
+
+def test_the_list_of_runs_shows_the_numbers_that_people_need_lowest_cost_first(tracker: Tracker) -> None:
+    link = tracker.write_list_view("listed", rung="final", metrics=["val_accuracy", "latency_ms", "macs_fraction"])
+    assert link.endswith(
+        "viewStateShareKey=autoprune-listed-final-list&compareRunsMode=TABLE&workflowType=machine_learning"
+    )
+    tags = tracker._client.get_experiment(tracker.experiment_id).tags
+    state = json.loads(tags["mlflow.sharedViewState.autoprune-listed-final-list"])
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`macs_fraction`", True)
+    assert state["selectedColumns"][:4] == [
+        "metrics.`val_accuracy`",
+        "metrics.`latency_ms`",
+        "metrics.`macs_fraction`",
+        "tags.`rung`",
+    ]
 
 
 def test_an_experiment_deleted_in_the_ui_is_restored(tracker: Tracker, folder: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import autoprune
 from autoprune.errors import Fault, InputError, SpaceError
 from autoprune.space import CRITERIA, DEFAULT_SPACE, Space, default_space_path, json_schema, load_space, parse_space
+from autoprune.space.file import write_document
 
 ROOT = Path(__file__).parents[2]
 BAD = ROOT / "tests/assets/bad"
@@ -58,7 +59,13 @@ MALFORMED = [
     ("schema as a text", "schema: '1'\n" + GOOD[10:], 1, "schema", "schema '1' is unknown"),
     ("unknown key", GOOD + "divice: cpu\n", 5, "divice", "did you mean 'device'?"),
     ("unknown inner key", GOOD + "recipe:\n  lr: 0.1\n  moment: 0.9\n", 7, "recipe.moment", "did you mean 'momentum'?"),
-    ("a key like no other", GOOD + "budget: {zzz: 1}\n", 5, "budget.zzz", "valid: front, macs, memory, params, size"),
+    (
+        "a key like no other",
+        GOOD + "budget: {zzz: 1}\n",
+        5,
+        "budget.zzz",
+        "valid: front, latency, latency_ms, macs, memory, params, size",
+    ),
     ("name missing", "schema: 1\nmodel: {name: a}\ndata: {name: iris}\n", None, "name", "this key is needed"),
     ("name in capitals", GOOD.replace("name: t", "name: Digits"), 2, "name", "lower-case letters"),
     ("name is a number", GOOD.replace("name: t", "name: 5"), 2, "name", "expected a text, got 5"),
@@ -550,6 +557,6 @@ def test_the_json_schema_describes_every_key() -> None:
 
 def test_a_space_written_as_yaml_is_the_same_space() -> None:
     space = load_space(default_space_path(Path("/nonexistent")), overrides=["search.trials=7"], env={})
-    text = space.to_yaml()
+    text = write_document(space.model_dump(mode="json", by_alias=True))
     assert parse_space(text, env={}) == space
     assert text.startswith("schema: 1\nname: digits-resnet20\n")

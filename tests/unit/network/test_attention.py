@@ -17,7 +17,7 @@ from autoprune.network.artifacts import load, model_document, read_document, sav
 from autoprune.network.attention import prunable, replace_attention, replaceable, replaced
 from autoprune.network.calibration import gather
 from autoprune.network.compensation import compensate
-from autoprune.network.criteria import CRITERIA, Evidence, gather_gradients, score
+from autoprune.network.criteria import CRITERIA, Evidence, gather_fisher, gather_gradients, score
 from autoprune.network.inspection import layer_table
 from autoprune.network.pruning import prune
 from autoprune.network.surgery import cut, masked_twin
@@ -305,8 +305,10 @@ def evidence() -> Evidence:
     torch.manual_seed(0)
     network = trace(Packed().eval(), X)
     x = torch.randn(64, 7, 12)
-    gradients = gather_gradients(network, [(x, torch.arange(64) % 5)], F.cross_entropy)
-    return Evidence(network, gather(network, [x]), gradients, 0)
+    batches = [(x, torch.arange(64) % 5)]
+    gradients = gather_gradients(network, batches, F.cross_entropy)
+    fisher = gather_fisher(network, batches, F.cross_entropy)
+    return Evidence(network, gather(network, [x]), gradients, 0, fisher)
 
 
 def test_every_criterion_scores_heads_and_dimensions(evidence: Evidence) -> None:

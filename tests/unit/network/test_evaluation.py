@@ -15,7 +15,6 @@ from autoprune.network.evaluation import (
     evaluate,
     first_tensor,
     logits_of,
-    measure_latency,
     mode,
     probe_precision,
     recalibrate,
@@ -301,19 +300,6 @@ def test_recalibration_leaves_a_partial_last_batch_out_and_a_network_without_bat
     recalibrate(frozen, split())
     assert model.training
     assert frozen.running_mean is None
-
-
-def test_latency_tells_how_it_was_measured():
-    model = nn.Linear(8, 8)
-    latency = measure_latency(model, torch.zeros(3, 8), repeats=5, warmup=1, autocast_dtype=torch.bfloat16)
-    assert latency.median_ms > 0
-    assert latency.spread_ms >= 0
-    assert (latency.batch, latency.device, latency.dtype) == (3, "cpu", "bfloat16")
-    assert latency.threads == torch.get_num_threads()
-    assert measure_latency(model, torch.zeros(3, 8), repeats=1).dtype == "float32"
-    assert model.training
-    with pytest.raises(ValueError, match="repeats must be at least 1"):
-        measure_latency(model, torch.zeros(1, 8), repeats=0)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -76,16 +76,6 @@ def test_a_folder_of_another_schema_is_refused(saved, tmp_path):
         export(saved[0], tmp_path / "out", format="pt2", factory=factory)
 
 
-def test_a_model_that_returns_several_tensors_is_refused(saved, tmp_path):
-    class Pair(nn.Sequential):
-        def forward(self, x):
-            y = super().forward(x)
-            return y, y
-
-    with pytest.raises(InputError, match="the model returns tuple"):
-        export(saved[0], tmp_path / "out", format="pt2", factory=lambda: Pair(*factory()))
-
-
 def test_an_export_that_gives_another_output_is_an_error(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_like", lambda model, folder: nn.Sequential(model, nn.Softmax(1)))
     with pytest.raises(AutopruneError, match="does not give the model's output"):

@@ -8,11 +8,10 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna_dashboard import get_note
 
 from autoprune.errors import StudyError
 from autoprune.results import Problem
-from autoprune.search import load_rung, open_study, quiet_optuna, rung_names, search_names, study_summary, write_notes
+from autoprune.search import load_rung, open_study, quiet_optuna, rung_names, search_names, study_summary
 
 SETTINGS = {"model": {"name": "resnet20"}, "recipe": {"lr": 0.1}}
 
@@ -92,15 +91,6 @@ def test_searches_and_rungs_are_listed_in_the_order_of_their_beginning(storage: 
         open_study(storage, name, problem, fingerprint="f", settings=SETTINGS)
     assert search_names(storage) == ["b.one", "a"]
     assert rung_names(storage, "b.one") == ["screen", "tune"]
-
-
-def test_a_note_on_a_finished_trial_is_what_the_dashboard_reads(storage: Any, problem: Problem) -> None:
-    study = open_study(storage, "digits.tune", problem, fingerprint="f", settings=SETTINGS)
-    study.add_trial(optuna.trial.create_trial(values=[0.1, 0.5]))
-    text = "[run](http://127.0.0.1:5000/#/x) " * 200
-    for later in (text, "another text, which comes too late"):
-        write_notes(study, {0: later, 7: "no such trial"})
-        assert get_note(optuna.trial.Trial(study, study.trials[0]._trial_id)) == text
 
 
 def test_optunas_level_is_a_warning_inside_only_and_handlers_stay() -> None:

@@ -1,0 +1,28 @@
+"""The command that measures a latency table."""
+
+from __future__ import annotations
+
+from autoprune.cli.shared import (
+    HOME,
+    HomeOption,
+    JsonOption,
+    SetOption,
+    SpaceArgument,
+    app,
+    guarded,
+    load_settings,
+    show,
+)
+
+
+@app.command()
+@guarded
+def latency(
+    space: SpaceArgument = None, as_json: JsonOption = False, overrides: SetOption = None, home: HomeOption = HOME
+) -> None:
+    """Measure what widths cost in milliseconds on this device, and how well that predicts a network's latency."""
+    loaded = load_settings(space, overrides)
+    from autoprune.coordinator import latency_space
+
+    text, data = latency_space(loaded, home=home)
+    show(text, data, as_json=as_json)

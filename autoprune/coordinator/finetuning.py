@@ -1,0 +1,104 @@
+"""Trains a chosen model of a search longer, as a run of its own that is linked to where it comes from.
+
+Decides where the result is kept, how it is numbered and what is recorded. The model appears in its folder whole or not
+at all; MLflow being away delays the record, which `autoprune sync` makes later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoprune.coordinator.picking import Pick, Say, finetuned_folders, finetuned_root, resolve
+from autoprune.coordinator.recording import Records
+from autoprune.coordinator.registering import FINETUNE
+from autoprune.coordinator.setup import space_of
+from autoprune.coordinator.views import read_search
+from autoprune.errors import InputError
+from autoprune.results import TrialResult
+
+_PATIENCE = 60.0
+"""Seconds that are waited for MLflow at the end."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A model that was trained longer: its folder, its number among its search's, and what was measured."""
+
+    folder: Path
+    number: int
+    origin: Pick
+    result: TrialResult
+    recorded: bool
+
+    @property
+    def text(self) -> str:
+        """What a person reads."""
+        metrics, name = self.result.metrics, self.origin.search
+        before, after = (100 * metrics[key] for key in ("val_accuracy_before", "val_accuracy"))
+        lines = [
+            f"{name}, trial {self.origin.label}, trained {self.result.fidelity.epochs:g} epochs longer:",
+            f"  validation accuracy {before:.2f}% before, {after:.2f}% after ({after - before:+.2f} points)",
+            f"  test accuracy {100 * metrics['test_accuracy']:.2f}%",
+            f"  model {self.folder}",
+        ]
+        if not self.recorded:
+            lines.append(f"MLflow is away: `autoprune sync {name}` records it once it is back.")
+        return "\n".join([*lines, f"Next: autoprune export {name}@finetuned --format onnx"])
+
+
+def finetune_model(reference: str, *, home: Path, trial: int | None, how: Mapping[str, Any], say: Say) -> Finetuned:
+    """Trains one model of a search longer with the space's recipe and evaluates it on validation and test data.
+
+    Args:
+        reference: Which model, as `resolve` reads it.
+        home: The home folder.
+        trial: The trial's number, where `reference` is a search's name.
+        how: `epochs`, `lr` (None: the recipe's) and `seed`.
+        say: Is told of progress, in words.
+
+    Raises:
+        StudyError: There is no such model, or model and data were Python objects.
+        InputError: Epochs or rate cannot be used, or several models are picked.
+        TrialError: Training diverged; nothing is kept.
+    """
+    from autoprune.network import further
+
+    training = further.Training(**how)
+    chosen = resolve(reference, home=home, trial=trial, say=say)
+    if len(chosen) > 1:
+        names = ", ".join(pick.label for pick in chosen)
+        raise InputError(f"several models are picked (trials {names}); name one: --trial {chosen[0].trial}")
+    origin = chosen[0]
+    setup = read_search(origin.search, home=home).setup
+    space = space_of(setup, doing="train a model longer")
+    done = finetuned_folders(home, origin.search)
+    number = int(done[-1].name) + 1 if done else 1
+    folder = finetuned_root(home, origin.search) / str(number)
+    say(f"training trial {origin.label} of {origin.search} for {training.epochs:g} epochs")
+    link = {"from": origin.key, "trial": origin.trial}
+    result = further.finetune(
+        space, origin.folder, training=training, cache=home / "cache", target=further.Target(folder, link), note=say
+    )
+    records = Records(origin.search, setup, home=home, say=say, opens=False)
+    record_finetuned(records, folder)
+    left = records.close(_PATIENCE)
+    return Finetuned(folder, number, origin, result, recorded=left == 0)
+
+
+def record_finetuned(records: Records, folder: Path) -> None:
+    """Queues the record of a model that was trained longer, with its registered version."""
+    document = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+    result = TrialResult.from_json(document[FINETUNE]["result"])
+    records.finetuned(int(folder.name), folder, result, origin=document[FINETUNE]["from"])
+
+
+def record_all_finetuned(records: Records, home: Path) -> int:
+    """Queues the records of every model of a search that was trained longer; returns how many there are."""
+    folders = finetuned_folders(home, records.name)
+    for folder in folders:
+        record_finetuned(records, folder)
+    return len(folders)

@@ -1,0 +1,88 @@
+"""Where a space's network runs, under which conditions its latency is measured, and its latency table in the cache.
+
+Decides which device settings mean, and what a table is kept by: the network, the conditions, the machine. Must not know
+how anything is timed.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from autoprune.errors import InputError
+from autoprune.network.latency import LatencyTable, read_or_build
+from autoprune.network.timing import Conditions, device_name
+from autoprune.network.trace import Network
+from autoprune.policy import digest
+from autoprune.space import Space
+
+Note = Callable[[str], None]
+LOCK = "measuring.lock"
+LATENCY_VERSION = 1
+"""Version of how tables are measured; a change makes cached files stale."""
+
+
+def resolve_device(wanted: str) -> str:
+    """Returns the device to run on; `auto` takes a GPU where there is one.
+
+    Raises:
+        InputError: A GPU was asked for and there is none.
+    """
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= count:
+            raise InputError(f"device {wanted!r} was asked for, and {count} CUDA devices are usable here")
+    return wanted
+
+
+def conditions_of(space: Space) -> Conditions:
+    """Returns the conditions under which the space wants latency measured.
+
+    Raises:
+        InputError: A GPU was asked for and there is none.
+    """
+    section = space.latency
+    return Conditions(section.batch, section.dtype, section.threads, resolve_device(space.device))
+
+
+def latency_table(network: Network, space: Space, *, cache: Path, note: Note) -> LatencyTable:
+    """Returns the latency table of a network under the space's conditions; it is measured once and kept in `cache`.
+
+    Raises:
+        InputError: The table cannot be read, or the network cannot be timed under these conditions.
+    """
+    conditions = conditions_of(space)
+    shapes = [[name, list(p.shape)] for name, p in network.model.state_dict().items()]
+    inputs = [[list(x.shape[1:]), str(x.dtype)] for x in network.example_inputs]
+    groups = [[group.name, group.size] for group in network.groups]
+    key = digest(
+        [
+            [type(network.model).__qualname__, shapes, inputs, groups, space.groups.round_to],
+            [asdict(conditions), device_name(conditions.device), _processor(), torch.__version__, LATENCY_VERSION],
+        ]
+    )
+    return read_or_build(
+        cache / f"latency-{key}.json",
+        network,
+        conditions,
+        round_to=space.groups.round_to,
+        seed=space.seed,
+        lock=cache / LOCK,
+        note=note,
+    )
+
+
+def _processor() -> str:
+    """Returns the name of the CPU, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

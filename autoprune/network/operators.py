@@ -1,0 +1,241 @@
+"""The operators of a traced network as calls that can be made alone, at the shapes that any widths give them.
+
+Decides which nodes of the graph take time, which of their dimensions follow the widths of which groups, and how their
+other arguments follow. Knows nothing of clocks.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from autoprune.cost import Form
+from autoprune.errors import InputError
+from autoprune.network.labels import Labels, Value
+from autoprune.network.rules import operator_name
+from autoprune.network.timing import Conditions, batch_of
+from autoprune.network.trace import ALIASES, Network, evaluating, export_program, walk
+
+_RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """One dimension of a tensor: `factor` times the size on an axis of its call, or `factor` alone."""
+
+    factor: int
+    axis: int | None = None
+
+    def at(self, sizes: Sequence[int]) -> int:
+        """Returns the dimension at the sizes of the axes."""
+        return self.factor if self.axis is None else self.factor * sizes[self.axis]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor that a call reads. `order` are its dimensions from the slowest to the fastest in memory."""
+
+    extents: tuple[Extent, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    def make(self, sizes: Sequence[int], conditions: Conditions) -> Tensor:
+        """Returns a tensor of this kind: ones where it holds real numbers, else zeros, which index anything."""
+        dtype = conditions.torch_dtype if self.dtype.is_floating_point else self.dtype
+        shape = [extent.at(sizes) for extent in self.extents]
+        plain = torch.full(
+            [shape[dim] for dim in self.order],
+            1.0 if dtype.is_floating_point else 0,
+            dtype=dtype,
+            device=conditions.device,
+        )
+        return plain.permute([self.order.index(dim) for dim in range(len(shape))])
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What two calls must have in common to take the same time.
+
+    `leaves` are the flattened arguments, in which an `Operand` stands for each tensor; `structure` puts them together
+    again. `sizes` are the dense sizes of the axes, `least` those with one channel left in every group.
+    """
+
+    target: str
+    leaves: tuple[Any, ...]
+    structure: str
+    sizes: tuple[int, ...]
+    least: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The operator's short name, such as `conv2d`."""
+        return self.target.split(".")[1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node of the graph: what it computes, and the linear form over the groups' widths behind each of its axes."""
+
+    kind: Kind
+    forms: tuple[Form, ...]
+    where: str
+    overload: Any
+    spec: Any
+
+    def prepare(self, sizes: Sequence[int], conditions: Conditions) -> Callable[[], Any]:
+        """Returns the call at other sizes of the axes, its tensors made and its other arguments following them."""
+        leaves = [leaf.make(sizes, conditions) if isinstance(leaf, Operand) else leaf for leaf in self.kind.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        args = _follow(self.kind.name, list(args))
+        overload = self.overload
+        return lambda: overload(*args, **kwargs)
+
+
+def record_calls(network: Network, conditions: Conditions) -> list[Call]:
+    """Returns every call in the network that takes time, in the order of the graph, for the batch of `conditions`.
+
+    Views and what only makes constants are left out.
+
+    Raises:
+        InputError: The graph at that batch is another one than the one that was traced.
+    """
+    model, inputs = network.model, network.example_inputs
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    env: dict[torch.fx.Node, Any] = {}
+    with evaluating(model):
+        traced = export_program(model, tuple(x.to(device) for x in inputs))
+        record, _ = walk(traced, model, inputs[0].shape[0], env)
+        wanted = batch_of(inputs, Conditions(conditions.batch, "float32", 1, str(device)))
+        wanted = tuple(x.to(old.dtype) for x, old in zip(wanted, inputs, strict=True))
+        other = export_program(model, wanted)
+    pairs = list(zip(traced.graph.nodes, other.graph.nodes, strict=False))
+    same = len(traced.graph.nodes) == len(other.graph.nodes) and all(a.target == b.target for a, b in pairs)
+    if not same or not np.array_equal(record.solution.component, network.record.solution.component):
+        raise InputError(
+            f"{type(model).__name__} computes something else with a batch of {conditions.batch} than with"
+            f" {inputs[0].shape[0]}, so its latency cannot be predicted; set latency.batch to another number"
+        )
+    formed = Forms(network)
+    calls = []
+    for node, twin in pairs:
+        if _takes_time(node):
+            call = _call(node, twin, env, formed)
+            if call is not None:
+                calls.append(call)
+    return calls
+
+
+class Forms:
+    """Turns labels into linear forms over the widths of a network's groups.
+
+    The width of an attention, heads times their dimension, is no linear form: its heads stand for it. What the
+    dimensions change is missing from the prediction, and seen in the error that a table tells of itself.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        heads = [group for group in network.groups if group.name.endswith(":heads")]
+        self._heads = np.array([unit for group in heads for unit in group.units], dtype=np.int64)
+        self._bounds = np.array([group.offset for group in network.groups], dtype=np.int64)
+        self.sizes = tuple(group.size for group in network.groups)
+        self._known: dict[bytes, Form] = {}
+
+    def of(self, labels: Labels) -> Form:
+        """Returns the number of kept channels among `labels`."""
+        key = labels.tobytes()
+        if key not in self._known:
+            units = self._network.units_of(labels)
+            if units.ndim > 1:
+                first = np.isin(units, self._heads).argmax(axis=1)
+                units = units[np.arange(len(units)), first]
+            index = np.searchsorted(self._bounds, units[units >= 0], side="right") - 1
+            counts = np.bincount(index, minlength=len(self.sizes))
+            terms = tuple((int(g), int(counts[g] // self.sizes[g])) for g in np.flatnonzero(counts))
+            self._known[key] = Form(int((units < 0).sum()), tuple((g, n) for g, n in terms if n))
+        return self._known[key]
+
+    def dense(self, form: Form) -> int:
+        """Returns the form's value where every channel is kept."""
+        return form.const + sum(n * self.sizes[g] for g, n in form.terms)
+
+
+def _takes_time(node: torch.fx.Node) -> bool:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    name = operator_name(node.target)
+    return isinstance(node.target, torch._ops.OpOverload) and name not in ALIASES and not name.startswith(("_", "sym_"))
+
+
+def _call(node: torch.fx.Node, twin: torch.fx.Node, env: dict[torch.fx.Node, Any], forms: Forms) -> Call | None:
+    """Returns a node as a call: labels come from the traced node, sizes from its `twin` at the wanted batch."""
+    leaves, spec = tree_flatten((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, torch.fx.Node))
+    twins, _ = tree_flatten((twin.args, twin.kwargs), is_leaf=lambda x: isinstance(x, torch.fx.Node))
+    axes: list[Form] = []
+    found: list[Any] = []
+    for leaf, other in zip(leaves, twins, strict=True):
+        if not isinstance(leaf, torch.fx.Node):
+            found.append(other)
+            continue
+        example = other.meta.get("val")
+        if not isinstance(example, Tensor):
+            return None  # a constant that the graph holds, or a size: nothing that can be made here
+        value = env.get(leaf)
+        dims = value.dims if isinstance(value, Value) else (None,) * example.ndim
+        found.append(_operand(example, dims, forms, axes))
+    if not any(isinstance(leaf, Operand) for leaf in found):
+        return None
+    kind = Kind(
+        target=str(node.target),
+        leaves=tuple(tuple(x) if isinstance(x, list) else x for x in found),
+        structure=str(spec),
+        sizes=tuple(forms.dense(form) for form in axes),
+        least=tuple(form.const + sum(n for _, n in form.terms) for form in axes),
+    )
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    where = str(stack[-1][0]) if stack else node.name
+    return Call(kind, tuple(axes), where, node.target, spec)
+
+
+def _operand(example: Tensor, dims: Sequence[Labels | None], forms: Forms, axes: list[Form]) -> Operand:
+    extents = []
+    for size, labels in zip(example.shape, dims, strict=True):
+        form = None if labels is None else forms.of(labels)
+        if form is None or not form.terms or forms.dense(form) != size:
+            extents.append(Extent(int(size)))
+            continue
+        factor = math.gcd(form.const, *(n for _, n in form.terms))
+        axis = Form(form.const // factor, tuple((g, n // factor) for g, n in form.terms))
+        if axis not in axes:
+            axes.append(axis)
+        extents.append(Extent(factor, axes.index(axis)))
+    strides = example.stride()
+    order = tuple(sorted(range(example.ndim), key=lambda dim: (-strides[dim], dim)))
+    return Operand(tuple(extents), example.dtype, order)
+
+
+def _follow(name: str, args: list[Any]) -> list[Any]:
+    """Returns arguments in which numbers that repeat a width say what the tensors say."""
+    if name.startswith("conv_transpose") and len(args) > 6:
+        if args[6] > 1 and args[1].shape[1] == 1:  # depthwise
+            args[6] = args[0].shape[1]
+    elif name.startswith("conv") and len(args) > 6:
+        args[6] = args[0].shape[1] // args[1].shape[1]
+    elif name == "layer_norm":
+        count = len(args[1])
+        args[1] = list(args[0].shape[-count:])
+    elif name in _RECURRENT:
+        # The first states are made by the module, out of nothing but its own attributes.
+        recurrent = args[2][1]  # (gates * hidden, states)
+        widths = (recurrent.shape[1], recurrent.shape[0] // 4)
+        states = list(args[1]) if name == "lstm" else [args[1]]
+        made = [s.new_zeros(*s.shape[:-1], width) for s, width in zip(states, widths, strict=False)]
+        args[1] = made if name == "lstm" else made[0]
+    return args
