@@ -72,7 +72,7 @@ def test_a_pick_by_wish_is_exported_with_its_card_and_trained_longer(commands: A
     assert [Path(line).name for line in done.out.splitlines()] == ["model.safetensors", "policy.json", "README.md"]
     assert same(target, model_of(folder, front[0]["trial"]))
     card = (target / "README.md").read_text()
-    for part in ("## Dense and pruned", "| latency |", "## By class, val (36 samples)", "setosa", '"recipe"'):
+    for part in ("## Dense and pruned", "| measured latency |", "## By class, val (36 samples)", "setosa", '"recipe"'):
         assert part in card
     done = commands.run("finetune", "quick@picked", "--epochs", "2", cwd=folder)
     assert done.status == 0, done.err
