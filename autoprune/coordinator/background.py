@@ -170,11 +170,11 @@ def _model(packed: Mapping[str, Any]) -> CostModel:
 
 
 def _packed(terms: Sequence[Term]) -> list[Any]:
-    return [[term.factor, _forms(term.forms)] for term in terms]
+    return [[term.factor, _forms(term.forms), term.divisor] for term in terms]
 
 
 def _terms(packed: Sequence[Any]) -> tuple[Term, ...]:
-    return tuple(Term(factor, _read_forms(forms)) for factor, forms in packed)
+    return tuple(Term(factor, _read_forms(forms), divisor) for factor, forms, divisor in packed)
 
 
 def _forms(forms: Sequence[Form]) -> list[Any]:

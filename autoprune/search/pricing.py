@@ -5,6 +5,7 @@ Decides nothing but how the sums are carried out; the numbers are those of the c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,10 +76,11 @@ class _Forms:
 
 
 def _total(terms: Sequence[Term], forms: _Forms) -> Numbers:
+    common = math.lcm(*(term.divisor for term in terms)) if terms else 1
     total = np.zeros(forms.columns.shape[1], np.int64)
     for term in terms:
-        total += term.factor * forms.product(term.forms)
-    return total
+        total += common // term.divisor * term.factor * forms.product(term.forms)
+    return total // common
 
 
 def _height(surface: Surface, forms: _Forms) -> Numbers:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autoprune.cost import COSTS, LATENCY, Form, Surface
+from autoprune.cost import COSTS, LATENCY, Form, Surface, Term
 from autoprune.results import Problem
 from autoprune.search.pricing import costs_many
 
@@ -21,7 +21,9 @@ def test_every_cost_equals_the_cost_models_own(make_chain: Callable[..., Problem
         Surface((width[0], Form(3, ((1, 2), (2, 1)))), ((2, 7, 16), (5, 30, 51)), (1, 5, 9, 2, 50, 90, 7, 77, 555)),
         Surface((width[2], width[3], width[4]), ((1, 16), (4, 16), (2, 9)), tuple(range(10, 90, 10))),
     )
-    model = replace(make_chain(5).cost_model, latency=surfaces)
+    model = make_chain(5).cost_model
+    shared = (Term(7, (width[0], width[1]), 3), Term(5, (width[2],), 2), *model.macs)
+    model = replace(model, latency=surfaces, macs=shared)
     rng = np.random.default_rng(0)
     widths = rng.integers(1, 17, size=(200, 5))
     found = costs_many(model, widths)
