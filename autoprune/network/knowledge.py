@@ -56,6 +56,8 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
         return None  # damaged (a full disk, say): everything in it can be learnt again
     if metadata.get("schema") != str(SCHEMA):
         return None
+    # Memory of their own: those of a file lie at any address, where kernels may add up in another order.
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     about = json.loads(metadata["about"])
     scores: dict[str, dict[str, np.ndarray]] = {}
     tables: Tables = {}

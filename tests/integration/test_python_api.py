@@ -104,7 +104,8 @@ def test_prune_takes_a_ratio_for_some_groups_and_leaves_the_others_whole(model: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"ratios": 1.0}, "outside"),
+        ({"ratios": 1.5}, "outside"),
+        ({"ratios": 1.0}, "cannot be removed whole: without it the output no longer depends"),
         ({"ratios": {"iner": 0.5}}, "did you mean 'inner'"),
         ({"ratios": 0.5, "criterion": "l3"}, "unknown criterion 'l3'"),
         ({"ratios": 0.5, "criterion": "obs"}, "needs calibration batches"),

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from autoprune.network.checkpoints import read_metadata, read_state, save_state
-from autoprune.network.knowledge import read_knowledge, write_knowledge
+from autoprune.network.knowledge import SCHEMA, read_knowledge, write_knowledge
 from autoprune.network.workbench import Knowledge
 
 
@@ -52,5 +52,5 @@ def test_a_damaged_file_is_no_knowledge(bench, tmp_path):
 def test_a_file_of_another_version_is_no_knowledge(bench, tmp_path):
     path = tmp_path / "k.safetensors"
     write_knowledge(path, bench.knowledge)
-    save_state(read_state(path), path, {**read_metadata(path), "schema": "1"})
+    save_state(read_state(path), path, {**read_metadata(path), "schema": str(SCHEMA + 1)})
     assert read_knowledge(path, device="cpu") is None
