@@ -194,7 +194,7 @@ class Records:
         artifacts = tracker.run_link(run).replace("?", "/artifacts/front/front.html?")
         pages = {"charts": self.charts or "", "list of runs": listing, "interactive front": artifacts}
         if self.versions:
-            pages["registered models"] = f"/#/models/{tracking.registered_name(self.name)}"
+            pages["registered models"] = f"/#/models/{tracking.registered_name(self.name)}?{tracking.WORKFLOW}"
         return search_markdown(
             view,
             links=links,
