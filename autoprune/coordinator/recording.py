@@ -204,7 +204,7 @@ class Records:
         )
         pages = {"charts": self.charts or "", "list of runs": listing, "interactive front": front, "report": whole}
         if self.versions:
-            pages["registered models"] = f"/#/models/{tracking.registered_name(self.name)}"
+            pages["registered models"] = f"/#/models/{tracking.registered_name(self.name)}?{tracking.WORKFLOW}"
         return search_markdown(
             view,
             links=links,

@@ -31,7 +31,7 @@ FINETUNED = "finetuned"
 """The alias of the newest of them."""
 _DESCRIPTION = (
     "The front of the pruning-policy search **{name}**: a version a network. Set the alias `picked` on the version"
-    " that you want, then export it."
+    " that you want (type it, press Enter, save; the page shows it when it is loaded again), then export it."
 )
 
 

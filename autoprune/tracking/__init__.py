@@ -11,10 +11,12 @@ from autoprune.tracking.reading import Reader, RecordedRun, open_reader
 from autoprune.tracking.recorder import Recorder, Refused
 from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
 from autoprune.tracking.registry import PICKED, Member, Registry, Version, registered_name
+from autoprune.tracking.views import WORKFLOW
 
 __all__ = [
     "FRACTIONS",
     "PICKED",
+    "WORKFLOW",
     "Member",
     "Reader",
     "RecordedRun",

@@ -32,14 +32,25 @@ FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --d
 FLAGS += " --disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
 CLOSE_PANEL = """document.querySelector('[data-component-id="mlflow.assistant.chat_panel.close"]')?.click()"""
 """What a person does first in MLflow 3.17, whose assistant covers a quarter of the page."""
+PLACE = """element => {
+    if (!element || element.disabled) return null;
+    element.scrollIntoView({block: 'center'});
+    const box = element.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+    return box.width && box.height && element.contains(document.elementFromPoint(x, y)) ? [x, y] : null;
+}"""
+"""Where a person would click on an element; null where it cannot be clicked now."""
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium here")
 
 
 @pytest.fixture(scope="module")
-def finished(searched: Any) -> Path:
-    """The folder of a finished search: the small one, or that which `AUTOPRUNE_SEARCHED` names."""
+def finished(searched: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a finished search: the small one, or that in the folder which `AUTOPRUNE_SEARCHED` names.
+
+    What is picked here must not reach the tests of other files.
+    """
     given = os.environ.get("AUTOPRUNE_SEARCHED")
-    folder = Path(given) if given else searched[0]
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree((Path(given) if given else searched[0]) / ".autoprune", folder / ".autoprune")
     assert (folder / ".autoprune/optuna.db").is_file()
     return folder
 
@@ -219,16 +230,35 @@ class Page:
         return str(self.run("document.body.innerText"))
 
     def click(self, element: str) -> None:
-        """Clicks with the mouse in the middle of the element that a JavaScript expression finds."""
-        script = f"(() => {{ const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'center'}});"
-        script += " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
-        end = time.monotonic() + 60
-        while (box := self.run(script)) is None:  # a page that is drawn anew may lose it for a moment
-            assert time.monotonic() < end, f"{self._address}: there is no {element}: {self.text()[:2000]}"
+        """Clicks with the mouse in the middle of the element that a JavaScript expression finds, once it can be hit.
+
+        A dialog grows out of the place that was clicked before: until an element lies still and nothing covers it, a
+        click would meet what is behind it.
+        """
+        end, before, where = time.monotonic() + 60, None, None
+        while where is None or where != before:
+            assert time.monotonic() < end, f"{self._address}: {element} cannot be clicked: {self.text()[:2000]}"
             time.sleep(0.2)
+            before, where = where, self.run(f"({PLACE})({element})")
         for kind in ("mousePressed", "mouseReleased"):
-            where = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
-            self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **where)
+            place = {"x": where[0], "y": where[1], "button": "left", "clickCount": 1}
+            self._browser.ask("Input.dispatchMouseEvent", self._session, type=kind, **place)
+
+    def type(self, text: str) -> None:
+        """Types into what has the focus."""
+        self._browser.ask("Input.insertText", self._session, text=text)
+
+    def enter(self) -> None:
+        """Presses Enter."""
+        for kind in ("keyDown", "keyUp"):
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            self._browser.ask("Input.dispatchKeyEvent", self._session, type=kind, **key)
+
+    def reload(self, *, until: str) -> None:
+        """Opens the page anew and waits until a JavaScript condition holds that did not hold before."""
+        self._browser.ask("Page.reload", self._session)
+        self.wait(until)
+        self.run(CLOSE_PANEL)
 
     def keep(self, path: Path) -> None:
         """Keeps a picture of what the page shows, once what moves has come to rest."""
@@ -403,6 +433,93 @@ def test_the_searchs_run_tells_its_front_with_links_and_a_picture(
     page.keep(pictures / "mlflow-search.png")
     page.close()
     assert {str(point["trial"]) for point in front["front"]} <= set(linked)
+
+
+# --- picking ---
+
+DIALOG = "document.querySelector('[role=dialog]')"
+SAVE = """document.querySelector('[data-component-id="mlflow.edit-aliases-modal.save-button"]')"""
+
+
+def row_of(version: str) -> str:
+    """Returns the JavaScript expression of a version's row on the registered model's page."""
+    return (
+        f"""[...document.querySelectorAll('[role=row]')].find(e => e.querySelector('a[href$="/versions/{version}"]'))"""
+    )
+
+
+def pick_by_clicking(page: Page, version: str, picture: Path) -> None:
+    """Does on the registered model's page what a person does: the pencil beside the aliases, `picked`, Enter, Save."""
+    page.click(f"{row_of(version)}?.querySelector('[data-component-id*=modelversiontablealiasescell]')")
+    page.wait(f"{DIALOG}?.innerText.includes('alias for model version {version}')")
+    page.click(f"{DIALOG}?.querySelector('input[role=combobox]')")
+    page.wait(f"document.activeElement === {DIALOG}.querySelector('input[role=combobox]')")
+    page.type("picked")
+    page.wait(f"{DIALOG}.querySelector('input[role=combobox]').value === 'picked'")
+    page.enter()
+    page.wait(f"{DIALOG}.querySelector('[role=status][title=picked]')")
+    page.keep(picture)
+    page.click(SAVE)
+    page.wait(f"!{DIALOG}")  # it closes when the server has answered; a refusal is shown in it
+    page.reload(until=f"/@\\s*picked/.test({row_of(version)}?.innerText)")  # 3.17 does not draw the new alias itself
+
+
+@pytest.fixture
+def made(finished: Path, tmp_path: Path) -> Any:
+    """Runs `make` as a user does, in a folder with the Makefile and an environment in which all is installed."""
+    root = Path(__file__).parents[2]
+    for file in ("Makefile", "pyproject.toml"):
+        shutil.copy(root / file, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (tmp_path / ".venv/.installed").touch()
+    foreign = ("AUTOPRUNE_", "MLFLOW_", "FORCE_COLOR", "MAKE", "MFLAGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    kept |= {"PYTHONPATH": str(root), "AUTOPRUNE_HOME": str(finished / ".autoprune"), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=kept | env, capture_output=True, text=True, check=False)
+
+    return run
+
+
+@needs_browser
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_version_that_is_picked_by_clicking_is_the_model_that_make_exports(
+    mlflow_ui: str, name: str, made: Any, browser: Browser, pictures: Path, tmp_path: Path
+) -> None:
+    query = f"/api/2.0/mlflow/model-versions/search?filter=name%3D'autoprune-{name}'"
+    versions = {version["version"]: version for version in ask(mlflow_ui, query)["model_versions"]}
+    first, last = min(versions, key=int), max(versions, key=int)
+    assert first != last
+    done = made("export", f"NAME={name}", MLFLOW_TRACKING_URI=mlflow_ui)
+    assert done.returncode == 2
+    assert f"no model of {name} is picked: set the alias `picked` on a version in the MLflow UI" in done.stderr
+    assert not (tmp_path / "exports").exists()
+
+    address = f"{mlflow_ui}/#/models/autoprune-{name}?workflowType=machine_learning"
+    page = browser.open(address, until=row_of(last), size=(1300, 950))
+    written = []
+    for number in (first, last):  # the second is a change of mind
+        pick_by_clicking(page, number, pictures / f"mlflow-pick-{number}.png")
+        alias = ask(mlflow_ui, f"/api/2.0/mlflow/registered-models/alias?name=autoprune-{name}&alias=picked")
+        assert alias["model_version"]["version"] == number
+        page.keep(pictures / f"mlflow-picked-{number}.png")
+
+        done = made("export", f"NAME={name}", MLFLOW_TRACKING_URI=mlflow_ui)
+        assert done.returncode == 0, done.stderr
+        (trial,) = [tag["value"] for tag in versions[number]["tags"] if tag["key"] == "trial"]
+        target = tmp_path / f"exports/{name}-{trial}"
+        assert f"exports/{name}-{trial}/model.safetensors" in done.stdout.splitlines()
+        for file in ("model.safetensors", "policy.json"):
+            link = f"{mlflow_ui}/get-artifact?path=model/{file}&run_uuid={versions[number]['run_id']}"
+            with urllib.request.urlopen(link, timeout=30) as answer:
+                assert (target / file).read_bytes() == answer.read(), (number, file)
+        written.append((target / "model.safetensors").read_bytes())
+    page.close()
+    assert written[0] != written[1]
+    assert len(list((tmp_path / "exports").iterdir())) == 2
 
 
 # --- the Optuna dashboard ---
