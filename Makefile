@@ -22,7 +22,7 @@ RUN := .venv/bin/autoprune
 READY := .venv/.installed
 
 help: ## list the targets and their variables
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 search: $(READY) ## search for a front: SPACE= TRIALS= WORKERS= HOURS= NAME= (run again, it resumes)
 	OMP_WAIT_POLICY=PASSIVE $(RUN) search $(SPACE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(HOURS),--timeout $(HOURS)h) $(if $(NAME),--name $(NAME))

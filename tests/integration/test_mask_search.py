@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import autoprune
 from autoprune.budget import Budget
 from autoprune.coordinator import (
+    ExportWish,
     explain_trial,
-    export_trial,
+    export_models,
     inspect_space,
     run_search,
     show_front,
@@ -239,7 +240,8 @@ def test_the_shipped_digits_spaces_run_from_settings_to_an_exported_model(
     assert "non-zeros MACs" in text  # the head of the layers' table
     trial = outcome.front[-1].trial
     assert trial is not None
-    export_trial(space.name, home=tmp_path / "home", trial=trial, format="safetensors", output=tmp_path / "out")
+    wish = ExportWish(space.name, trial, output=tmp_path / "out")
+    export_models(wish, home=tmp_path / "home", say=lambda text: None)
     loaded = autoprune.load(tmp_path / "out")
     zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
     total = sum(p.numel() for p in loaded.parameters())
