@@ -173,6 +173,9 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
         loss=ingredients.loss,
     )
     model.to("cpu").eval()
+    for parameter in model.parameters():
+        # As it is when read from the cache: in another memory layout bfloat16 rounds differently.
+        parameter.data = parameter.data.contiguous()
     save_state(model, path, {"format": "pt", "name": space.name})
 
 

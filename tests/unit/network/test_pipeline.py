@@ -70,6 +70,7 @@ def test_a_missing_baseline_is_trained_once_and_read_from_the_cache_afterwards(m
     train_baseline(space, second, cache=cache, note=told.append)
     assert told == []
     assert model_digest(first.model) == model_digest(second.model) != untrained
+    assert [p.stride() for p in first.model.parameters()] == [p.stride() for p in second.model.parameters()]
     assert not second.model.training
 
 
