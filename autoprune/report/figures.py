@@ -139,7 +139,7 @@ def front_png(view: SearchView, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.0, 5.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     front = view.front
