@@ -70,7 +70,7 @@ techniques: $(READY) ## compare pruning techniques side by side: tests/benchmark
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/techniques.py --output tests/benchmarks/results/techniques.md
 
 test: $(READY) ## run the default tests
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY) ## run all tests, the slow ones included
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q

@@ -201,8 +201,9 @@ def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}{nearest(format, FORMATS)}")
-    model = load(folder, factory)
-    inputs = inputs_of(read_document(folder))
+    model, document = load(folder, factory), read_document(folder)
+    _count_zeros(folder, model, document)
+    inputs = inputs_of(document)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work, evaluating(model):

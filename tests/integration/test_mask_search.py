@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
-from autoprune.budget import Budget
 from autoprune.coordinator import (
     ExportWish,
     explain_trial,
@@ -23,11 +22,9 @@ from autoprune.coordinator import (
     write_report,
 )
 from autoprune.coordinator.recording import Records
-from autoprune.cost import CostModel, Form, Term
+from autoprune.coordinator.setup import Setup
 from autoprune.errors import BudgetError, CheckpointError, PolicyError, TrackingError
 from autoprune.network.export import export
-from autoprune.policy import Group
-from autoprune.results import Problem
 from autoprune.space import load_space
 
 LADDER = [
@@ -264,11 +261,9 @@ def test_mlflow_is_told_what_the_costs_of_masks_are(monkeypatch: pytest.MonkeyPa
             raise TrackingError("away")
 
     monkeypatch.setattr("autoprune.tracking.Tracker", Tracker)
-    group = Group("layer", 10, (5, 10))
-    model = CostModel(("layer",), (10,), *3 * ((Term(1, (Form(0, ((0, 1),)),)),),))
-    problem = Problem((group,), model, Budget({}, "macs", (0.5, 1.0)), ("l2",))
     for pruning in ("channel", "2:4"):
-        records = Records("m", problem, home=tmp_path, params={}, tags={}, say=lambda text: None, pruning=pruning)
+        setup = Setup({"name": "m", "pruning": pruning}, at_hand=True, dense={}, scopes={})
+        records = Records("m", setup, home=tmp_path, say=lambda text: None)
         records.close(5.0)
     assert "non-zeros" not in told[0]
     assert "Pruning 2:4: costs count non-zeros, and give no latency without a sparse kernel." in told[-1]
