@@ -117,7 +117,8 @@ def _place(form: Form, knots: Sequence[int], widths: Sequence[int]) -> tuple[int
 
 
 def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
-    total, shared = 0, Fraction(0)
+    total = 0
+    shared: Fraction | None = None
     for term in terms:
         product = term.factor
         for form in term.forms:
@@ -128,8 +129,8 @@ def _value(terms: Sequence[Term], widths: Sequence[int]) -> int:
         if term.divisor == 1:
             total += product
         else:
-            shared += Fraction(product, term.divisor)
-    return int(total + shared)
+            shared = (shared or Fraction(0)) + Fraction(product, term.divisor)
+    return total if shared is None else int(total + shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +164,23 @@ class CostModel:
             KeyError: `name` is neither in `COSTS` nor `LATENCY`.
         """
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
-        return self._cost(name, values)
+        return self.at(name, values)
 
     def costs(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Returns every cost by name; groups that `widths` leaves out keep all their channels."""
         values = [widths.get(group, size) for group, size in zip(self.groups, self.sizes, strict=True)]
-        return {name: self._cost(name, values) for name in self.names}
+        return {name: self.at(name, values) for name in self.names}
 
     def dense(self) -> dict[str, int]:
         """Returns every cost of the unpruned network."""
         return self.costs({})
 
-    def _cost(self, name: str, values: Sequence[int]) -> int:
+    def at(self, name: str, values: Sequence[int]) -> int:
+        """Returns one cost at the widths of all groups, in their order: `cost` for who asks often.
+
+        Raises:
+            KeyError: `name` is neither in `COSTS` nor `LATENCY`.
+        """
         if name == MEMORY:
             return max((_value(terms, values) for terms in self.live), default=0)
         if name == LATENCY:

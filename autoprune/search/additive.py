@@ -42,6 +42,7 @@ class AdditiveSolver:
         self.problem = problem
         self.groups = problem.groups
         self._model = problem.cost_model
+        self._places = [self._model.groups.index(group.name) for group in problem.groups]
         self._limits = [self._constraint(name, limit) for name, limit in problem.budget.limits.items()]
         self._primary = self._constraint(problem.budget.primary, self._model.cost(problem.budget.primary, {}))
 
@@ -72,7 +73,9 @@ class AdditiveSolver:
                     best = widths
             else:
                 low, start = middle, widths
-        return self._repair(curves, limits, best)
+        repaired = self._repair(curves, limits, best)
+        # Shares of a cost that is spread over a batch are rounded, one by one.
+        return repaired if self._meets(repaired, limits) else best
 
     def error(self, curves: Curves, widths: Mapping[str, int]) -> float:
         """Returns the total error of `widths`."""
@@ -105,13 +108,20 @@ class AdditiveSolver:
 
     def _slope(self, limit: _Constraint, index: int, widths: dict[str, int]) -> float:
         """Returns the cost of one more channel of a group, as a fraction of the limit (the mean over its range)."""
-        group = self.groups[index]
+        group, place = self.groups[index], self._places[index]
         model = self._model if limit.shares is None else limit.shares[index]
-        values = dict(widths)
-        values[group.name] = group.widths[-1]
-        most = model.cost(limit.cost, values)
-        values[group.name] = group.widths[0]
-        return (most - model.cost(limit.cost, values)) / (group.widths[-1] - group.widths[0]) / max(limit.limit, 1)
+        values = self._values(widths)
+        values[place] = group.widths[-1]
+        most = model.at(limit.cost, values)
+        values[place] = group.widths[0]
+        return (most - model.at(limit.cost, values)) / (group.widths[-1] - group.widths[0]) / max(limit.limit, 1)
+
+    def _values(self, widths: Mapping[str, int]) -> list[int]:
+        """Returns the widths of all groups of the cost model, in its order."""
+        values = list(self._model.sizes)
+        for group, place in zip(self.groups, self._places, strict=True):
+            values[place] = widths[group.name]
+        return values
 
     def _repair(self, curves: Curves, limits: Sequence[_Constraint], widths: dict[str, int]) -> dict[str, int]:
         """Spends what is left, then tries to narrow one group by a step to widen others, while that lowers the
@@ -138,7 +148,8 @@ class AdditiveSolver:
         self, curves: Curves, limits: Sequence[_Constraint], widths: dict[str, int], skip: str | None = None
     ) -> dict[str, int]:
         """Widens groups by one step at a time, first the one that gains most error for its cost, while it fits."""
-        spent = [self._model.cost(limit.cost, widths) for limit in limits]
+        values = self._values(widths)
+        spent = [self._model.at(limit.cost, values) for limit in limits]
         stuck: set[str] = {skip} if skip else set()
         while True:
             choice: tuple[float, int, list[int]] | None = None
@@ -146,14 +157,14 @@ class AdditiveSolver:
                 place = bisect_left(group.widths, widths[group.name])
                 if group.name in stuck or place + 1 >= len(group.widths):
                     continue
+                wider = group.widths[place + 1]
                 grown = [
-                    cost + self._growth(limit, index, widths, group.widths[place + 1])
-                    for limit, cost in zip(limits, spent, strict=True)
+                    cost + self._growth(limit, index, values, wider) for limit, cost in zip(limits, spent, strict=True)
                 ]
                 if any(cost > limit.limit for cost, limit in zip(grown, limits, strict=True)):
                     stuck.add(group.name)  # the others only grow, so it never fits again
                     continue
-                gain = curves[group.name][widths[group.name]] - curves[group.name][group.widths[place + 1]]
+                gain = curves[group.name][widths[group.name]] - curves[group.name][wider]
                 relative = sum((a - b) / c.limit for a, b, c in zip(grown, spent, limits, strict=True))
                 rate = gain / max(relative, 1e-15)
                 if choice is None or rate > choice[0]:
@@ -162,14 +173,19 @@ class AdditiveSolver:
                 return widths
             group = self.groups[choice[1]]
             widths[group.name] = group.widths[bisect_left(group.widths, widths[group.name]) + 1]
+            values[self._places[choice[1]]] = widths[group.name]
             spent = choice[2]
 
-    def _growth(self, limit: _Constraint, index: int, widths: dict[str, int], width: int) -> int:
-        group = self.groups[index]
+    def _growth(self, limit: _Constraint, index: int, values: list[int], width: int) -> int:
+        """Returns what a group's width `width` costs more than the one in `values`, which is as it was afterwards."""
+        place = self._places[index]
         model = self._model if limit.shares is None else limit.shares[index]
-        grown = dict(widths)
-        grown[group.name] = width
-        return model.cost(limit.cost, grown) - model.cost(limit.cost, widths)
+        now = values[place]
+        before = model.at(limit.cost, values)
+        values[place] = width
+        after = model.at(limit.cost, values)
+        values[place] = now
+        return after - before
 
 
 def best_curves(problem: Problem, tables: Mapping[str, Mapping[str, Curve]]) -> tuple[dict[str, str], Curves]:
