@@ -97,9 +97,11 @@ class Projector:
         shift, widths = self._bisect(_Proposal(wanted, held), limits, low=-1.0 if target is not None else 0.0)
         if target is None and shift == 0.0:
             return widths
-        widths = self._spend(wanted, shift, widths, limits, held=held)
-        full = all(widths[g.name] == g.widths[-1] for i, g in enumerate(self._groups) if i not in held)
-        return self._spend(wanted, shift, widths, limits) if held and full else widths
+        spent = self._spend(wanted, shift, dict(widths), limits, held=held)
+        if held and all(spent[g.name] == g.widths[-1] for i, g in enumerate(self._groups) if i not in held):
+            spent = self._spend(wanted, shift, spent, limits)
+        # Shares of a cost that is spread over a batch are rounded, one by one: their sum may be off by one.
+        return spent if self._meets(spent, limits) else widths
 
     def fraction(self, widths: Mapping[str, int]) -> float:
         """Returns the primary cost of `widths` as a fraction of the dense network's."""
