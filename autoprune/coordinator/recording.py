@@ -97,7 +97,8 @@ class Records:
         """Queues the front: tags, figures, tables, models, and the numbers on the search's run."""
         on_front = {point.trial for point in view.front}
         study = studies.study_name(self.name, stored.shown_rung)
-        keys = {s.number: tracking.trial_key(study, s.own) for s in stored.shown() if s.number in on_front}
+        shown = {s.number: tracking.trial_key(study, s.own) for s in stored.shown()}
+        keys = {number: key for number, key in shown.items() if number in on_front}
         files = front_files(view) | {"report.html": page_of(stored, view)}
         numbers = {"hypervolume": view.hypervolume, "front_size": float(len(view.front))}
         if view.controls:
@@ -109,15 +110,16 @@ class Records:
         def front(tracker: tracking.Tracker) -> None:
             run = self._run_of(tracker)
             tracker.mark_front(self.name, list(keys.values()))
-            tracker.log_front(run, files, metrics=numbers)
+            with self._lock:
+                runs = dict(self.runs)
+            links = {number: tracker.run_link(runs[key]) for number, key in shown.items() if key in runs}
+            page = report.figure_html(report.front_figure(view, links=links), address=self.address)
+            tracker.log_front(run, files | {"front.html": page}, metrics=numbers)
             cost = tracking.FRACTIONS[view.primary]
             self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
             columns = [name for name in _COLUMNS if name != cost]
             listing = tracker.write_list_view(self.name, rung=stored.shown_rung, metrics=[*columns, cost])
-            with self._lock:
-                runs = dict(self.runs)
             self.versions = register(tracker, runs)
-            links = {number: tracker.run_link(runs[key]) for number, key in keys.items() if key in runs}
             text = self._description(tracker, view, run=run, listing=listing, links=links)
             tracker.describe(text, run_id=run)
             tracker.describe(text)
@@ -246,9 +248,8 @@ def run_name(rung: str, trial: StoredTrial) -> str:
 
 
 def front_files(view: SearchView) -> dict[str, str | bytes]:
-    """Returns the files that tell a front: interactive figures, pictures and tables."""
+    """Returns the files that tell a front, but for its interactive figure, which leads to runs: pictures and tables."""
     files: dict[str, str | bytes] = {
-        "front.html": report.figure_html(report.front_figure(view)),
         "widths.html": report.figure_html(report.widths_figure(view)),
         "front.csv": report.front_table(view).to_csv(index=False),
         "groups.csv": report.group_table(view).to_csv(index=False),

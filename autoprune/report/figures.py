@@ -8,13 +8,14 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.cost import LATENCY
 from autoprune.policy import CHANNEL
 from autoprune.report import units
+from autoprune.report.clicks import CLICK, click_script
 from autoprune.report.view import FrontPoint, SearchView
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ _WIDE = 12.0
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
-def front_figure(view: SearchView) -> go.Figure:
+def front_figure(view: SearchView, *, links: Mapping[int, str] | None = None) -> go.Figure:
     """Returns the interactive front: all trials grey, the front as a line, controls, and the dense network as a star.
 
     x is the primary cost in percent of dense, y the validation accuracy in percent. Pointing at a mark shows trial,
     accuracies, costs, criterion and origin.
+
+    Args:
+        view: The search.
+        links: Where a click on a trial leads, by its number: addresses after the server's own, for `figure_html`.
     """
     import plotly.graph_objects as go
 
@@ -80,6 +85,8 @@ def front_figure(view: SearchView) -> go.Figure:
     title = "accuracy (%): validation, and test" if tested else "validation accuracy (%)"
     figure.update_yaxes(title_text=title, ticksuffix="%", gridcolor=GRID, zeroline=False)
     _leave_out_far_below(figure, view)
+    if links:
+        _link(figure, view, links)
     return figure
 
 
@@ -128,9 +135,14 @@ def widths_figure(view: SearchView) -> go.Figure:
     return figure
 
 
-def figure_html(figure: go.Figure) -> str:
-    """Returns a page that holds `figure` and all that it needs, so that it opens without a network (about 5 MB)."""
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False, "responsive": True})
+def figure_html(figure: go.Figure, *, address: str | None = None) -> str:
+    """Returns a page that holds `figure` and all that it needs, so that it opens without a network (about 5 MB).
+
+    With the `address` of a server, a click on a point that has a link opens it there.
+    """
+    config = {"displaylogo": False, "responsive": True}
+    script = None if address is None else click_script(address)
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True, config=config, post_script=script)
     return page
 
 
@@ -250,6 +262,22 @@ def _tested(view: SearchView, chosen: Sequence[FrontPoint]) -> go.Scatter:
         customdata=[[_said(view, p)] for p in chosen],
         hovertemplate="%{customdata[0]}<extra></extra>",
     )
+
+
+def _link(figure: go.Figure, view: SearchView, links: Mapping[int, str]) -> None:
+    """Adds links to the marks of trials, after what they say; and to what they say, that they can be clicked."""
+    on_front = {id(p) for p in view.front}
+    drawn = {
+        "other trials": [p for p in view.trials if id(p) not in on_front],
+        "front": view.front,
+        "front, test accuracy": [p for p in view.front if p.test_accuracy is not None],
+    }
+    for trace in figure.data:
+        if trace.name not in drawn:
+            continue
+        found = ["" if p.trial is None else links.get(p.trial, "") for p in drawn[trace.name]]
+        said = zip(trace.customdata, found, strict=True)
+        trace.customdata = [[f"{text}<br><i>{CLICK}</i>", link] if link else [text] for (text, *_), link in said]
 
 
 def _leave_out_far_below(figure: go.Figure, view: SearchView) -> None:

@@ -193,7 +193,7 @@ class FakeTracker:
         self.said.append(("space", (run, dict(files))))
 
     def log_front(self, run: str, files: Mapping[str, Any], *, metrics: Mapping[str, float]) -> None:
-        self.said.append(("files", (run, set(files), dict(metrics))))
+        self.said += [("files", (run, set(files), dict(metrics))), ("page", files["front.html"])]
 
     def write_chart_view(self, search: str, *, rung: str, cost: str, params: Any) -> str:
         self.said.append(("charts", (rung, cost, params)))
@@ -267,6 +267,9 @@ def test_publishing_marks_the_front_and_stores_its_kept_models_figures_and_numbe
     ((run, files, metrics),) = tracker.all("files")
     assert run == "search-run"
     assert {"front.html", "front.png", "front.csv", "groups.csv", "controls.csv", "report.html"} <= files
+    (page,) = (page.replace("\\u002f", "/") for page in tracker.all("page"))
+    assert all(f'"/#/runs/run-s.final/{own}"' in page for own in (0, 1))
+    assert f'"{records.address}"' in page
     assert metrics["front_size"] == 2
     assert metrics["hypervolume"] == pytest.approx(view.hypervolume)
     assert tracker.all("charts") == [("final", "macs_fraction", ["ratio/layer"])]
