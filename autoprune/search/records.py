@@ -16,7 +16,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autoprune.cost import LATENCY, MEMORY
+from autoprune.cost import LATENCY, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
@@ -31,6 +31,10 @@ REUSED = "reused"
 REASON = "reason"
 ABANDONED = "abandoned"
 WIDTHS = "widths"
+
+_ACCURACIES = {"val_accuracy": "val accuracy", "test_accuracy": "test accuracy"}
+_KEPT = {MACS: "MACs kept", PARAMS: "params kept", SIZE: "size kept", MEMORY: "memory kept", LATENCY: "latency kept"}
+"""What the dashboard calls a result's numbers. Nothing reads these attributes back: the whole result holds them."""
 
 _CONSTRAINTS = "constraints"
 """Optuna-dashboard 0.21 reads only this legacy list; `Trial.set_constraint` writes `constraints:<name>`."""
@@ -176,9 +180,14 @@ def candidate_attrs(candidate: Candidate) -> dict[str, Any]:
 
 
 def result_attrs(problem: Problem, result: TrialResult, *, reused: int | None = None) -> dict[str, Any]:
-    """Returns the user attributes that a finished trial adds: readable numbers, and the whole result last."""
+    """Returns the user attributes that a finished trial adds: readable numbers, and the whole result last.
+
+    Accuracies and what is kept of the dense network's costs are fractions of 1.
+    """
     sizes = {group.name: group.size for group in problem.groups}
-    attrs: dict[str, Any] = {"val_accuracy": result.metrics["val_accuracy"], **result.costs}
+    dense = problem.cost_model.dense()
+    attrs: dict[str, Any] = {text: result.metrics[name] for name, text in _ACCURACIES.items() if name in result.metrics}
+    attrs |= {text: round(result.costs[name] / dense[name], 4) for name, text in _KEPT.items() if dense.get(name)}
     attrs[WIDTHS] = ", ".join(f"{name} {width}/{sizes.get(name, '?')}" for name, width in result.widths.items())
     if reused is not None:
         attrs[REUSED] = reused

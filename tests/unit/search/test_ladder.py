@@ -111,10 +111,11 @@ def test_stored_trials_are_readable_in_the_dashboard(database: Any, problem: Pro
         trial = load_rung(database, "digits", rung).trials[-1]
         result = TrialResult.from_json(trial.user_attrs["result"])
         assert trial.values == [result.val_error, result.costs["macs"] / problem.cost_model.dense()["macs"]]
-        assert trial.user_attrs["val_accuracy"] == result.metrics["val_accuracy"]
-        assert trial.user_attrs["macs"] == result.costs["macs"]
+        assert trial.user_attrs["val accuracy"] == result.metrics["val_accuracy"]
+        assert trial.user_attrs["MACs kept"] == pytest.approx(trial.values[1], abs=1e-4)
         assert trial.user_attrs["widths"].startswith(f"layer0 {result.widths['layer0']}/16, layer1 ")
-        assert {"params", "size_bytes", "policy_id", "identity", "origin"} <= trial.user_attrs.keys()
+        kept = {"params kept", "size kept", "memory kept"}
+        assert kept | {"source", "policy_id", "identity", "origin"} <= trial.user_attrs.keys()
         excess = problem.budget.violation(result.costs)
         assert trial.system_attrs["constraints"] == [excess]
         assert trial.constraints == {"0": excess, "macs": excess}
