@@ -38,8 +38,20 @@ class Records:
     `versions` maps the front's trial keys to the versions of the registered model, once they are registered.
     """
 
-    def __init__(self, name: str, setup: Setup, *, home: Path, say: Callable[[str], None], opens: bool = True) -> None:
-        """Starts recording; with `opens` the search's own run is made or set running, as a search does at once."""
+    def __init__(
+        self,
+        name: str,
+        setup: Setup,
+        *,
+        home: Path,
+        say: Callable[[str], None],
+        opens: bool = True,
+        watches: bool = False,
+    ) -> None:
+        """Starts recording; with `opens` the search's own run is made or set running, as a search does at once.
+
+        With `watches` that run gets system metrics until it ends.
+        """
         self.name = name
         self.setup = setup
         self.caveat = caveat(str(setup.space.get("pruning", CHANNEL)))
@@ -53,9 +65,12 @@ class Records:
         self._said: set[str] = set()
         self._tracker: tracking.Tracker | None = None
         self._lock = threading.Lock()
+        self._unwatch: Callable[[], None] | None = None
         self._recorder = tracking.Recorder(self._connect, say=say)
         if opens:
             self._recorder.put(self._run_of, what="the search")
+        if watches:
+            self._recorder.put(self._watch, what="system metrics")
 
     def trial(self, rung: str, trial: StoredTrial, *, dense_metrics: Mapping[str, float] | None = None) -> None:
         """Queues a finished trial; one that was queued before is left alone.
@@ -123,6 +138,7 @@ class Records:
             text = self._description(tracker, view, run=run, listing=listing, links=links)
             tracker.describe(text, run_id=run)
             tracker.describe(text)
+            self._end_watch()
             tracker.finish_search(run, numbers)
 
         self._recorder.put(front, what="the front")
@@ -164,13 +180,16 @@ class Records:
         """Queues the end of a search that did not finish."""
 
         def end(tracker: tracking.Tracker) -> None:
+            self._end_watch()
             tracker.finish_search(self._run_of(tracker), {}, status=status)
 
         self._recorder.put(end, what="the end of the search")
 
     def close(self, timeout: float) -> int:
         """Waits for what is queued, for up to `timeout` seconds; returns how many records are left undone."""
-        return self._recorder.close(timeout)
+        left = self._recorder.close(timeout)
+        threading.Thread(target=self._end_watch, daemon=True).start()  # it may wait for a store that is away
+        return left
 
     @property
     def refused(self) -> tuple[tracking.Refused, ...]:
@@ -189,6 +208,15 @@ class Records:
             for key, run in runs.items()
             if key.startswith(f"{study}/")
         }
+
+    def _watch(self, tracker: tracking.Tracker) -> None:
+        self._unwatch = tracking.watch_machine(tracker.uri, self._run_of(tracker))
+
+    def _end_watch(self) -> None:
+        with self._lock:
+            end, self._unwatch = self._unwatch, None
+        if end is not None:
+            end()
 
     def _run_of(self, tracker: tracking.Tracker) -> str:
         """Returns the run of the search, made on first use."""

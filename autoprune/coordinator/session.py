@@ -141,6 +141,7 @@ class Session:
         self.models = models_path(home, space.name)
         self.storage = studies.open_storage(storage_path(home))
         self._check()
+        self.watches = tracking.watches_machine(os.environ)
         pipeline.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
         self.bench: Workbench = pipeline.workbench_of(
             space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
@@ -150,7 +151,8 @@ class Session:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
         plan = self._plan(workers, trials or self.space.search.trials)
         self.background = self._background(workers)
-        records = Records(self.space.name, self.background.setup, home=self.home, say=self.progress.note)
+        say = self.progress.note
+        records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
         begun = time.monotonic()
         try:
             with self._executor(workers) as executor:

@@ -7,6 +7,7 @@ know how trials are proposed or evaluated: it is handed finished records.
 from autoprune.tracking.client import Tracker
 from autoprune.tracking.environment import environment_tags
 from autoprune.tracking.location import artifact_root, resolve_uri, sqlite_path, ui_address
+from autoprune.tracking.machine import watch_machine, watches_machine
 from autoprune.tracking.reading import Reader, RecordedRun, open_reader
 from autoprune.tracking.recorder import Recorder, Refused
 from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
@@ -35,4 +36,6 @@ __all__ = [
     "sqlite_path",
     "trial_key",
     "ui_address",
+    "watch_machine",
+    "watches_machine",
 ]

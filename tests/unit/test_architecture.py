@@ -31,6 +31,7 @@ OWNERS: dict[str, set[str]] = {
     "numpy": OUTER,
     "optuna": {"search"},
     "mlflow": {"tracking"},
+    "psutil": {"tracking"},
     "sqlalchemy": {"search", "tracking"},  # both Optuna's and MLflow's errors come from it
     "alembic": {"tracking"},  # MLflow's, for its errors
     "requests": {"tracking"},  # likewise
