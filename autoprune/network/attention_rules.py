@@ -76,14 +76,3 @@ def _keep_scale(tape: Tape, width: Labels) -> None:
         return
     weight, bias, rows = tape.query
     tape.queries.append(Query(weight, bias, rows, width))
-
-
-def vector_norm(tape: Tape, x: Value, _order: Any = 2, axes: Any = None, *_: Any, **__: Any) -> Value:
-    """The norm over some dimensions: removing a channel changes it (cosine attention)."""
-    rank = len(x.shape)
-    over = range(rank) if not axes else [a % rank for a in ([axes] if isinstance(axes, int) else axes)]
-    for axis in over:
-        tape.labels.approximate(x.dims[axis], f"a norm over these channels is taken at {tape.where}")
-    if len(tape.shape) == rank:
-        return Value(tape.shape, tuple(None if k in over else d for k, d in enumerate(x.dims)))
-    return Value(tape.shape, tuple(d for k, d in enumerate(x.dims) if k not in over))

@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from autoprune.cost import Form
 from autoprune.errors import InputError
+from autoprune.network.graph import ALIASES, export_program
 from autoprune.network.labels import Labels, Value
 from autoprune.network.rules import operator_name
 from autoprune.network.timing import Conditions, batch_of
-from autoprune.network.trace import ALIASES, Network, evaluating, export_program, walk
+from autoprune.network.trace import Network, evaluating, walk
 
 _RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
 

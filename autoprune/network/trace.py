@@ -5,13 +5,9 @@ Decides how a module becomes a `Network`. Everything after that is arithmetic on
 
 from __future__ import annotations
 
-import io
 import operator
-import re
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 from autoprune.cost import CostModel, Surface
 from autoprune.errors import TraceError, nearest
 from autoprune.network.attention import prunable
+from autoprune.network.graph import export_program, kernel_weights, live_tensors, module_path, norm_behind, place_of
 from autoprune.network.groups import (
     Assembly,
     Frozen,
     IndexMap,
     Links,
-    LiveTensor,
     Parameter,
     PruningGroup,
     Record,
@@ -40,36 +36,6 @@ from autoprune.network.queries import query_rows
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 from autoprune.policy import CHANNEL
-
-ALIASES = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "expand",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "dropout",
-        "alias",
-        "detach",
-        "contiguous",
-        "to",
-    ]
-)
-
-
-_COMPUTED = 40
-"""A convolution's weight that is computed by more operators than this is taken for an activation."""
 
 
 @dataclass(frozen=True)
@@ -227,40 +193,6 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"no rule for the operator {name}: what it reads is frozen" for name in dict.fromkeys(unknown))
 
 
-def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
-    """Returns the model's graph of ATen operators at the shapes of `inputs`.
-
-    Raises:
-        TraceError: It cannot be exported; the message names the operator.
-    """
-    printed = io.StringIO()
-    try:
-        # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
-        with torch.no_grad(), redirect_stderr(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
-            program = torch.export.export(model, inputs, strict=False)
-    except Exception as error:  # torch.export lets through whatever the model's own code raises
-        raise TraceError(_why(model, error, printed.getvalue())) from error
-    sys.stderr.write(printed.getvalue())
-    _drop_unused(program)
-    return program
-
-
-def _why(model: nn.Module, error: Exception, graph: str) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    head = lines[0] if lines else type(error).__name__
-    recorded = re.findall(r"torch\.ops\.(\w+\.\w+)", graph)
-    found = [next((line for line in lines if "aten." in line or "Unsupported" in line), "")]
-    found.append(f"the last operator that was recorded is {recorded[-1]}" if recorded else "")
-    where = next((k for k, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line), None)
-    found += [] if where is None else lines[where : where + 2]  # the place and the code that stands there
-    detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
-    return (
-        f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
-        "  torch.export needs a forward pass without control flow that depends on the data"
-    )
-
-
 # --- the pass over the graph --------------------------------------------------------------------------------------
 
 
@@ -282,7 +214,7 @@ def walk(
     parameters: dict[str, Parameter] = {}
     tied: dict[int, Value] = {}
     widths = {path: frozenset(width_attributes(module).values()) for path, module in model.named_modules()}
-    kernels = _kernels(program.graph)
+    kernels = kernel_weights(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             name = named.get(node.name)
@@ -295,9 +227,9 @@ def walk(
                 tied[id(tensor)] = env[node]
         elif node.op == "call_function":
             _prepare(tape, node, widths, named)
-            tape.norm = _norm_behind(node, named)
+            tape.norm = norm_behind(node, named)
             env[node] = _call(tape, node, env)
-            tape.literals += written_sizes(node, operator_name(node.target), _module(node), env[node])
+            tape.literals += written_sizes(node, operator_name(node.target), module_path(node), env[node])
         elif node.op == "get_attr":
             env[node] = None
         elif node.op == "output":
@@ -318,7 +250,7 @@ def walk(
         layers=tuple(tape.layers),
         products=tuple(tape.products),
         parameters=tuple(parameters.values()),
-        live=_live(program.graph, env),
+        live=live_tensors(program.graph, env),
         batch=batch,
         literals=tuple(tape.literals),
         queries=tuple(tape.queries),
@@ -353,47 +285,9 @@ def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[int]],
     """Tells the tape what the rules of reshaping and of attention need to know about a call."""
     name = operator_name(node.target)
     result = node.meta.get("val")
-    tape.sizes = widths.get(_module(node), frozenset())
+    tape.sizes = widths.get(module_path(node), frozenset())
     tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
     tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
-
-
-def _drop_unused(program: torch.export.ExportedProgram) -> None:
-    """Removes calls that nothing reads, such as averages of attention weights.
-
-    The model still runs them, so what needs two widths to agree stays: layers, and sums of two tensors.
-    """
-    signature = program.graph_signature
-    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-
-    def stays(node: torch.fx.Node) -> bool:
-        return node.is_impure() or len(node.all_input_nodes) > 1 or any(n.name in stored for n in node.all_input_nodes)
-
-    program.graph.eliminate_dead_code(stays)
-
-
-def _kernels(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Returns the placeholders that convolutions use as weights, as they are or computed from them (standardised)."""
-    found: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or not operator_name(node.target).startswith(
-            ("conv1d", "conv2d", "conv3d", "conv_t")
-        ):
-            continue
-        weight = node.args[1]
-        shape = tuple(weight.meta["val"].shape)
-        waiting, seen = [weight], {weight}
-        while waiting:
-            one = waiting.pop()
-            example = one.meta.get("val")
-            if one.op == "placeholder" and isinstance(example, Tensor) and tuple(example.shape) == shape:
-                found.add(one)
-            new = [n for n in one.all_input_nodes if n not in seen]
-            if len(seen) + len(new) > _COMPUTED:
-                break  # it depends on activations
-            seen.update(new)
-            waiting += new
-    return found
 
 
 def _without_kernel(value: Value, name: str, parameters: dict[str, Parameter]) -> Value:
@@ -414,7 +308,7 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     if not results:
         return None
     tape.node = node.name
-    tape.where = _where(node)
+    tape.where = place_of(node)
     tape.shapes = tuple(tuple(int(n) for n in r.shape) for r in results)
     tape.shape = tape.shapes[0]
     tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)
@@ -432,63 +326,3 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.freeze_all(list(kwargs.values()), reason)
     values = tuple(Value(shape, (None,) * len(shape)) for shape in tape.shapes)
     return values if isinstance(result, (tuple, list)) else values[0]
-
-
-def _norm_behind(node: torch.fx.Node, named: dict[str, str]) -> str | None:
-    """Returns the name of the weight of the batch norm that alone reads a node's result, where it has one."""
-    users = list(node.users)
-    if len(users) != 1 or operator_name(users[0].target) != "batch_norm":
-        return None
-    weight = users[0].args[1] if len(users[0].args) > 1 else None
-    return named.get(weight.name) if isinstance(weight, torch.fx.Node) else None
-
-
-def _module(node: torch.fx.Node) -> str:
-    """Returns the path of the module whose forward pass made a node; the root's is empty."""
-    path = ""
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        path = entry[0] if isinstance(entry, tuple) else str(entry)
-    return re.sub(r"@\d+", "", path)  # a module's second call is written with a number
-
-
-def _where(node: torch.fx.Node) -> str:
-    return _module(node) or node.name
-
-
-def _live(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[LiveTensor, ...], ...]:
-    """Returns, for every call in the graph, the activations that are alive while it runs (views share their base)."""
-    base: dict[torch.fx.Node, torch.fx.Node] = {}
-    last: dict[torch.fx.Node, int] = {}
-    made: dict[torch.fx.Node, int] = {}
-    for step, node in enumerate(graph.nodes):
-        value = env.get(node)
-        if node.op == "call_function":
-            raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-            inplace = raw.endswith("_") and not raw.startswith("__")
-            alias = node.target is operator.getitem or inplace or operator_name(node.target) in ALIASES
-            first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
-            base[node] = base.get(first, first) if alias and first is not None else node
-            made.setdefault(base[node], step)
-        elif node.op == "placeholder" and isinstance(value, Value) and value.name is None:
-            base[node] = node
-            made[node] = step
-        for used in node.all_input_nodes:
-            if used in base:
-                last[base[used]] = step
-    tensors: dict[torch.fx.Node, list[LiveTensor]] = {}
-    for node in made:
-        value = env.get(node)
-        values = value if isinstance(value, tuple) else (value,)
-        example = node.meta.get("val")
-        examples = example if isinstance(example, (tuple, list)) else (example,)
-        tensors[node] = [
-            LiveTensor(e.element_size(), tuple(n if d is None else d for n, d in zip(v.shape, v.dims, strict=True)))
-            for v, e in zip(values, examples, strict=False)
-            if isinstance(v, Value) and isinstance(e, Tensor)
-        ]
-    points = []
-    for step, node in enumerate(graph.nodes):
-        if node.op == "call_function" and base.get(node) is node:
-            alive = [n for n in made if made[n] <= step <= last.get(n, step)]
-            points.append(tuple(t for n in alive for t in tensors[n]))
-    return tuple(points)

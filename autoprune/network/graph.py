@@ -1,0 +1,186 @@
+"""The exported graph of a model: how it is made, and what can be read off it before any label is known.
+
+Decides what is dropped from it, which placeholders are kernels, where a node stands in the model, and which tensors are
+alive together. Knows nothing of pruning groups.
+"""
+
+from __future__ import annotations
+
+import io
+import operator
+import re
+import sys
+import warnings
+from contextlib import redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoprune.errors import TraceError
+from autoprune.network.groups import LiveTensor
+from autoprune.network.labels import Value
+from autoprune.network.rules import operator_name
+
+ALIASES = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "expand",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "dropout",
+        "alias",
+        "detach",
+        "contiguous",
+        "to",
+    ]
+)
+
+
+_COMPUTED = 40
+"""A convolution's weight that is computed by more operators than this is taken for an activation."""
+
+
+def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    """Returns the model's graph of ATen operators at the shapes of `inputs`.
+
+    Raises:
+        TraceError: It cannot be exported; the message names the operator.
+    """
+    printed = io.StringIO()
+    try:
+        # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
+        with torch.no_grad(), redirect_stderr(printed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
+            program = torch.export.export(model, inputs, strict=False)
+    except Exception as error:  # torch.export lets through whatever the model's own code raises
+        raise TraceError(_why(model, error, printed.getvalue())) from error
+    sys.stderr.write(printed.getvalue())
+    _drop_unused(program)
+    return program
+
+
+def _why(model: nn.Module, error: Exception, graph: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    head = lines[0] if lines else type(error).__name__
+    recorded = re.findall(r"torch\.ops\.(\w+\.\w+)", graph)
+    found = [next((line for line in lines if "aten." in line or "Unsupported" in line), "")]
+    found.append(f"the last operator that was recorded is {recorded[-1]}" if recorded else "")
+    where = next((k for k, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line), None)
+    found += [] if where is None else lines[where : where + 2]  # the place and the code that stands there
+    detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
+    return (
+        f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
+        "  torch.export needs a forward pass without control flow that depends on the data"
+    )
+
+
+def _drop_unused(program: torch.export.ExportedProgram) -> None:
+    """Removes calls that nothing reads, such as averages of attention weights.
+
+    The model still runs them, so what needs two widths to agree stays: layers, and sums of two tensors.
+    """
+    signature = program.graph_signature
+    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+
+    def stays(node: torch.fx.Node) -> bool:
+        return node.is_impure() or len(node.all_input_nodes) > 1 or any(n.name in stored for n in node.all_input_nodes)
+
+    program.graph.eliminate_dead_code(stays)
+
+
+def kernel_weights(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Returns the placeholders that convolutions use as weights, as they are or computed from them (standardised)."""
+    found: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or not operator_name(node.target).startswith(
+            ("conv1d", "conv2d", "conv3d", "conv_t")
+        ):
+            continue
+        weight = node.args[1]
+        shape = tuple(weight.meta["val"].shape)
+        waiting, seen = [weight], {weight}
+        while waiting:
+            one = waiting.pop()
+            example = one.meta.get("val")
+            if one.op == "placeholder" and isinstance(example, Tensor) and tuple(example.shape) == shape:
+                found.add(one)
+            new = [n for n in one.all_input_nodes if n not in seen]
+            if len(seen) + len(new) > _COMPUTED:
+                break  # it depends on activations
+            seen.update(new)
+            waiting += new
+    return found
+
+
+def norm_behind(node: torch.fx.Node, named: dict[str, str]) -> str | None:
+    """Returns the name of the weight of the batch norm that alone reads a node's result, where it has one."""
+    users = list(node.users)
+    if len(users) != 1 or operator_name(users[0].target) != "batch_norm":
+        return None
+    weight = users[0].args[1] if len(users[0].args) > 1 else None
+    return named.get(weight.name) if isinstance(weight, torch.fx.Node) else None
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Returns the path of the module whose forward pass made a node; the root's is empty."""
+    path = ""
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
+        path = entry[0] if isinstance(entry, tuple) else str(entry)
+    return re.sub(r"@\d+", "", path)  # a module's second call is written with a number
+
+
+def place_of(node: torch.fx.Node) -> str:
+    """Returns where a node stands, for reasons that a person reads: its module, or its own name at the root."""
+    return module_path(node) or node.name
+
+
+def live_tensors(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[LiveTensor, ...], ...]:
+    """Returns, for every call in the graph, the activations that are alive while it runs (views share their base)."""
+    base: dict[torch.fx.Node, torch.fx.Node] = {}
+    last: dict[torch.fx.Node, int] = {}
+    made: dict[torch.fx.Node, int] = {}
+    for step, node in enumerate(graph.nodes):
+        value = env.get(node)
+        if node.op == "call_function":
+            raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+            inplace = raw.endswith("_") and not raw.startswith("__")
+            alias = node.target is operator.getitem or inplace or operator_name(node.target) in ALIASES
+            first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
+            base[node] = base.get(first, first) if alias and first is not None else node
+            made.setdefault(base[node], step)
+        elif node.op == "placeholder" and isinstance(value, Value) and value.name is None:
+            base[node] = node
+            made[node] = step
+        for used in node.all_input_nodes:
+            if used in base:
+                last[base[used]] = step
+    tensors: dict[torch.fx.Node, list[LiveTensor]] = {}
+    for node in made:
+        value = env.get(node)
+        values = value if isinstance(value, tuple) else (value,)
+        example = node.meta.get("val")
+        examples = example if isinstance(example, (tuple, list)) else (example,)
+        tensors[node] = [
+            LiveTensor(e.element_size(), tuple(n if d is None else d for n, d in zip(v.shape, v.dims, strict=True)))
+            for v, e in zip(values, examples, strict=False)
+            if isinstance(v, Value) and isinstance(e, Tensor)
+        ]
+    points = []
+    for step, node in enumerate(graph.nodes):
+        if node.op == "call_function" and base.get(node) is node:
+            alive = [n for n in made if made[n] <= step <= last.get(n, step)]
+            points.append(tuple(t for n in alive for t in tensors[n]))
+    return tuple(points)
