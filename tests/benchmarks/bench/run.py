@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-20, one seed, fewer contenders, short searches")
     parser.add_argument("--ablation", action="store_true", help="also the ablations of the sampler")
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"])
+    parser.add_argument("--contenders", nargs="+", help="only these, by name; what others have finished is kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=240.0, help="time of a search (resnet56: three times as much)")
     parser.add_argument("--epochs", type=float, default=0.5, help="fine-tuning of every pick")
@@ -100,6 +101,10 @@ def main() -> None:
     options = parser.parse_args()
     options.tag = "quick" if options.quick else "full"
     contenders = list(QUICK if options.quick else FULL) + list(ABLATION if options.ablation else ())
+    unknown = set(options.contenders or ()) - {*FULL, *ABLATION}
+    if unknown:
+        raise SystemExit(f"unknown contenders {sorted(unknown)}; there are {[*FULL, *ABLATION]}")
+    contenders = options.contenders or contenders
     if options.quick:
         options.networks, options.seeds = ["resnet20"], 1
         options.seconds, options.epochs = min(options.seconds, 150.0), min(options.epochs, 0.1)
