@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune import report
+from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline
@@ -83,6 +84,6 @@ def search(
     dense = replace_attention(copy.deepcopy(model)).eval()
     ingredients = pipeline.Ingredients(dense, splits, origin, key, loss, metric)
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
-    with report.Progress() as progress:
-        session = Session(space, ingredients, sections=sections, home=folder, progress=progress)
+    with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:
+        session = Session(space, ingredients, sections=sections, home=folder, progress=progress, log=log)
         return session.run(workers=workers, deadline=deadline, trials=trials, summary=False)

@@ -21,6 +21,7 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
@@ -102,13 +103,13 @@ def run_search(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     make_home(home)
-    with report.Progress() as progress:
+    with SearchLog(home, space.name) as log, report.Progress(on_note=log.note) as progress:
         progress.note(f"search {space.name}: preparing")
         ingredients = pipeline.ingredients_of(space, cache=home / "cache")
         sections = space.fingerprint_sections()
         if space.checkpoint is not None:
             sections["checkpoint"] = file_digest(space.checkpoint)
-        return Session(space, ingredients, sections=sections, home=home, progress=progress).run(
+        return Session(space, ingredients, sections=sections, home=home, progress=progress, log=log).run(
             workers=workers, deadline=deadline, trials=trials, summary=summary
         )
 
@@ -124,8 +125,10 @@ class Session:
         sections: Mapping[str, str],
         home: Path,
         progress: report.Progress,
+        log: SearchLog,
     ) -> None:
         self.space = space
+        self.log = log
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
@@ -156,6 +159,7 @@ class Session:
         begun = time.monotonic()
         try:
             with self._executor(workers) as executor:
+                self._log_start(executor)
                 complete = self._climb(plan, executor, records, deadline)
         except BaseException as error:
             records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -178,6 +182,7 @@ class Session:
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
         self.progress.note(f"done in {time.monotonic() - begun:.0f} s")
+        self.log.finished(complete=complete, front=len(view.front), hypervolume=view.hypervolume)
         return SearchOutcome(self.space.name, text, view, stored, complete)
 
     # --- before ---
@@ -256,6 +261,11 @@ class Session:
         threads = pipeline.threads_per_worker(workers)
         return ProcessExecutor(pipeline.WorkerFactory(self.bench, threads), workers)
 
+    def _log_start(self, executor: Executor) -> None:
+        kind = type(executor).__name__.removesuffix("Executor").lower()
+        device = self.bench.device
+        self.log.started(executor=kind, workers=executor.workers, device=device, fingerprint=self.fingerprint)
+
     # --- during ---
 
     def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
@@ -263,6 +273,7 @@ class Session:
         dense: dict[str, float] = {}
 
         def told(event: studies.Event) -> None:
+            self.log.told(event)
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
                 if not known:
@@ -282,7 +293,7 @@ class Session:
                 if event.reused is None:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 if event.reason:
-                    self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}")
+                    self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}", passed_on=False)
                 records.trial(event.rung, self._trial(event), dense_metrics=dense)
             else:
                 self.progress.rung_finished()

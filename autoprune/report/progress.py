@@ -49,7 +49,12 @@ class Progress:
     """
 
     def __init__(
-        self, *, file: TextIO | None = None, live: bool | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        file: TextIO | None = None,
+        live: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_note: Callable[[str], None] | None = None,
     ) -> None:
         """Makes the display; nothing is written yet.
 
@@ -57,10 +62,12 @@ class Progress:
             file: Where it goes: stderr by default.
             live: Whether lines move; by default where `file` is a terminal.
             clock: Seconds, for the time left.
+            on_note: Is told every sentence as well, for instance to log it.
         """
         self._console = Console(file=file or sys.stderr, soft_wrap=True, highlight=False)
         self._live = self._console.is_terminal if live is None else live
         self._clock = clock
+        self._on_note = on_note
         self._bars: Bars | None = None
         self._task: int | None = None
         self._rung: _Rung | None = None
@@ -120,10 +127,12 @@ class Progress:
             self._console.print(f"{rung.name}: finished: {text}", markup=False)
         self._rung = None
 
-    def note(self, text: str) -> None:
-        """Writes a sentence above the live line."""
+    def note(self, text: str, *, passed_on: bool = True) -> None:
+        """Writes a sentence above the live line; with `passed_on` whoever asked for sentences is told as well."""
         console = self._bars.console if self._bars is not None else self._console
         console.print(text, markup=False)
+        if passed_on and self._on_note is not None:
+            self._on_note(text)
 
     def close(self) -> None:
         """Stops the live line; safe to call twice."""

@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
     """Our search with a single rung that trains nothing; the pick of a budget is the best candidate within it."""
     from autoprune import search as studies
+    from autoprune.coordinator.logs import SearchLog
     from autoprune.coordinator.session import Session
     from autoprune.network.pipeline import trace_ingredients, workbench_of
     from autoprune.report import Progress
@@ -53,8 +54,9 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     )
     space = task.space.model_copy(update={"search": section})
     home = journal.folder / "home"
-    with Progress() as progress:
-        session = Session(space, task.ingredients, sections=space.fingerprint_sections(), home=home, progress=progress)
+    with SearchLog(home, space.name) as log, Progress() as progress:
+        sections = space.fingerprint_sections()
+        session = Session(space, task.ingredients, sections=sections, home=home, progress=progress, log=log)
         deadline = journal.started + seconds
         session.run(workers=1, deadline=deadline, trials=candidates, summary=False)
     study = studies.load_rung(studies.open_storage(home / "optuna.db"), space.name, space.search.ladder[0].rung)

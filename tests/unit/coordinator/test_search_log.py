@@ -1,0 +1,159 @@
+"""The log of a search: what is written, that it stays small, and how it is read and followed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoprune.coordinator import logs
+from autoprune.coordinator.logs import SearchLog, entry_of, follow_log, log_path, read_log, rendered
+from autoprune.errors import StudyError
+from autoprune.policy import Choice, Policy
+from autoprune.results import Fidelity, TrialResult
+from autoprune.search import RungFinished, RungStarted, TrialFinished
+
+
+def result(accuracy: float = 0.75) -> TrialResult:
+    return TrialResult(
+        policy=Policy({"a": Choice("l2", 0.5)}),
+        identity="x",
+        fidelity=Fidelity("tune", 1.0),
+        widths={"a": 4},
+        costs={"macs": 10, "params": 3},
+        metrics={"val_accuracy": accuracy},
+        seconds={"surgery": 0.25, "finetune": 2.0},
+    )
+
+
+def entries(home: Path, search: str = "one") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_log(home, search)]
+
+
+def test_every_event_of_a_search_is_one_json_object_with_what_is_known_of_it(tmp_path: Path) -> None:
+    with SearchLog(tmp_path, "one") as log:
+        log.note("preparing")
+        log.started(executor="process", workers=2, device="cpu", fingerprint="abc")
+        log.told(RungStarted("tune", 8, 3))
+        log.told(TrialFinished("tune", 3, result(), 17, "complete"))
+        log.told(TrialFinished("tune", 4, None, 18, "fail", reason="it diverged"))
+        log.told(RungFinished("tune", 4, 1))
+        log.finished(complete=True, front=4, hypervolume=0.5)
+    found = entries(tmp_path)
+    assert [e["event"] for e in found] == [
+        "note",
+        "search_started",
+        "rung_started",
+        "trial_finished",
+        "trial_finished",
+        "rung_finished",
+        "search_finished",
+    ]
+    assert all({"time", "level", "search", "pid", "message"} <= set(entry) for entry in found)
+    good, bad = found[3], found[4]
+    assert (good["rung"], good["trial"], good["executor"], good["seconds"]) == ("tune", 3, "process", 2.25)
+    assert (good["val_accuracy"], good["costs"]) == (0.75, {"macs": 10, "params": 3})
+    assert (bad["level"], bad["state"], bad["reason"]) == ("warning", "fail", "it diverged")
+    assert (found[-1]["complete"], found[-1]["front"]) == (True, 4)
+
+
+def test_an_error_and_an_interruption_are_logged_as_the_end_and_are_not_swallowed(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="no such thing"), SearchLog(tmp_path, "one"):
+        raise StudyError("no such thing")
+    with pytest.raises(KeyboardInterrupt), SearchLog(tmp_path, "one"):
+        raise KeyboardInterrupt
+    first, second = entries(tmp_path)
+    assert (first["event"], first["level"], first["error"]) == ("search_failed", "error", "StudyError")
+    assert (second["event"], second["level"]) == ("search_stopped", "warning")
+
+
+def test_what_the_package_logs_meanwhile_is_in_the_log_and_afterwards_nothing_is(tmp_path: Path) -> None:
+    before = (list(logs.LOGGER.handlers), logs.LOGGER.level)
+    with SearchLog(tmp_path, "one"):
+        logging.getLogger("autoprune.search.storage").warning(
+            "lost the connection to %s", "postgresql://me:geheim@db/x"
+        )
+    logging.getLogger("autoprune.search").warning("nobody is listening")
+    (entry,) = entries(tmp_path)
+    assert entry["event"] == "autoprune.search.storage"
+    assert entry["message"] == "lost the connection to postgresql://me:***@db/x"
+    assert (logs.LOGGER.handlers, logs.LOGGER.level) == before
+
+
+def test_a_log_stays_bounded_and_its_last_lines_are_kept_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 2_000)
+    with SearchLog(tmp_path, "one") as log:
+        for number in range(200):
+            log.note(f"sentence {number}")
+    files = list((tmp_path / "logs").iterdir())
+    assert len(files) == 1 + logs.KEPT_FILES
+    assert sum(file.stat().st_size for file in files) <= (1 + logs.KEPT_FILES) * 2_000
+    numbers = [int(entry["message"].split()[1]) for entry in entries(tmp_path)]
+    assert numbers == list(range(numbers[0], 200))
+
+
+def test_a_line_that_a_killed_process_left_unfinished_spoils_no_other(tmp_path: Path) -> None:
+    with SearchLog(tmp_path, "one") as log:
+        log.note("whole")
+    with log_path(tmp_path, "one").open("a") as file:
+        file.write('{"time": "2026-01-01T00')
+    with SearchLog(tmp_path, "one") as log:
+        log.note("goes on")
+    assert [entry_of(line)["message"] for line in read_log(tmp_path, "one")] == [
+        "whole",
+        '{"time": "2026-01-01T00',
+        "goes on",
+    ]
+
+
+def test_a_search_without_a_log_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="'nowhere' has no log"):
+        read_log(tmp_path, "nowhere")
+
+
+def test_a_log_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file where a folder belongs")
+    with pytest.raises(StudyError, match="cannot be written"):
+        SearchLog(tmp_path, "one")
+
+
+def test_following_sees_every_line_once_while_files_are_put_aside_and_ends_with_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 20_000)
+    seen: list[str] = []
+    begun = threading.Event()
+
+    def follow() -> None:
+        for line in follow_log(tmp_path, "one", over=lambda: True, pause=0.001):
+            seen.append(entry_of(line)["message"])
+            begun.set()
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    with SearchLog(tmp_path, "one") as log:
+        log.note("sentence 0")
+        assert begun.wait(10)
+        for number in range(1, 150):
+            log.note(f"sentence {number}")
+        log.finished(complete=True, front=1, hypervolume=0.1)
+    reader.join(10)
+    assert not reader.is_alive()
+    assert seen == [f"sentence {n}" for n in range(150)] + ["finished: 1 points on the front"]
+
+
+def test_a_line_for_people_holds_time_level_message_and_seconds(tmp_path: Path) -> None:
+    entry = {
+        "time": "2026-11-22T08:03:54.123+00:00",
+        "level": "warning",
+        "message": "tune trial 4 failed: it diverged",
+        "seconds": 2.25,
+    }
+    assert rendered(entry) == "2026-11-22 08:03:54  WARNING tune trial 4 failed: it diverged (2.2 s)"
+    assert rendered({"message": "torn"}).strip() == "torn"
