@@ -94,4 +94,4 @@ clean: ## remove caches and builds; searches (.autoprune) and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis && find autoprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
-	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,timm,dev]' && touch $@
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -e '.[onnx,timm,postgres,dev]' && touch $@

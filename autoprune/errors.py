@@ -11,7 +11,9 @@ Decides what kinds of failure exist and which exit status each one means. Knows 
     │   ├── DataError               a data set that is missing, empty or malformed
     │   ├── TraceError              a model that cannot be exported, or in which nothing can be pruned
     │   ├── StudyError              a study that is missing or belongs to another space
+    │   │   └── LeaseError          another process runs, or has taken over, the search
     │   └── MissingExtraError       an optional package was asked for and is not installed
+    ├── StorageError                the database of the studies is away or cannot be written: exit status 3
     ├── TrackingError               the tracking server cannot be used: exit status 3
     └── TrialError                  fails one trial; the search goes on
 """
@@ -87,8 +89,18 @@ class StudyError(InputError):
     """A study that does not exist or belongs to another space."""
 
 
+class LeaseError(StudyError):
+    """Another process runs the search, or has taken it over."""
+
+
 class MissingExtraError(InputError):
     """An optional package was asked for and is not installed."""
+
+
+class StorageError(AutopruneError):
+    """The database of the studies is away, or cannot be written."""
+
+    status = 3
 
 
 class TrackingError(AutopruneError):

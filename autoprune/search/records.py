@@ -20,6 +20,7 @@ from autoprune.cost import LATENCY, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
+from autoprune.search.lasting import TOKEN, new_token
 from autoprune.search.sampler import params_of, policy_of, search_space
 
 RESULT = "result"
@@ -39,7 +40,7 @@ _KEPT = {MACS: "MACs kept", PARAMS: "params kept", SIZE: "size kept", MEMORY: "m
 _CONSTRAINTS = "constraints"
 """Optuna-dashboard 0.21 reads only this legacy list; `Trial.set_constraint` writes `constraints:<name>`."""
 
-_TRANSIENT = ("fixed_params", "tpe:relative_params", _CONSTRAINTS)
+_TRANSIENT = ("fixed_params", "tpe:relative_params", _CONSTRAINTS, TOKEN)
 """Beginnings of the names of attributes that a sampler will not want to read again."""
 
 
@@ -229,6 +230,7 @@ def begin(study: Study, problem: Problem, candidate: Candidate) -> int:
         params=params,
         distributions=_distributions(problem, params),
         user_attrs=candidate_attrs(candidate),
+        system_attrs=new_token(),
     )
     return _add(study, trial)
 
@@ -250,7 +252,7 @@ def add_complete(
         params=params,
         distributions=_distributions(problem, params),
         user_attrs=candidate_attrs(candidate) | result_attrs(problem, result, reused=reused),
-        system_attrs=kept_attrs(notes) | constraint_attrs(problem, result),
+        system_attrs=kept_attrs(notes) | constraint_attrs(problem, result) | new_token(),
     )
     trial.datetime_start = started
     return _add(study, trial)
@@ -264,6 +266,7 @@ def add_failed(study: Study, problem: Problem, candidate: Candidate, *, reason: 
         params=params,
         distributions=_distributions(problem, params),
         user_attrs=candidate_attrs(candidate) | {REASON: reason},
+        system_attrs=new_token(),
     )
     trial.datetime_start = started
     return _add(study, trial)

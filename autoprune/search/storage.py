@@ -1,11 +1,14 @@
 """Opens the database that holds the studies.
 
-Decides how SQLite is set up and how a storage that cannot be used is reported. Knows nothing of what the studies hold.
+Decides how SQLite and PostgreSQL are set up and how a storage that cannot be used is reported. Knows nothing of what
+the studies hold.
 """
 
 from __future__ import annotations
 
+import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,12 +18,21 @@ from urllib.parse import quote, unquote
 
 import optuna
 import sqlalchemy.exc
-from optuna.storages import BaseStorage, RDBStorage
 
 from autoprune.errors import MissingExtraError, StudyError
+from autoprune.search.lasting import LastingStorage, Say
 
 BUSY_SECONDS = 60.0
 _SQLITE = "sqlite:///"
+_POSTGRES = re.compile(r"postgres(ql)?(?=://)")
+_POSTGRES_OPTIONS = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "application_name": "autoprune",
+}
+"""A server whose machine is gone is noticed within a minute instead of two hours."""
 
 
 @contextmanager
@@ -34,16 +46,19 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def open_storage(url_or_path: str | Path, *, create: bool = True) -> BaseStorage:
+def open_storage(url_or_path: str | Path, *, create: bool = True, say: Say | None = None) -> LastingStorage:
     """Opens the storage at a path (SQLite) or a URL (`sqlite:///...`, `postgresql+psycopg://...`).
 
     SQLite gets write-ahead logging, `synchronous=NORMAL` and a busy timeout of 60 s: 66 parameters take 1,448 ms per
     ask and tell with its defaults and 120 to 150 ms so. The connections are made by a function of ours because the
     settings hold for a connection, not for a file, and Optuna opens the first one in its constructor.
 
+    A server that goes away later is waited for; one that is away already is an error.
+
     Args:
-        url_or_path: Where the studies are.
+        url_or_path: Where the studies are. `postgresql://` means psycopg 3, the driver that autoprune is tested with.
         create: Whether a missing SQLite file, and its folder, are made.
+        say: Is told when the server is away and when it is back.
 
     Raises:
         StudyError: The file is missing and not to be made, is no database or not one of Optuna's, or the server does
@@ -52,8 +67,12 @@ def open_storage(url_or_path: str | Path, *, create: bool = True) -> BaseStorage
     """
     text = str(url_or_path)
     path = _sqlite_path(text)
-    kwargs: dict[str, Any] = {}
-    if path is not None:
+    kwargs: dict[str, Any] = {"pool_pre_ping": True}
+    if path is None:
+        text = _POSTGRES.sub("postgresql+psycopg", text, count=1)
+        if text.startswith("postgresql"):
+            kwargs["connect_args"] = dict(_POSTGRES_OPTIONS)
+    else:
         if not path.exists() and not create:
             raise StudyError(f"there is no study yet: {path} does not exist")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,13 +80,19 @@ def open_storage(url_or_path: str | Path, *, create: bool = True) -> BaseStorage
         kwargs = {"creator": partial(_connect, str(path))}
     try:
         with quiet_optuna():
-            return RDBStorage(text, engine_kwargs=kwargs)
+            try:
+                return LastingStorage(text, kwargs, shown=_shown(text), say=say)
+            except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+                # Another process has made some of the tables in this very moment; what is really wrong stays wrong.
+                time.sleep(1.0)
+                return LastingStorage(text, kwargs, shown=_shown(text), say=say)
     except ImportError as error:
         raise MissingExtraError(
-            f"the driver for {_shown(text)} is not installed: {error.__cause__ or error}"
+            f"the driver for {_shown(text)} is not installed ({error.__cause__ or error});"
+            " for PostgreSQL: pip install 'autoprune[postgres]'"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.DatabaseError) as error:
-        reason = getattr(error, "orig", None) or error
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
         raise StudyError(f"cannot use {_shown(text)} as a storage of studies: {reason}") from error
     except RuntimeError as error:  # Optuna's own word for tables of another version or another program
         raise StudyError(

@@ -1,8 +1,7 @@
-"""Every storage keeps studies in the same way: SQLite by path and by URL, and PostgreSQL where a server is named."""
+"""Every storage keeps studies in the same way: SQLite by path and by URL, and a real PostgreSQL server."""
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import uuid
 from concurrent.futures import Future
@@ -25,13 +24,10 @@ MODEL = CostModel(("layer0", "layer1", "layer2"), (8, 8, 8), TERMS, TERMS, TERMS
 PROBLEM = Problem(GROUPS, MODEL, Budget({"macs": 460}, "macs", (0.2, 0.6)), ("l2", "taylor"))
 
 
-@pytest.fixture(params=["path", "sqlite-url", "odd-path", "postgresql"])
+@pytest.fixture(params=["path", "sqlite-url", "odd-path", pytest.param("postgresql", marks=pytest.mark.slow)])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
     if request.param == "postgresql":
-        url = os.environ.get("AUTOPRUNE_TEST_POSTGRESQL")
-        if not url:
-            pytest.skip("AUTOPRUNE_TEST_POSTGRESQL names no server (postgresql+psycopg://...)")
-        return url
+        return str(request.getfixturevalue("postgres_url"))
     if request.param == "sqlite-url":
         return f"sqlite:///{tmp_path}/home/optuna.db"
     return tmp_path / ("{odd} ?name%20#" if request.param == "odd-path" else "home") / "optuna.db"
