@@ -7,6 +7,7 @@ else. Must not import anything heavy at module level.
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import os
@@ -37,10 +38,17 @@ app = typer.Typer(
 
 
 def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
-    """Turns the errors of autoprune into a message on stderr and an exit status; bugs keep their traceback."""
+    """Turns the errors of autoprune into a message on stderr and an exit status; bugs keep their traceback.
+
+    A command that takes `--home` takes `--storage` as well: it stands for the environment variable, so that every
+    process which the command starts finds the same studies.
+    """
+    signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
+        if storage := kwargs.pop("storage", None):
+            os.environ["AUTOPRUNE_STORAGE"] = str(storage)
         try:
             command(*args, **kwargs)
             sys.stdout.flush()
@@ -55,6 +63,11 @@ def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
 
+    if "home" in signature.parameters:
+        option = inspect.Parameter("storage", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=StorageOption)
+        signature = signature.replace(parameters=[*signature.parameters.values(), option])
+        run.__annotations__ = {**command.__annotations__, "storage": StorageOption}
+    run.__signature__ = signature  # type: ignore[attr-defined]
     return run
 
 
@@ -81,6 +94,17 @@ SetOption = Annotated[
 ]
 HomeOption = Annotated[
     Path, typer.Option("--home", envvar="AUTOPRUNE_HOME", help="Folder of the studies and of everything cached.")
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        envvar="AUTOPRUNE_STORAGE",
+        metavar="URL",
+        help="Database of the studies, such as postgresql://user@host/studies. Default: a SQLite file in --home.",
+        show_default=False,
+        show_envvar=True,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 SearchName = Annotated[str, typer.Argument(help="Name of the search: `name` in its space file.")]

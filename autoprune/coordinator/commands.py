@@ -5,14 +5,15 @@ Decides what is read and handed to the report. Changes nothing but the exported 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import autoprune.search as studies
 from autoprune import report
-from autoprune.coordinator.views import StoredSearch, make_home, read_search, storage_path, view_of
-from autoprune.errors import StudyError
+from autoprune.coordinator.views import StoredSearch, make_home, open_existing, read_search, storage_path, view_of
 from autoprune.space import Space
 
 
@@ -102,12 +103,18 @@ def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
 def dashboard_command(home: Path, port: int) -> list[str]:
     """Returns the command that shows a home folder's studies in the Optuna dashboard, on this machine alone.
 
+    A password goes to it by this process's environment, where other users of the machine do not see it.
+
     Raises:
-        StudyError: There is no study yet.
+        StudyError: There is no study yet, or the storage cannot be used.
     """
-    path = storage_path(home)
-    if not path.is_file():
-        raise StudyError(f"there is no study in {home} yet; `autoprune search` makes one")
+    place = storage_path(home)
+    open_existing(home).engine.dispose()
+    if isinstance(place, Path):
+        url = f"sqlite:///{place.resolve()}"
+    else:
+        url, password = studies.split_password(place)
+        os.environ.update({"PGPASSWORD": password} if password else {})
     beside = Path(sys.executable).with_name("optuna-dashboard")
     program = str(beside) if beside.is_file() else "optuna-dashboard"
-    return [program, f"sqlite:///{path.resolve()}", "--host", "127.0.0.1", "--port", str(port)]
+    return [program, url, "--host", "127.0.0.1", "--port", str(port)]

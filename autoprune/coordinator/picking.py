@@ -19,7 +19,7 @@ import autoprune.search as studies
 from autoprune import tracking
 from autoprune.budget import KEYS, parse_limit
 from autoprune.coordinator.registering import ALIASES, FINETUNE, FINETUNED, aliases_of, candidates
-from autoprune.coordinator.views import StoredSearch, read_search, storage_path, view_of
+from autoprune.coordinator.views import StoredSearch, open_existing, read_search, view_of
 from autoprune.errors import InputError, StudyError, TrackingError, nearest
 from autoprune.report import SearchView
 
@@ -304,7 +304,7 @@ def _hand_over(reader: tracking.Reader, name: str, key: str) -> str:
 
 
 def _first_study(home: Path, name: str) -> Any:
-    storage = studies.open_storage(storage_path(home))
+    storage = open_existing(home)
     return studies.load_rung(storage, name, studies.rung_names(storage, name)[0])
 
 

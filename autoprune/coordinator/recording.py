@@ -253,7 +253,7 @@ class Records:
         tracker = tracking.Tracker(
             self.uri,
             self.name,
-            artifact_root=tracking.artifact_root(self.uri),
+            artifact_root=tracking.artifact_root(self.uri, home=self.home),
             description=(
                 f"Pruning-policy search **{self.name}**. The run of kind `search` holds the front, its plot and its"
                 " tables; every trial is a run of kind `trial`; those with the tag `pareto = true` are the front."

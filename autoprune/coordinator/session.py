@@ -37,7 +37,7 @@ from autoprune.coordinator.views import (
     storage_path,
     view_of,
 )
-from autoprune.errors import DataError
+from autoprune.errors import DataError, StudyError
 from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
@@ -142,7 +142,8 @@ class Session:
             self.table = table
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
-        self.storage = studies.open_storage(storage_path(home))
+        _check_apart(home)
+        self.storage = studies.open_storage(storage_path(home), say=progress.note)
         self._check()
         self.watches = tracking.watches_machine(os.environ)
         pipeline.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
@@ -418,3 +419,13 @@ class Session:
             commands.append((ui, charts))
         board = "make dashboard" if make else f"autoprune dashboard{at}"
         return [*commands, (board, "Optuna dashboard: http://127.0.0.1:8080")]
+
+
+def _check_apart(home: Path) -> None:
+    """Refuses one database for both: Optuna and MLflow each keep a table `alembic_version` of their own."""
+    tracked = tracking.resolve_uri(home, os.environ)
+    if studies.same_database(str(storage_path(home)), tracked):
+        raise StudyError(
+            "the studies and MLflow need databases of their own (both keep a table of the same name): name another one"
+            " by --storage or MLFLOW_BACKEND_STORE_URI"
+        )

@@ -13,7 +13,7 @@ from autoprune.coordinator.finetuning import record_all_finetuned
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.picking import Say, picks
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, read_search, storage_path, view_of
+from autoprune.coordinator.views import CONTROLS, open_existing, read_search, view_of
 from autoprune.errors import StudyError, TrackingError
 
 _PATIENCE = 600.0
@@ -48,7 +48,7 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
         TrackingError: MLflow is away, or refused something.
     """
     stored = read_search(name, home=home)
-    storage = studies.open_storage(storage_path(home))
+    storage = open_existing(home)
     first = studies.load_rung(storage, name, studies.rung_names(storage, name)[0])
     if studies.is_running(first):
         raise StudyError(f"a process is running the search {name!r} and records it; wait for its end")

@@ -6,6 +6,7 @@ touches the test set, so a `final` result is shown under the number of the trial
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ CONTROLS = "controls"
 DENSE = "dense"
 """The dense network's name among measurements."""
 STATE = "optuna.db"
+STORAGE_ENV = "AUTOPRUNE_STORAGE"
+"""Environment variable that names the storage; the option `--storage` sets it."""
 HOME = Path(".autoprune")
 """The home folder that the commands look for where none is named."""
 
@@ -179,9 +182,29 @@ def make_home(home: Path) -> None:
         raise StudyError(f"the home folder {home} cannot be written: {error.strerror or error}") from error
 
 
-def storage_path(home: Path) -> Path:
-    """Returns the SQLite file of a home folder's studies."""
+def storage_path(home: Path) -> Path | str:
+    """Returns where the studies are: what `AUTOPRUNE_STORAGE` names (a file or a URL), else the home folder's file.
+
+    Several machines share one PostgreSQL database so; names of searches are common to all of them then.
+    """
+    named = os.environ.get(STORAGE_ENV, "").strip()
+    if named:
+        return named if "://" in named else Path(named)
     return home / STATE
+
+
+def open_existing(home: Path) -> studies.LastingStorage:
+    """Opens the storage of a home folder to read it.
+
+    Raises:
+        StudyError: There is none, or it cannot be used.
+        MissingExtraError: The database's driver is not installed.
+    """
+    place = storage_path(home)
+    if isinstance(place, Path) and not place.is_file():
+        where = home if place == home / STATE else place
+        raise StudyError(f"there is no search in {where} yet; `autoprune search` makes one")
+    return studies.open_storage(place, create=False)
 
 
 def models_path(home: Path, name: str) -> Path:
@@ -195,10 +218,7 @@ def read_search(name: str, *, home: Path) -> StoredSearch:
     Raises:
         StudyError: There is no storage, no such search, or it was not begun.
     """
-    path = storage_path(home)
-    if not path.is_file():
-        raise StudyError(f"there is no search in {home} yet; `autoprune search` makes one")
-    storage = studies.open_storage(path)
+    storage = open_existing(home)
     names = studies.rung_names(storage, name)
     opened = {rung: studies.load_rung(storage, name, rung) for rung in names}
     facts = next((f for study in opened.values() if (f := studies.read_facts(study)) is not None), None)

@@ -8,6 +8,7 @@ from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
+from autoprune.search.lasting import LastingStorage
 from autoprune.search.lease import is_running
 from autoprune.search.notes import (
     read_facts,
@@ -30,7 +31,7 @@ from autoprune.search.records import (
     read_trials,
 )
 from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
-from autoprune.search.storage import open_storage, quiet_optuna
+from autoprune.search.storage import open_storage, quiet_optuna, same_database, split_password
 from autoprune.search.study import (
     StudySummary,
     load_rung,
@@ -50,6 +51,7 @@ __all__ = [
     "Failure",
     "LadderOutcome",
     "LadderPlan",
+    "LastingStorage",
     "Projector",
     "RungFinished",
     "RungPlan",
@@ -81,8 +83,10 @@ __all__ = [
     "reference_point",
     "run_ladder",
     "rung_names",
+    "same_database",
     "search_names",
     "search_space",
+    "split_password",
     "study_name",
     "study_summary",
     "write_background",

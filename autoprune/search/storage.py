@@ -119,6 +119,25 @@ def _connect(path: str) -> sqlite3.Connection:
     return connection
 
 
+def same_database(one: str, other: str) -> bool:
+    """Whether two URLs mean the same database; other addresses, such as a server's, never do."""
+    found = []
+    for url in (one, other):
+        if url.startswith(("http://", "https://")) or "://" not in url:
+            return False
+        parsed = sqlalchemy.make_url(_POSTGRES.sub("postgresql", url, count=1))
+        kind = parsed.get_backend_name()
+        port = parsed.port or (5432 if kind == "postgresql" else None)
+        found.append((kind, parsed.host, port, parsed.database))
+    return found[0] == found[1]
+
+
+def split_password(url: str) -> tuple[str, str | None]:
+    """Returns a database's URL with its driver and without its password, and the password."""
+    found = sqlalchemy.make_url(_POSTGRES.sub("postgresql+psycopg", url, count=1))
+    return found.set(password=None).render_as_string(hide_password=False), found.password
+
+
 def _shown(url: str) -> str:
     """Returns the URL without a password."""
     scheme, _, rest = url.partition("://")

@@ -6,6 +6,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,9 @@ SQLITE = "sqlite:///"
 def resolve_uri(home: Path, env: Mapping[str, str], *, directory: Path | None = None) -> str:
     """Returns the tracking address and makes the folder of a SQLite file.
 
-    The first that is set wins: `MLFLOW_TRACKING_URI` in `env`, `MLFLOW_BACKEND_STORE_URI` in `mlflow/server.env`, and
-    a SQLite file under `home`. A relative SQLite path is relative to `directory`.
+    The first that is set wins: `MLFLOW_TRACKING_URI` in `env`, `MLFLOW_BACKEND_STORE_URI` in `env`, the same in
+    `mlflow/server.env`, and a SQLite file under `home`. A relative SQLite path is relative to `directory`.
+    `postgresql://` means psycopg 3, the driver that autoprune is tested with.
 
     Args:
         home: The folder that holds the state of searches.
@@ -36,12 +38,14 @@ def resolve_uri(home: Path, env: Mapping[str, str], *, directory: Path | None = 
     directory = (directory or Path.cwd()).resolve()
     wanted = env.get("MLFLOW_TRACKING_URI", "").strip()
     if not wanted:
+        wanted = env.get("MLFLOW_BACKEND_STORE_URI", "").strip()
+    if not wanted:
         wanted = server_settings(directory).get("MLFLOW_BACKEND_STORE_URI", "").strip()
     if not wanted:
         wanted = f"{SQLITE}{(directory / home / 'mlflow.db').resolve()}"
     path = sqlite_path(wanted)
     if path is None:
-        return wanted
+        return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", wanted)
     path = directory / path
     options = wanted.partition("?")[1:]
     try:
@@ -56,10 +60,27 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri[len(SQLITE) :].partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
-def artifact_root(uri: str) -> Path | None:
-    """Returns the folder `artifacts` beside a SQLite file; `None` where a server decides."""
+def artifact_root(uri: str, *, home: Path, directory: Path | None = None) -> Path | None:
+    """Returns the folder for files: `artifacts` beside a SQLite file; `None` where a server decides.
+
+    For another database, written without a server, it is the server's own folder (`MLFLOW_ARTIFACTS_DESTINATION` in
+    `mlflow/server.env`), or `artifacts` under `home`.
+
+    Raises:
+        TrackingError: The server's own place is no folder: only the server can write there.
+    """
+    if uri.startswith(("http://", "https://")):
+        return None
     path = sqlite_path(uri)
-    return path.resolve().parent / "artifacts" if path is not None else None
+    if path is not None:
+        return path.resolve().parent / "artifacts"
+    directory = (directory or Path.cwd()).resolve()
+    place = server_settings(directory).get("MLFLOW_ARTIFACTS_DESTINATION", "").strip().removeprefix("file://")
+    if "://" in place:
+        raise TrackingError(
+            f"artifacts go to {place}, where only the server writes: set MLFLOW_TRACKING_URI to its address"
+        )
+    return directory / place if place else directory / home / "artifacts"
 
 
 def ui_address(uri: str, *, directory: Path | None = None) -> str:

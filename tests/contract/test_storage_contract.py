@@ -15,7 +15,7 @@ from autoprune.cost import CostModel, Form, Term
 from autoprune.errors import MissingExtraError, StudyError
 from autoprune.policy import Group, Policy
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import LadderPlan, RungPlan, open_storage, run_ladder
+from autoprune.search import LadderPlan, RungPlan, open_storage, run_ladder, same_database, split_password
 
 GROUPS = tuple(Group(f"layer{i}", 8, tuple(range(1, 9))) for i in range(3))
 FORMS = tuple(Form(0, ((i, 1),)) for i in range(3))
@@ -89,3 +89,18 @@ def test_an_unreachable_server_and_a_missing_driver_are_told_without_the_passwor
         open_storage("postgresql+psycopg://someone:secret@127.0.0.1:1/studies")
     assert "secret" not in str(caught.value)
     assert "someone@127.0.0.1:1/studies" in str(caught.value)
+
+
+def test_one_database_is_told_from_another_however_it_is_written() -> None:
+    studies = "postgresql+psycopg://me:secret@db/one"
+    assert same_database(studies, "postgres://other@db:5432/one")
+    assert not same_database(studies, "postgresql://me@db/two")
+    assert not same_database(studies, "postgresql://me@db:5433/one")
+    assert not same_database(studies, "http://db:5000")
+    assert not same_database("home/optuna.db", "sqlite:///home/mlflow.db")
+    assert same_database("sqlite:///x.db", "sqlite:///x.db")
+
+
+def test_a_password_is_taken_out_of_a_url() -> None:
+    url, password = split_password("postgres://me:s%40crt@db:5433/one?sslmode=require")
+    assert (url, password) == ("postgresql+psycopg://me@db:5433/one?sslmode=require", "s@crt")

@@ -28,7 +28,7 @@ def test_the_servers_settings_win_over_home_and_are_relative_to_the_working_dire
     uri = resolve_uri(tmp_path / "home", {}, directory=tmp_path)
     assert uri == f"sqlite:///{tmp_path}/mlflow/data/mlflow.db?timeout=5"
     assert (tmp_path / "mlflow" / "data").is_dir()
-    assert artifact_root(uri) == tmp_path / "mlflow" / "data" / "artifacts"
+    assert artifact_root(uri, home=tmp_path) == tmp_path / "mlflow" / "data" / "artifacts"
 
 
 def test_without_settings_the_store_is_a_file_under_home(tmp_path: Path) -> None:
@@ -50,9 +50,26 @@ def test_a_line_that_is_no_assignment_is_named(tmp_path: Path, line: str) -> Non
         server_settings(tmp_path)
 
 
-def test_a_server_address_has_no_artifact_root_of_ours() -> None:
-    assert artifact_root("http://tracker:5000") is None
-    assert artifact_root("postgresql://me@db/mlflow") is None
+def test_a_server_address_has_no_artifact_root_of_ours(tmp_path: Path) -> None:
+    assert artifact_root("http://tracker:5000", home=tmp_path) is None
+
+
+def test_files_of_a_database_that_is_written_directly_lie_where_its_server_looks(tmp_path: Path) -> None:
+    uri, home = "postgresql+psycopg://me@db/mlflow", Path("state")
+    assert artifact_root(uri, home=home, directory=tmp_path) == tmp_path / "state" / "artifacts"
+    write_settings(tmp_path, "MLFLOW_ARTIFACTS_DESTINATION=mlflow/data/artifacts\n")
+    assert artifact_root(uri, home=home, directory=tmp_path) == tmp_path / "mlflow" / "data" / "artifacts"
+    write_settings(tmp_path, "MLFLOW_ARTIFACTS_DESTINATION=s3://bucket/models\n")
+    with pytest.raises(TrackingError, match="set MLFLOW_TRACKING_URI"):
+        artifact_root(uri, home=home, directory=tmp_path)
+
+
+def test_the_environment_names_the_database_before_the_settings_do(tmp_path: Path) -> None:
+    write_settings(tmp_path, "MLFLOW_BACKEND_STORE_URI=sqlite:///mlflow/data/mlflow.db\n")
+    env = {"MLFLOW_BACKEND_STORE_URI": "postgres://me@db/mlflow"}
+    assert resolve_uri(tmp_path, env, directory=tmp_path) == "postgresql+psycopg://me@db/mlflow"
+    env["MLFLOW_TRACKING_URI"] = "http://tracker:5000"
+    assert resolve_uri(tmp_path, env, directory=tmp_path) == "http://tracker:5000"
 
 
 def test_the_pages_lie_at_the_server_or_where_make_starts_it(tmp_path: Path) -> None:
