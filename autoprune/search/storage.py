@@ -135,7 +135,7 @@ def same_database(one: str, other: str) -> bool:
 def split_password(url: str) -> tuple[str, str | None]:
     """Returns a database's URL with its driver and without its password, and the password."""
     found = sqlalchemy.make_url(_POSTGRES.sub("postgresql+psycopg", url, count=1))
-    return found.set(password=None).render_as_string(hide_password=False), found.password
+    return found._replace(password=None).render_as_string(hide_password=False), found.password
 
 
 def _shown(url: str) -> str:
