@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoprune.cli.shared import (
     HOME,
+    CodeOption,
     HomeOption,
     JsonOption,
     SetOption,
@@ -18,10 +19,14 @@ from autoprune.cli.shared import (
 @app.command()
 @guarded
 def latency(
-    space: SpaceArgument = None, as_json: JsonOption = False, overrides: SetOption = None, home: HomeOption = HOME
+    space: SpaceArgument = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+    home: HomeOption = HOME,
+    allow_code: CodeOption = False,
 ) -> None:
     """Measure what widths cost in milliseconds on this device, and how well that predicts a network's latency."""
-    loaded = load_settings(space, overrides)
+    loaded = load_settings(space, overrides, allow_code=allow_code)
     from autoprune.coordinator import latency_space
 
     text, data = latency_space(loaded, home=home)

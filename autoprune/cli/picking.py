@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli.shared import HOME, HomeOption, ModelReference, SearchName, app, guarded, note
+from autoprune.cli.shared import HOME, CodeOption, HomeOption, ModelReference, SearchName, app, guarded, note
 
 _LIMIT = "At most this: a fraction of dense (0.5) or an amount ({})."
 
@@ -49,21 +49,26 @@ def finetune(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the recipe's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides order and augmentation.")] = 0,
     home: HomeOption = HOME,
+    allow_code: CodeOption = False,
 ) -> None:
     """Train a model of the front longer with the space's recipe, as a run of its own; export it as NAME@finetuned."""
     from autoprune.coordinator import finetune_model
 
     how = {"epochs": epochs, "lr": lr, "seed": seed}
-    typer.echo(finetune_model(name, home=home, trial=trial, how=how, say=note).text)
+    typer.echo(finetune_model(name, home=home, trial=trial, how=how, say=note, allow_code=allow_code).text)
 
 
 @app.command()
 @guarded
-def reproduce(run: Annotated[str, typer.Argument(help="Id of a trial's MLflow run.")], home: HomeOption = HOME) -> None:
+def reproduce(
+    run: Annotated[str, typer.Argument(help="Id of a trial's MLflow run.")],
+    home: HomeOption = HOME,
+    allow_code: CodeOption = False,
+) -> None:
     """Evaluate a recorded trial again from its settings and seeds, and compare; exit status 1 where numbers differ."""
     from autoprune.coordinator import reproduce_run
 
-    found = reproduce_run(run, home=home, say=note)
+    found = reproduce_run(run, home=home, say=note, allow_code=allow_code)
     typer.echo(found.text)
     if not found.equal:
         raise typer.Exit(1)

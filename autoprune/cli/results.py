@@ -11,6 +11,7 @@ import typer
 
 from autoprune.cli.shared import (
     HOME,
+    CodeOption,
     HomeOption,
     JsonOption,
     ModelReference,
@@ -60,6 +61,7 @@ def export(
         bool, typer.Option("--evaluate", help="Also score dense and pruned by class, for the model card.")
     ] = False,
     home: HomeOption = HOME,
+    allow_code: CodeOption = False,
 ) -> None:
     """Write a pruned model and its model card to disk: a trial's, or the picked one."""
     formats = FORMATS if format_ == "all" else tuple(dict.fromkeys(part.strip() for part in format_.split(",")))
@@ -68,7 +70,7 @@ def export(
             raise InputError(f"unknown format {wanted!r}{nearest(wanted, [*FORMATS, 'all'])}")
     from autoprune.coordinator import ExportWish, export_models
 
-    wish = ExportWish(name, trial, formats, output, evaluate)
+    wish = ExportWish(name, trial, formats, output, evaluate, allow_code)
     for path in export_models(wish, home=home, say=note):
         typer.echo(path)
 

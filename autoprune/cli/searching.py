@@ -9,6 +9,7 @@ import typer
 
 from autoprune.cli.shared import (
     HOME,
+    CodeOption,
     HomeOption,
     JsonOption,
     SetOption,
@@ -26,10 +27,14 @@ from autoprune.cli.shared import (
 @app.command()
 @guarded
 def inspect(
-    space: SpaceArgument = None, as_json: JsonOption = False, overrides: SetOption = None, home: HomeOption = HOME
+    space: SpaceArgument = None,
+    as_json: JsonOption = False,
+    overrides: SetOption = None,
+    home: HomeOption = HOME,
+    allow_code: CodeOption = False,
 ) -> None:
     """Show the pruning groups of a model, what is frozen and why, and what each part costs."""
-    loaded = load_settings(space, overrides)
+    loaded = load_settings(space, overrides, allow_code=allow_code)
     from autoprune.coordinator import inspect_space
 
     text, data = inspect_space(loaded, home=home)
@@ -38,9 +43,9 @@ def inspect(
 
 @app.command()
 @guarded
-def validate(space: SpaceArgument = None, overrides: SetOption = None) -> None:
-    """Check a space file and the files that it names; report all faults together."""
-    loaded = load_settings(space, overrides, check_files=True)
+def validate(space: SpaceArgument = None, overrides: SetOption = None, allow_code: CodeOption = False) -> None:
+    """Check a space file and the files that it names; report all faults together. Nothing that it names is run."""
+    loaded = load_settings(space, overrides, check_files=True, allow_code=allow_code)
     rungs = " -> ".join(rung.rung for rung in loaded.search.ladder)
     typer.echo(f"{path_of(space)}: valid; search {loaded.name}, {loaded.search.trials} candidates, {rungs}")
 
@@ -65,10 +70,11 @@ def search(
     overrides: SetOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the search, instead of the space's.")] = None,
     summary: Annotated[bool, typer.Option("--summary", help="Also show before and after, layer by layer.")] = False,
+    allow_code: CodeOption = False,
 ) -> None:
     """Search for a Pareto front of accuracy against complexity. Run again, it resumes."""
     renamed = [f"name={json.dumps(name)}"] if name is not None else []
-    loaded = load_settings(space, [*(overrides or []), *renamed], check_files=True)
+    loaded = load_settings(space, [*(overrides or []), *renamed], check_files=True, allow_code=allow_code)
     from autoprune.coordinator import run_search
 
     outcome = run_search(

@@ -106,6 +106,15 @@ StorageOption = Annotated[
         show_envvar=True,
     ),
 ]
+CodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        envvar="AUTOPRUNE_ALLOW_CODE",
+        help="Run functions that are named as package.module:function wherever they come from, not only those of the"
+        " working directory.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 SearchName = Annotated[str, typer.Argument(help="Name of the search: `name` in its space file.")]
 ModelReference = Annotated[
@@ -129,11 +138,14 @@ def path_of(space: Path | None) -> Path:
     return default_space_path(Path.cwd())
 
 
-def load_settings(space: Path | None, overrides: list[str] | None, *, check_files: bool = False) -> Space:
-    """Reads a space file with the overrides of the command line."""
+def load_settings(
+    space: Path | None, overrides: list[str] | None, *, check_files: bool = False, allow_code: bool = False
+) -> Space:
+    """Reads a space file with the overrides of the command line; `space.code` tells whose code it may name."""
     from autoprune.space import load_space
 
-    return load_space(path_of(space), overrides=overrides or [], env=os.environ, check_files=check_files)
+    given = overrides or []
+    return load_space(path_of(space), overrides=given, env=os.environ, check_files=check_files, allow_code=allow_code)
 
 
 def default_workers(space: Space) -> int:

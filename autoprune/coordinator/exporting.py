@@ -26,7 +26,8 @@ CARD = "README.md"
 class ExportWish:
     """What is exported and how: `reference` as `resolve` reads it; `output` replaces `exports/NAME-TRIAL`.
 
-    With `evaluate` the card also tells dense and pruned accuracy on validation and test data, class by class.
+    With `evaluate` the card also tells dense and pruned accuracy on validation and test data, class by class. With
+    `allow_code` a model may be built by code from outside the working directory.
     """
 
     reference: str
@@ -34,6 +35,7 @@ class ExportWish:
     formats: Sequence[str] = ("safetensors",)
     output: Path | None = None
     evaluate: bool = False
+    allow_code: bool = False
 
 
 def export_models(wish: ExportWish, *, home: Path, say: Say) -> list[Path]:
@@ -57,17 +59,18 @@ def export_models(wish: ExportWish, *, home: Path, say: Say) -> list[Path]:
 
 def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say) -> list[Path]:
     from autoprune.network import further
-    from autoprune.network.artifacts import read_document
+    from autoprune.network.artifacts import check_model, read_document
     from autoprune.network.checkpoints import write_whole
     from autoprune.network.export import export
 
     stored = read_search(pick.search, home=home)
     setup = stored.setup if wish.evaluate or stored.background is not None else None  # an older search has none
+    check_model(pick.folder, allow=wish.allow_code)
     files = [path for format in wish.formats for path in export(pick.folder, target, format=format)]
     document = read_document(pick.folder)
     scores: list[ClassScores] = []
     if wish.evaluate and setup is not None:
-        space = space_of(setup, doing="evaluate by class")
+        space = space_of(setup, doing="evaluate by class", allow_code=wish.allow_code)
         found = further.score_by_class(space, pick.folder, cache=home / "cache", note=say)
         scores = [ClassScores(s.split, s.count, s.dense, s.pruned, s.classes) for s in found]
     card = Card(

@@ -50,7 +50,15 @@ class Finetuned:
         return "\n".join([*lines, f"Next: autoprune export {name}@finetuned --format onnx"])
 
 
-def finetune_model(reference: str, *, home: Path, trial: int | None, how: Mapping[str, Any], say: Say) -> Finetuned:
+def finetune_model(
+    reference: str,
+    *,
+    home: Path,
+    trial: int | None,
+    how: Mapping[str, Any],
+    say: Say,
+    allow_code: bool = False,
+) -> Finetuned:
     """Trains one model of a search longer with the space's recipe and evaluates it on validation and test data.
 
     Args:
@@ -59,13 +67,15 @@ def finetune_model(reference: str, *, home: Path, trial: int | None, how: Mappin
         trial: The trial's number, where `reference` is a search's name.
         how: `epochs`, `lr` (None: the recipe's) and `seed`.
         say: Is told of progress, in words.
+        allow_code: Whether code that the settings or the model name may come from outside the working directory.
 
     Raises:
         StudyError: There is no such model, or model and data were Python objects.
-        InputError: Epochs or rate cannot be used, or several models are picked.
+        InputError: Epochs or rate cannot be used, several models are picked, or code may not be run.
         TrialError: Training diverged; nothing is kept.
     """
     from autoprune.network import further
+    from autoprune.network.artifacts import check_model
 
     training = further.Training(**how)
     chosen = resolve(reference, home=home, trial=trial, say=say)
@@ -74,7 +84,8 @@ def finetune_model(reference: str, *, home: Path, trial: int | None, how: Mappin
         raise InputError(f"several models are picked (trials {names}); name one: --trial {chosen[0].trial}")
     origin = chosen[0]
     setup = read_search(origin.search, home=home).setup
-    space = space_of(setup, doing="train a model longer")
+    space = space_of(setup, doing="train a model longer", allow_code=allow_code)
+    check_model(origin.folder, allow=allow_code)
     done = finetuned_folders(home, origin.search)
     number = int(done[-1].name) + 1 if done else 1
     folder = finetuned_root(home, origin.search) / str(number)

@@ -22,6 +22,7 @@ from autoprune.errors import InputError
 from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.space import Space
+from autoprune.space.code import check_mapping
 
 _TIMES = ("latency_", "peak_memory_", "seconds/")
 _SAME = ("version.torch", "version.torchvision", "version.python", "version.autoprune", "platform", "git_commit")
@@ -55,11 +56,12 @@ class Reproduction:
         return "\n".join([*lines, "reproduced exactly" if self.equal else "not reproduced exactly"])
 
 
-def reproduce_run(run_id: str, *, home: Path, say: Say) -> Reproduction:
+def reproduce_run(run_id: str, *, home: Path, say: Say, allow_code: bool = False) -> Reproduction:
     """Evaluates the trial of an MLflow run again and compares.
 
     Raises:
-        InputError: There is no such run, it is no trial of a search, or it does not hold what is needed.
+        InputError: There is no such run, it is no trial of a search, it does not hold what is needed, or its settings
+            name code that is not of the working directory and `allow_code` is not set.
         TrackingError: MLflow cannot be used.
         TrialError: The evaluation failed.
     """
@@ -75,7 +77,9 @@ def reproduce_run(run_id: str, *, home: Path, say: Say) -> Reproduction:
         raise InputError(f"{run.name!r} is no trial: run `autoprune finetune` again with the same epochs and seed")
     if search.tags.get("at_hand") == "true":
         raise InputError(f"model and data of {search.name!r} were Python objects: search again with the same ones")
-    space = Space.from_mapping(json.loads(text))
+    settings = json.loads(text)
+    check_mapping(settings, allow=allow_code, source="the run's settings")
+    space = Space.from_mapping(settings)
     say(f"evaluating {run.name} of {space.name} again")
     result = further.evaluate_again(
         space,

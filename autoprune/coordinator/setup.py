@@ -13,6 +13,7 @@ from typing import Any
 from autoprune.errors import StudyError
 from autoprune.results import Problem
 from autoprune.space import Space
+from autoprune.space.code import check_mapping
 from autoprune.space.file import write_document
 
 
@@ -54,15 +55,17 @@ def setup_of(space: Space, problem: Problem, *, at_hand: bool, facts: Mapping[st
     )
 
 
-def space_of(setup: Setup, *, doing: str) -> Space:
+def space_of(setup: Setup, *, doing: str, allow_code: bool = False) -> Space:
     """Returns the space that a search was run with.
 
     Raises:
         StudyError: Model and data were Python objects, which nobody can build again.
         SpaceError: This version reads the settings differently.
+        InputError: They name code that is not of the working directory, and `allow_code` is not set.
     """
     if setup.at_hand:
         raise StudyError(
             f"cannot {doing}: model and data of {setup.space['name']!r} were Python objects, not named in a space file"
         )
+    check_mapping(setup.space, allow=allow_code, source="the search's settings")
     return Space.from_mapping(setup.space)

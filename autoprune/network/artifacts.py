@@ -38,6 +38,7 @@ from autoprune.network.surgery import (
 )
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
+from autoprune.space.code import check_code
 
 SCHEMA = 1
 WEIGHTS = "model.safetensors"
@@ -135,16 +136,29 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+def check_model(folder: Path, *, allow: bool) -> None:
+    """Refuses a saved model that says it is built by code which may not be run; see `autoprune.space.code`.
+
+    Raises:
+        CheckpointError: The folder holds no model.
+        InputError: Its code is not of the working directory, and `allow` is not set.
+    """
+    origin = read_document(folder).get("origin") or {}
+    check_code(origin.get("factory"), allow=allow, what=f"{folder / DOCUMENT}: origin.factory")
+
+
+def load(path: str | Path, factory: Callable[[], nn.Module] | None = None, *, allow_code: bool = False) -> nn.Module:
     """Returns a pruned model that was saved, as an instance of its original class, in eval mode.
 
     Args:
         path: The folder with `model.safetensors` and `policy.json`.
         factory: Builds the dense model. Not needed for models that were named in a space file (zoo, torchvision).
+        allow_code: Whether a function that the document names may come from outside the working directory.
 
     Raises:
         CheckpointError: Files are missing or damaged, or do not belong to the model that `factory` builds.
-        InputError: `factory` builds no module.
+        InputError: `factory` builds no module, or the document names code that is not of the working directory and
+            `allow_code` is not set.
     """
     folder = Path(path)
     if folder.name in (WEIGHTS, DOCUMENT) and folder.is_file():
@@ -158,6 +172,7 @@ def load(path: str | Path, factory: Callable[[], nn.Module] | None = None) -> nn
         if not isinstance(model, nn.Module):
             raise InputError(f"factory must return the dense torch.nn.Module, and returned {type(model).__name__}")
     elif origin.get("name") or origin.get("factory"):
+        check_model(folder, allow=allow_code)
         model = build_model(
             name=origin.get("name"),
             factory=origin.get("factory"),

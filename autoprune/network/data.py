@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from autoprune.errors import DataError, nearest
+from autoprune.network.cifar import read_cifar
 from autoprune.network.folders import read_image_folder
 from autoprune.network.models import import_factory
 from autoprune.network.own_data import PARTS, read_mapping
@@ -324,14 +325,16 @@ def _read_torchvision(builder: str) -> Callable[[DataSettings, Path], Source]:
             raise DataError(
                 f"data {settings.name!r} needs data.path: the folder that holds it (or that download fills)"
             )
+        if builder.startswith("CIFAR"):
+            return read_cifar(builder, settings.path, download=settings.download)
         factory = getattr(import_torchvision().datasets, builder)
         try:
             found = [factory(settings.path, train=train, download=settings.download) for train in (True, False)]
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             hint = "" if settings.download else "; download: true would fetch it"
             raise DataError(f"{builder} cannot be read from {settings.path}: {error}{hint}") from error
-        images = torch.cat([torch.as_tensor(part.data) for part in found])  # (N, H, W) or (N, H, W, 3)
-        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = torch.cat([torch.as_tensor(part.data) for part in found])  # (N, H, W)
+        images = images[:, None]
         targets = torch.cat([torch.as_tensor(part.targets) for part in found]).to(torch.int64)
         border = len(found[0].targets)
         parts = {"train": torch.arange(border), "test": torch.arange(border, len(targets))}

@@ -193,6 +193,7 @@ def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.
     """Writes the pruned model saved in `folder` to the folder `target`; returns the files.
 
     They are written and checked beside `target` and moved there at the end, so that a failure leaves nothing behind.
+    Whose code builds the model is the caller's to ask: see `artifacts.check_model`.
 
     Raises:
         InputError: The format is unknown, the model cannot be exported, or `target` cannot be written.
@@ -201,7 +202,7 @@ def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}{nearest(format, FORMATS)}")
-    model, document = load(folder, factory), read_document(folder)
+    model, document = load(folder, factory, allow_code=True), read_document(folder)
     _count_zeros(folder, model, document)
     inputs = inputs_of(document)
     try:

@@ -95,7 +95,7 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         InputError: The model or the data cannot be used.
         TrialError: Training diverged.
     """
-    document, model = read_document(folder), load(folder)
+    document, model = read_document(folder), load(folder, allow_code=True)
     dense = _dense(space, cache=cache, note=note)
     device, recipe, val = resolve_device(space.device), recipe_of(space), dense.splits.val
     precision = choose_precision(dense, recipe, device=device, training=True, cache=cache)
@@ -155,7 +155,7 @@ def score_by_class(space: Space, folder: Path, *, cache: Path, note: Note) -> li
         InputError: The model or the data cannot be used.
     """
     dense = _dense(space, cache=cache, note=note)
-    device, model = resolve_device(space.device), load(folder)
+    device, model = resolve_device(space.device), load(folder, allow_code=True)
     precision = _evaluating(space, dense, device, cache)
     found = []
     for name in ("val", "test"):
@@ -201,7 +201,7 @@ def time_both(
     ).eval()
     conditions = Conditions(batch, dtype, threads, resolve_device(device))
     found: dict[str, Any] = {}
-    for name, model in (("dense", dense), ("pruned", load(folder))):
+    for name, model in (("dense", dense), ("pruned", load(folder, allow_code=True))):
         latency = measure_latency(model, inputs_of(document).sample(1), conditions)
         found |= {key: getattr(latency, key) for key in ("device", "batch", "dtype", "threads")}
         found |= {f"{name}_ms": latency.median_ms, f"{name}_spread_ms": latency.spread_ms}

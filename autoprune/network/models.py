@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import pickle
 import sys
 import urllib.error
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, cast
 
@@ -179,6 +181,9 @@ _TORCHVISION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
 def model_names() -> list[str]:
     """Returns the names that `build_model` knows: our zoo, then torchvision's classification builders."""
     models = import_torchvision().models
@@ -289,14 +294,29 @@ def _build_torchvision(
             "leave the weights out, or give a factory that replaces the last layer"
         )
     try:
-        return cast(nn.Module, _call(builder, name, {**arguments, "weights": entry, "progress": False}))
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        with _only_weights():
+            return cast(nn.Module, _call(builder, name, {**arguments, "weights": entry, "progress": False}))
+    except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
         file = entry.url.rsplit("/", 1)[-1]
         raise InputError(
             f"weights {weights} of {name} could not be loaded ({error}): put the file {file} "
             f"(from {entry.url}) into {folder}"
         ) from error
+
+
+@contextmanager
+def _only_weights() -> Iterator[None]:
+    """Makes every `torch.load` inside refuse what is no tensor; torchvision's own call asks for the whole pickle."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
 
 
 def _accepts(builder: Callable[..., Any], keyword: str) -> bool:

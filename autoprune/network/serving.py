@@ -6,6 +6,7 @@ Decides how arrays become tensors and on which device they run (the CPU). MLflow
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,13 @@ class ServedModel:
 def _load_pyfunc(data_path: str) -> ServedModel:
     """Loads the folder of a saved model; called by `mlflow.pyfunc.load_model`.
 
+    A model of a factory is built by code of the working directory, or of anywhere where the environment has
+    `AUTOPRUNE_ALLOW_CODE=1`.
+
     Raises:
         CheckpointError: The folder does not say how its dense model is built, or is damaged.
+        InputError: It is built by code that may not be run.
     """
     folder = Path(data_path)
     shape = tuple(int(n) for n in read_document(folder)["input_shape"])
-    return ServedModel(load(folder), shape)
+    return ServedModel(load(folder, allow_code=os.environ.get("AUTOPRUNE_ALLOW_CODE") == "1"), shape)

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from autoprune.errors import Fault, SpaceError
 from autoprune.policy import CHANNEL, digest
 from autoprune.space.activations import ActivationSettings
+from autoprune.space.code import code_places, refusal
 from autoprune.space.faults import plain_faults
 from autoprune.space.file import Document, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
@@ -135,12 +136,12 @@ class Space(Section):
 
     @staticmethod
     def from_mapping(data: Mapping[str, Any]) -> Space:
-        """Builds a space from plain values, as the Python interface does.
+        """Builds a space from plain values, as the Python interface does. Functions that it names are the caller's.
 
         Raises:
             SpaceError: Something in `data` is invalid; carries all faults.
         """
-        return _validate(Document(dict(data), {}), "the settings")
+        return _validate(Document(dict(data), {}), "the settings", allow_code=True)
 
 
 def load_space(
@@ -149,6 +150,7 @@ def load_space(
     overrides: Sequence[str] = (),
     env: Mapping[str, str],
     check_files: bool = False,
+    allow_code: bool = False,
 ) -> Space:
     """Reads and validates a space file.
 
@@ -157,12 +159,13 @@ def load_space(
         overrides: Settings `key.path=value` that replace the file's.
         env: The environment for `${VAR}` and `${VAR:-default}` in values.
         check_files: Whether the checkpoint and the data must exist already.
+        allow_code: Whether functions that the file names may come from anywhere; else only from the working directory.
 
     Raises:
         SpaceError: The file is missing, is not YAML, or holds faults; carries all of them.
     """
     document = override(read_document(Path(path), env), overrides, env)
-    return _validate(document, str(path), check_files=check_files)
+    return _validate(document, str(path), check_files=check_files, allow_code=allow_code)
 
 
 def parse_space(text: str, *, overrides: Sequence[str] = (), env: Mapping[str, str], source: str = "") -> Space:
@@ -186,7 +189,7 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "autoprune space file"}
 
 
-def _validate(document: Document, source: str, *, check_files: bool = False) -> Space:
+def _validate(document: Document, source: str, *, check_files: bool = False, allow_code: bool = False) -> Space:
     faults, data = list(document.faults), document.data
     version = data.get("schema")
     if "schema" in data and (version != SCHEMA or isinstance(version, bool)):
@@ -201,9 +204,18 @@ def _validate(document: Document, source: str, *, check_files: bool = False) -> 
         faults += [f for f in plain_faults(error, document, Space) if f.place not in reported]
     if check_files:
         faults += _missing_files(document)
+    if not allow_code:
+        faults += _refused_code(document)
     if space is None or faults:
         raise SpaceError(sorted(faults, key=lambda f: (f.line is None, f.line or 0, f.place)), source)
     return space
+
+
+def _refused_code(document: Document) -> Iterator[Fault]:
+    for place, path in code_places(document.data):
+        reason = refusal(path, directory=Path.cwd())
+        if reason is not None:
+            yield document.fault(place, reason)
 
 
 def _missing_files(document: Document) -> Iterator[Fault]:
