@@ -38,7 +38,7 @@ def parse_limit(value: float | int | str) -> tuple[float, bool]:
     if isinstance(value, str):
         match = _PATTERN.match(value)
         if not match or match[2].lower() not in _SUFFIX or (match[2] and match[3]):
-            raise BudgetError(f"cannot read the budget {value!r}; write 0.5, '50%', '30M' or '1.2 MB'")
+            raise BudgetError(f"cannot read the budget {_short(value)}; write 0.5, '50%', '30M' or '1.2 MB'")
         number = float(match[1])
         if match[3]:
             number, fraction = number / 100.0, True
@@ -47,10 +47,15 @@ def parse_limit(value: float | int | str) -> tuple[float, bool]:
     else:
         number, fraction = float(value), value <= 1
     if not number > 0 or number == float("inf"):
-        raise BudgetError(f"a budget is positive and finite, got {value!r}")
+        raise BudgetError(f"a budget is positive and finite, got {_short(value)}")
     if fraction and number > 1.0:
         raise BudgetError(f"a fraction of the dense network is at most 1, got {value!r}")
     return number, fraction
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def read_limit(key: str, value: float | int | str) -> tuple[float, bool]:
@@ -66,6 +71,8 @@ def read_limit(key: str, value: float | int | str) -> tuple[float, bool]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise BudgetError(f"latency_ms is a positive number of milliseconds, got {value!r}")
         return value * 1e6, False
+    if key in ("macs", "params") and isinstance(value, str) and value.rstrip().lower().endswith("b"):
+        raise BudgetError(f"this limit is a number of things, not of bytes: write '30M', got {_short(value)}")
     if key != "latency":
         return parse_limit(value)
     match = _TIME.match(value) if isinstance(value, str) else None

@@ -104,7 +104,8 @@ class _Finder:
         if file is None:
             return None
         if not _below(file, self.directory) or _installed(file):
-            return f"{module} is not a file of the working directory {self.directory} but {file}"
+            kind = "built into Python" if str(file).startswith("<") else str(file)
+            return f"{module} is {kind}, not a file of the working directory {self.directory}"
         if file.suffix != ".py":
             return f"{file} is no source file, so it cannot be told what {name!r} is"
         return self._bindings(module, name, file)

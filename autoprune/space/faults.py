@@ -73,22 +73,23 @@ def _message(found: Mapping[str, Any], place: Place, root: type[BaseModel]) -> s
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         if not isinstance(value, str):
-            return f"expected one of {', '.join(names)}; got {_shown(value)}"
-        return f"unknown value {value!r}{nearest(value, names)}"
+            return f"expected one of {', '.join(names)}; got {shown(value)}"
+        return f"unknown value {_short(value)!r}{nearest(value, names)}"
     if kind == "finite_number":
         return f"must be a finite number, got {value}"
     if kind in _BOUNDS:
         key, text = _BOUNDS[kind]
-        return f"{text} {_tidy(context[key])}, got {value}"
+        return f"{text} {_tidy(context[key])}, got {_short(str(value))}"
     if kind in ("too_short", "string_too_short"):
         count = context.get("min_length", 1)
         return "must not be empty" if count == 1 else f"needs {count} values, got {_length(value)}"
     if kind in ("too_long", "string_too_long"):
-        return f"has {_length(value)} characters or values; at most {context.get('max_length')} are allowed"
+        what = "characters" if isinstance(value, str) else "values"
+        return f"has {_length(value)} {what}; at most {context.get('max_length')} are allowed"
     if kind == "string_pattern_mismatch":
-        return f"{value!r} is not of the right form: {_form(str(place[-1]))}"
+        return f"{_short(value)!r} is not of the right form: {_form(str(place[-1]))}"
     if kind in _EXPECTED:
-        return f"{_EXPECTED[kind]}, got {_shown(value)}"
+        return f"{_EXPECTED[kind]}, got {shown(value)}"
     if kind == "fault":
         return str(context["text"])
     return str(found["msg"])
@@ -101,12 +102,17 @@ def _form(key: str) -> str:
     }.get(key, "lower-case letters, digits, dots, dashes and underscores, starting with a letter or digit")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns a value as a message says it: as YAML writes it, and no longer than a line."""
     if value is None or isinstance(value, (dict, list, tuple)):
         return _KINDS[type(value)]
     if isinstance(value, str):
-        return f"the text {value[:60]!r}"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return f"the text {_short(value)!r}"
+    return str(value).lower() if isinstance(value, bool) else _short(str(value))
+
+
+def _short(text: Any) -> Any:
+    return f"{text[:60]}..." if isinstance(text, str) and len(text) > 60 else text
 
 
 def _tidy(bound: Any) -> Any:

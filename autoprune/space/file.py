@@ -19,7 +19,10 @@ from autoprune.errors import Fault, SpaceError
 Place = tuple[str | int, ...]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_OPEN = re.compile(r"\$\{[A-Za-z_]")
 _MAX_NODES = 20_000  # aliases can make a short file expand without end
+_MAX_DEPTH = 40  # the deepest key of a real space has five above it; PyYAML's time grows with the square
+_MAX_BYTES = 2**20  # also of a device or a pipe, which have no end
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -27,6 +30,16 @@ class _Loader(yaml.SafeLoader):
     """Reads plain scalars as YAML 1.2 does: `no` and `on` are texts, `1e-3` is a number, `010` is ten."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own shape
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuses what is nested too deeply before the rest of it is read."""
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _tag, _pattern, _first in (
@@ -74,16 +87,22 @@ def read_document(path: Path, env: Mapping[str, str]) -> Document:
         SpaceError: The file is missing, cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        raw = path.read_bytes()
+        with open(path, "rb") as stream:
+            raw = stream.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise SpaceError([Fault("there is no such file")], str(path)) from error
     except OSError as error:
         raise SpaceError([Fault(f"the file cannot be read: {error.strerror or error}")], str(path)) from error
+    if len(raw) > _MAX_BYTES:
+        raise SpaceError([Fault("the file is larger than 1 MiB, which no space file is")], str(path))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise SpaceError([Fault("the file is not UTF-8 text", line=line)], str(path)) from error
+        text = "the file is not UTF-8 text; a space file is YAML"
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            text = "the file is UTF-16 text; save it as UTF-8"
+        raise SpaceError([Fault(text, line=line)], str(path)) from error
     return parse_document(text, env, source=str(path))
 
 
@@ -98,14 +117,18 @@ def parse_document(text: str, env: Mapping[str, str], *, source: str = "") -> Do
     except yaml.YAMLError as error:
         raise SpaceError([_syntax_fault(error, text)], source) from error
     except RecursionError as error:
-        raise SpaceError([Fault("the file is nested too deeply")], source) from error
+        raise SpaceError([Fault(f"the file is nested too deeply (more than {_MAX_DEPTH} levels)")], source) from error
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == _TAG + "null"):
         raise SpaceError([Fault("the file is empty; `autoprune schema` describes what belongs into it")], source)
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
-        raise SpaceError([Fault("a space file is a mapping of keys to values (`key: value`)", line=line)], source)
+        raise SpaceError(
+            [Fault("a space file is a mapping of keys to values, each written `key: value`", line=line)], source
+        )
     reader = _Reader(env)
     data = reader.value(node, (), ())
+    if reader.count > _MAX_NODES:  # what else would be said is about what was cut off
+        raise SpaceError([Fault(f"the file has more than {_MAX_NODES} values, aliases included")], source)
     return Document(data, reader.lines, tuple(reader.faults))
 
 
@@ -198,6 +221,9 @@ class _Reader:
             if self.count == _MAX_NODES + 1:
                 self._fault(node, place, f"more than {_MAX_NODES} values, aliases included")
             return None
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
+            self._fault(node, place, f"the tag {node.tag.replace(_TAG, '!!')!r} is not supported")
+            return None
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(item, (*place, key), (*above, node)) for key, item in self._items(node, place)}
         if isinstance(node, yaml.SequenceNode):
@@ -227,6 +253,8 @@ class _Reader:
         text, tag = str(node.value), str(node.tag)
         if "${" in text:
             text = _VARIABLE.sub(lambda match: self._variable(match, node, place), text)
+            if _OPEN.search(_VARIABLE.sub("", str(node.value))):
+                self._fault(node, place, "a variable is written ${NAME} or ${NAME:-value}, and a brace is missing here")
             if getattr(node, "style", None) is None:  # an unquoted variable may stand for a number
                 tag = str(_Loader("").resolve(yaml.ScalarNode, text, (True, False)))  # type: ignore[no-untyped-call]
         if not tag.startswith(_TAG) or tag.removeprefix(_TAG) not in {"str", "bool", "int", "float", "null"}:
@@ -276,6 +304,12 @@ def _syntax_fault(error: yaml.YAMLError, text: str) -> Fault:
         problem = "unexpected `:`; is the indentation right, or is a text with a colon unquoted?"
     elif "expected a single document" in (error.context or "") + problem:
         problem = "the file holds more than one document (`---`)"
+    elif "'<document start>'" in problem:
+        problem = "a space file is one mapping of keys to values, written `key: value`; this line is none of it"
+    elif "expected <block end>" in problem:
+        problem = "the indentation does not fit the lines above"
     elif error.context:
-        problem = f"{problem} ({error.context})"
+        begun = error.context_mark
+        begins = f" that begins in line {begun.line + 1}" if begun and mark and begun.line != mark.line else ""
+        problem = f"{problem} ({error.context}{begins})"
     return Fault(f"not valid YAML: {problem}", line=mark.line + 1 if mark else None)

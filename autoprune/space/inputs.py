@@ -36,7 +36,8 @@ class ModelSettings(Section):
         default=None,
         pattern=FACTORY_PATTERN,
         description="`package.module:function`, a function of your own that returns the network (an nn.Module). The "
-        "module must be importable, for instance from the working directory. Excludes `name`.",
+        "module must be importable. A function that no file of the working directory defines is run with --allow-code "
+        "only. Excludes `name`.",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
@@ -99,6 +100,7 @@ class PreprocessingSettings(Section):
     size: int | None = Field(
         default=None,
         ge=1,
+        le=8192,
         description="Images are resized to this shorter side and cropped to a square (pixels). Null: as they are.",
     )
     mean: Floats | None = Field(
@@ -110,7 +112,10 @@ class PreprocessingSettings(Section):
     )
     flip: bool = Field(default=False, description="Fine-tuning mirrors images at random.")
     crop_padding: int = Field(
-        default=0, ge=0, description="Fine-tuning pads images by this many pixels and crops them at random. 0: off."
+        default=0,
+        ge=0,
+        le=1024,
+        description="Fine-tuning pads images by this many pixels and crops them at random. 0: off.",
     )
 
     @classmethod
@@ -140,7 +145,7 @@ class DataSettings(Section):
         default=None,
         pattern=FACTORY_PATTERN,
         description="`package.module:function`, a function of your own that returns "
-        '{"train": (x, y), "val": ..., "test": ...} of tensors or data sets. Excludes `name`.',
+        '{"train": (x, y), "val": ..., "test": ...} of tensors or data sets; see `model.factory`. Excludes `name`.',
     )
     path: str | None = Field(
         default=None,

@@ -24,7 +24,7 @@ def _criterion(value: Any) -> Any:
     if isinstance(value, str) and (value in CRITERIA or re.match(FACTORY_PATTERN, value)):
         return value
     if isinstance(value, str):
-        text = f"unknown value {value!r}{nearest(value, CRITERIA)}, or package.module:function"
+        text = f"unknown value {value!r}{nearest(value, CRITERIA)} (a function of your own: package.module:function)"
     else:
         text = f"expected one of {', '.join(CRITERIA)}, or package.module:function; got {value!r}"
     raise PydanticCustomError("fault", "{text}", {"text": text})
@@ -60,8 +60,12 @@ def _compensation(value: Any) -> Any:
     return value
 
 
-def _limit(value: Any) -> Any:
+def _count(value: Any) -> Any:
     return _checked("macs", value)
+
+
+def _bytes(value: Any) -> Any:
+    return _checked("size", value)
 
 
 def _latency(value: Any) -> Any:
@@ -82,20 +86,21 @@ def _checked(key: str, value: Any) -> Any:
     return value
 
 
-Limit = Annotated[float | str | None, BeforeValidator(_limit)]
+Count = Annotated[float | str | None, BeforeValidator(_count)]
+Bytes = Annotated[float | str | None, BeforeValidator(_bytes)]
 
 
 class BudgetSettings(Section):
     """Upper limits; each is a fraction of the dense network (0.5, "50%") or absolute ("30M", "1.2 MB")."""
 
-    macs: Limit = Field(default=None, description="Limit on multiply-accumulates of one sample: 0.5, '50%' or '30M'.")
-    params: Limit = Field(
+    macs: Count = Field(default=None, description="Limit on multiply-accumulates of one sample: 0.5, '50%' or '30M'.")
+    params: Count = Field(
         default=None, description="Limit on the number of trainable parameters: 0.5, '50%' or '270k'."
     )
-    size: Limit = Field(
+    size: Bytes = Field(
         default=None, description="Limit on the bytes of the weights: 0.5, '50%', '1.2 MB' or '512 KiB'."
     )
-    memory: Limit = Field(
+    memory: Bytes = Field(
         default=None,
         description="Limit on the bytes of activations that are alive together for one sample: 0.5, '2 MB'.",
     )
@@ -150,11 +155,11 @@ class BudgetSettings(Section):
 class LatencySettings(Section):
     """Under which conditions latency is measured and predicted; the device is the space's."""
 
-    batch: int = Field(default=1, ge=1, description="Samples of a forward pass.")
+    batch: int = Field(default=1, ge=1, le=100_000, description="Samples of a forward pass.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Number format of weights and inputs."
     )
-    threads: int = Field(default=1, ge=1, description="Threads of a forward pass on the CPU.")
+    threads: int = Field(default=1, ge=1, le=1024, description="Threads of a forward pass on the CPU.")
 
 
 class GroupSettings(Section):
@@ -238,7 +243,7 @@ class DistillationSettings(Section):
 class BaselineSettings(Section):
     """How a dense network is trained where there is no checkpoint."""
 
-    epochs: float = Field(default=25, gt=0, description="Passes over the training data.")
+    epochs: float = Field(default=25, gt=0, le=100_000, description="Passes over the training data.")
     lr: float = Field(default=0.1, gt=0, description="Peak learning rate.")
 
 
@@ -281,7 +286,7 @@ _Switch = DistillationSettings | bool | None
 class RecipeSettings(Section):
     """How a pruned network is repaired and fine-tuned."""
 
-    batch_size: int = Field(default=64, ge=1, description="Samples of a training step.")
+    batch_size: int = Field(default=64, ge=1, le=100_000, description="Samples of a training step.")
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd (Nesterov momentum) or adamw.")
     lr: float = Field(default=0.02, gt=0, description="Peak learning rate; it falls to zero along a cosine.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd.")
@@ -358,15 +363,19 @@ class RungSettings(Section):
     epochs: float = Field(
         default=0,
         ge=0,
+        le=100_000,
         description="Epochs of fine-tuning; fractions are allowed. 0: compensation and recalibration only.",
     )
     images: int | None = Field(default=None, ge=1, description="Validation images that score a candidate. Null: all.")
     trials: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="Candidates promoted from the rung before. The first rung takes `search.trials`.",
     )
-    seeds: int = Field(default=1, ge=1, description="The recipe is run once a seed and the scores are averaged.")
+    seeds: int = Field(
+        default=1, ge=1, le=100, description="The recipe is run once a seed and the scores are averaged."
+    )
     test: bool = Field(default=False, description="The test set is scored too; on the last rung only.")
 
 
@@ -374,6 +383,8 @@ def _rung(rung: Any, key: str) -> Any:
     return rung.get(key) if isinstance(rung, Mapping) else getattr(rung, key, None)
 
 
+RESERVED = ("controls", "finetune")
+"""Rungs that a search adds to those of its ladder: the controls, and models that are trained longer."""
 _LADDER = (
     RungSettings(rung="screen", epochs=0, images=2000),
     RungSettings(rung="tune", epochs=3, trials=10),
@@ -384,7 +395,7 @@ _LADDER = (
 class SearchSettings(Section):
     """How the search goes about it."""
 
-    trials: int = Field(default=48, ge=1, description="Candidates on the first rung, warm starts included.")
+    trials: int = Field(default=48, ge=1, le=100_000, description="Candidates on the first rung, warm starts included.")
     sampler: Literal["auto", "tpe", "nsga2", "random", "qmc"] = Field(
         default="auto",
         description="Who proposes candidates on the first rung after the warm starts: one of Optuna's samplers, or "
@@ -396,6 +407,7 @@ class SearchSettings(Section):
     controls: int = Field(
         default=4,
         ge=0,
+        le=1000,
         description="Uniform and globally ranked policies that are measured beside the front by the last rung's "
         "recipe, to show what the search gains. 0: none.",
     )
@@ -416,6 +428,8 @@ class SearchSettings(Section):
             if not isinstance(rung, (Mapping, RungSettings)):
                 continue
             name = _rung(rung, "rung")
+            if name in RESERVED:
+                yield ("ladder", i, "rung"), f"{name!r} is what autoprune calls a rung of its own; choose another name"
             if name is not None and name in names:
                 yield ("ladder", i, "rung"), f"two rungs are called {name!r}"
             names.append(name)

@@ -16,7 +16,7 @@ from autoprune.errors import Fault, SpaceError
 from autoprune.policy import CHANNEL, digest
 from autoprune.space.activations import ActivationSettings
 from autoprune.space.code import code_places, refusal
-from autoprune.space.faults import plain_faults
+from autoprune.space.faults import plain_faults, shown
 from autoprune.space.file import Document, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
 from autoprune.space.masking import Pruning, pruning_faults
@@ -193,7 +193,8 @@ def _validate(document: Document, source: str, *, check_files: bool = False, all
     faults, data = list(document.faults), document.data
     version = data.get("schema")
     if "schema" in data and (version != SCHEMA or isinstance(version, bool)):
-        text = f"schema {version!r} is unknown; this version of autoprune reads schema {SCHEMA}"
+        given = repr(version) if isinstance(version, str) else shown(version)
+        text = f"schema {given[:40]} is unknown; this version of autoprune reads schema {SCHEMA}"
         raise SpaceError([document.fault(("schema",), text)], source)
     space = None
     try:
@@ -203,7 +204,8 @@ def _validate(document: Document, source: str, *, check_files: bool = False, all
         reported = {fault.place for fault in faults}
         faults += [f for f in plain_faults(error, document, Space) if f.place not in reported]
     if check_files:
-        faults += _missing_files(document)
+        reported = {fault.place for fault in faults}
+        faults += [fault for fault in _missing_files(document) if fault.place not in reported]
     if not allow_code:
         faults += _refused_code(document)
     if space is None or faults:
@@ -220,9 +222,21 @@ def _refused_code(document: Document) -> Iterator[Fault]:
 
 def _missing_files(document: Document) -> Iterator[Fault]:
     checkpoint, data = document.data.get("checkpoint"), document.data.get("data")
-    if isinstance(checkpoint, str) and checkpoint and not Path(checkpoint).is_file():
-        yield document.fault(("checkpoint",), f"there is no file {checkpoint!r}")
+    if isinstance(checkpoint, str) and checkpoint:
+        yield from _missing(document, ("checkpoint",), checkpoint, file=True)
     if isinstance(data, dict) and data.get("download") is not True:
         path = data.get("path")
-        if isinstance(path, str) and path and not Path(path).exists():
-            yield document.fault(("data", "path"), f"there is no file or folder {path!r}")
+        if isinstance(path, str) and path:
+            yield from _missing(document, ("data", "path"), path, file=False)
+
+
+def _missing(document: Document, place: tuple[str, ...], path: str, *, file: bool) -> Iterator[Fault]:
+    kind = "file" if file else "file or folder"
+    if "://" in path:
+        yield document.fault(place, f"addresses are not read; download the {kind} and name it here")
+    elif "\0" in path:
+        yield document.fault(place, "a path cannot hold a NUL character")
+    elif not Path(path).exists():
+        yield document.fault(place, f"there is no {kind} {path!r}")
+    elif file and Path(path).is_dir():
+        yield document.fault(place, f"{path!r} is a folder; name the file in it")
