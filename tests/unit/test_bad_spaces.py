@@ -18,7 +18,7 @@ FILES = sorted((BAD / "spaces").glob("*.yaml"))
 
 def test_the_corpus_holds_a_hundred_files_and_a_message_for_each() -> None:
     assert len(FILES) >= 100
-    assert sorted(MESSAGES) == [file.stem for file in FILES]
+    assert set(MESSAGES) == {file.stem for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
