@@ -242,7 +242,7 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
 
 def test_export_prints_what_it_wrote_and_refuses_an_unknown_format(tmp_path: Path) -> None:
     done = run_composed("export", "t", "--trial", "17", "--format", "onnx", "--output", "o", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["t 17 ('onnx',) o False", "policy.json"]
+    assert done.stdout.splitlines() == ["t 17 ('onnx',) o False False", "policy.json"]
     done = run_composed("export", "t@knee", "--format", "all", "--evaluate", cwd=tmp_path)
     assert done.stdout.splitlines()[0] == "t@knee None ('safetensors', 'pt2', 'onnx') None True"
     done = run_composed("export", "t", "--trial", "17", "--format", "onx", cwd=tmp_path)
