@@ -244,7 +244,7 @@ def test_export_prints_what_it_wrote_and_refuses_an_unknown_format(tmp_path: Pat
     done = run_composed("export", "t", "--trial", "17", "--format", "onnx", "--output", "o", cwd=tmp_path)
     assert done.stdout.splitlines() == ["t 17 ('onnx',) o False False", "policy.json"]
     done = run_composed("export", "t@knee", "--format", "all", "--evaluate", cwd=tmp_path)
-    assert done.stdout.splitlines()[0] == "t@knee None ('safetensors', 'pt2', 'onnx') None True"
+    assert done.stdout.splitlines()[0] == "t@knee None ('safetensors', 'pt2', 'onnx') None True False"
     done = run_composed("export", "t", "--trial", "17", "--format", "onx", cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown format 'onx'; did you mean 'onnx'?" in done.stderr
