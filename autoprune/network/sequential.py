@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from autoprune.network.calibration import MAX_ENTRIES, sample_patches
+from autoprune.network.calibration import MAX_ENTRIES, products, sample_patches
 from autoprune.network.emptied import emptied, set_constant
+from autoprune.network.evaluation import autocast
 from autoprune.network.groups import Links
 from autoprune.network.mask_compensation import masked_solve
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
@@ -95,7 +96,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     handles = [hook(path) for path in layers]
     try:
         with evaluating(network.model), torch.no_grad():
-            network.model(images)
+            network.model(arrange(images))
     finally:
         for handle in handles:
             handle.remove()
@@ -113,6 +114,9 @@ def refit_sequentially(
 ) -> None:
     """Refits the layers of the pruned `model`, in place, and takes its batch norms' statistics, in one forward pass.
 
+    The pass runs in the type of the autocast context that it is called in; the refits are solved in float32 and double
+    whatever that is.
+
     Args:
         network: The traced dense network that `model` was cut from.
         model: The pruned network; its weights are the starting point that the ridge pulls towards.
@@ -129,6 +133,10 @@ def refit_sequentially(
 
     def hook(path: str) -> RemovableHandle:
         def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            with autocast(args[0].device, None):
+                refit_layer(module, args[0])
+
+        def refit_layer(module: nn.Module, x: Tensor) -> None:
             links = layers[path]
             wanted = targets.outputs[path]  # (G, rows, N/G)
             index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
@@ -146,7 +154,7 @@ def refit_sequentially(
                 if bias is not None:
                     set_constant(module, bias + wanted.mean(1).reshape(-1))
                 return
-            patches = sample_patches(module, args[0], targets.rows, _generator(targets.seed))
+            patches = sample_patches(module, x, targets.rows, _generator(targets.seed))
             mask = masks.get(links.layer.weight) if masks is not None else None
             _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge, mask=mask)
 
@@ -155,7 +163,7 @@ def refit_sequentially(
 
     handles = [hook(path) for path in targets.outputs]
     try:
-        _run_collecting(model, lambda: model(targets.images))
+        _run_collecting(model, lambda: model(arrange(targets.images)))
     finally:
         for handle in handles:
             handle.remove()
@@ -177,7 +185,7 @@ def _solve(
     mean_in = patches.mean(1, keepdim=True) if centred else patches.new_zeros(groups, 1, s)
     mean_out = wanted.mean(1, keepdim=True) if centred else wanted.new_zeros(groups, 1, wanted.shape[2])
     x, y = patches - mean_in, wanted - mean_out
-    gram = (x.transpose(1, 2) @ x / rows).double()  # (G, s, s)
+    gram = (products(x) / rows).double()  # (G, s, s)
     cross = (x.transpose(1, 2) @ y / rows).double()  # (G, s, n)
     strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12).view(-1, 1, 1)
     weight = module.get_parameter("weight")
@@ -217,6 +225,11 @@ def _run_collecting(model: nn.Module, run: Callable[[], object]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def arrange(x: Tensor) -> Tensor:
+    """Returns images channels-last in memory, where patches lie together; anything else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -28,7 +28,7 @@ from autoprune.network.calibration import Statistics, gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
-from autoprune.network.evaluation import Loss, Precision, Score, evaluate, recalibrate
+from autoprune.network.evaluation import Loss, Precision, Score, autocast, evaluate, recalibrate
 from autoprune.network.mask_repair import repair_masked
 from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
 from autoprune.network.merging import merge
@@ -286,9 +286,11 @@ class Workbench:
         """Repairs `model` in place, which was cut from the dense network or from what a schedule made of it."""
         recipe, network = self.recipe, cut_from or self.network
         knowledge = self.knowledge if network is self.network else self._learnt(network)
+        passes = autocast(self.device, self.precision.autocast_dtype)  # images go through in the type that scores have
         if network.masked and recipe.compensation and selection:
             targets = knowledge.targets if recipe.recalibration_batches > 0 else None
-            repair_masked(network, model, selection, knowledge.statistics, targets, ridge=recipe.ridge)
+            with passes:
+                repair_masked(network, model, selection, knowledge.statistics, targets, ridge=recipe.ridge)
             if targets is not None:
                 return model
         elif recipe.compensation == "merge" and selection:
@@ -298,11 +300,13 @@ class Workbench:
             ridge, statistics = recipe.ridge, knowledge.statistics
             compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
             if knowledge.targets is not None and recalibrated:
-                refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge)
+                with passes:
+                    refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge)
                 return model  # that pass took the batch norms' statistics too
         # The very same statistics for every candidate: the same images in the same order.
         batches, calibration = recipe.recalibration_batches, self.splits.calibration
-        recalibrate(model, calibration, batches=batches, device=self.device, seed=self.seed)
+        with passes:
+            recalibrate(model, calibration, batches=batches, device=self.device, seed=self.seed)
         return model
 
     def _tuned(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoprune.errors import DataError
-from autoprune.network.calibration import gather, refittable, sample_patches
+from autoprune.network.calibration import gather, products, refittable, sample_patches
 from autoprune.network.trace import trace
 
 
@@ -50,6 +50,21 @@ def test_patches_of_other_ranks_are_right_too(rank):
     rows = sample_patches(layer, x, 10**6, generator())
     expected = layer(x).detach().movedim(1, -1).reshape(-1, 4)
     torch.testing.assert_close(rows[0] @ layer.weight.detach().reshape(4, -1).T, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [5, 255, 256, 301, 2049])
+def test_products_in_strips_are_the_whole_gram_matrix(size):
+    rows = torch.randn(2, 20, size, generator=generator())
+    torch.testing.assert_close(products(rows), rows.transpose(1, 2) @ rows)
+
+
+@pytest.mark.parametrize("options", [{"padding": "same", "kernel_size": 2}, {"padding": 2, "kernel_size": 3}], ids=str)
+def test_patches_do_not_depend_on_how_the_images_lie_in_memory_or_on_their_type(options):
+    layer, x = nn.Conv2d(3, 6, bias=False, **options), images(2).bfloat16()
+    plain = sample_patches(layer, x, 50, generator())
+    assert plain.dtype == torch.float32
+    assert torch.equal(plain, sample_patches(layer, x.contiguous(memory_format=torch.channels_last), 50, generator()))
+    assert torch.equal(plain, sample_patches(layer, x.float(), 50, generator()))
 
 
 def test_a_sample_of_patches_is_drawn_without_repetition_and_follows_the_generator():

@@ -59,6 +59,18 @@ def test_refitting_brings_the_output_nearer_on_images_that_it_did_not_see(option
     assert distance(small, network.model, fresh) < 0.6 * distance(bare, network.model, fresh)
 
 
+def test_a_pass_in_bfloat16_repairs_as_well_as_one_in_float32():
+    network = trace(deep(), images(2))
+    selection, fresh = halves(network), images(seed=9)
+    exact, rounded = repaired(network, selection, images()), cut(network, selection)
+    targets = gather_targets(network, images())
+    with torch.autocast("cpu", torch.bfloat16):
+        refit_sequentially(network, rounded, selection, targets)
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    assert distance(rounded, network.model, fresh) < 1.05 * distance(exact, network.model, fresh)
+    assert distance(rounded, exact, fresh) < 0.05 * distance(exact, network.model, fresh)
+
+
 def test_it_is_nearer_than_refitting_every_layer_for_the_dense_networks_inputs():
     network, x = trace(deep(norm=False, bias=True), images(2)), images()
     selection = halves(network)
