@@ -187,6 +187,19 @@ class CostModel:
             return sum(surface.at(values) for surface in self.latency)
         return _value({MACS: self.macs, PARAMS: self.params, SIZE: self.size_bytes}[name], values)
 
+    def used(self, name: str) -> set[int]:
+        """Returns the places of the groups that take part in one cost (not `activation_bytes`).
+
+        Raises:
+            KeyError: `name` is no such cost.
+        """
+        if name == LATENCY:
+            forms = [form for surface in self.latency for form in surface.forms]
+        else:
+            terms = {MACS: self.macs, PARAMS: self.params, SIZE: self.size_bytes}[name]
+            forms = [form for term in terms for form in term.forms]
+        return {place for form in forms for place, _ in form.terms}
+
     def share(self, name: str, group: str) -> CostModel:
         """Returns a model of the terms of one cost (not `activation_bytes`) in which `group` takes part.
 

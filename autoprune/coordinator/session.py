@@ -55,6 +55,8 @@ from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
 from autoprune.search.warmstart import control_policies, warm_starts
 from autoprune.space import Space
 
+_WARM_STARTS = 24
+"""Most warm starts, 15 of them additive solutions: more only delay what is learned from them (`make samplers`)."""
 _PATIENCE = 120.0
 """Seconds that the end of a search waits for MLflow."""
 
@@ -210,7 +212,7 @@ class Session:
         )
         starts: tuple[WarmStart, ...] = ()
         if self.space.search.warm_starts:
-            tables, count = self.bench.knowledge.tables, max(1, min(60, trials // 2))
+            tables, count = self.bench.knowledge.tables, max(1, min(_WARM_STARTS, trials // 2))
             starts = warm_starts(self.problem, self.bench.ranking(), tables, count=count)
         return LadderPlan(
             name=self.space.name,

@@ -24,7 +24,7 @@ from autoprune.search.lease import hold
 from autoprune.search.mirror import Mirror
 from autoprune.search.records import Candidate, StoredTrial
 from autoprune.search.rung import LEARNED, Rung, Work, recover
-from autoprune.search.sampler import AUTO, SAMPLERS, params_of, policy_of
+from autoprune.search.sampler import AUTO, LEARNED_ALONE, SAMPLERS, params_of, policy_of
 from autoprune.search.storage import quiet_optuna
 from autoprune.search.study import open_study, study_name
 
@@ -71,6 +71,8 @@ class LadderPlan:
             raise InputError("every rung needs at least one trial, and a search at least one worker")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise InputError(f"unknown sampler {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
+        if self.sampler == LEARNED_ALONE and self.tables is None:
+            raise InputError(f"the sampler {self.sampler!r} needs error tables, and there are none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +202,10 @@ def _explore(study: Study, plan: LadderPlan, rung: RungPlan, work: Work) -> bool
     mirror = None if plan.sampler is None else Mirror(problem, study, sampler=plan.sampler, seed=plan.seed)
     live = len(plan.rungs) == 1  # then it is the rung that people look at
     proposer = None
-    if plan.sampler == AUTO and plan.tables is not None:
+    if plan.sampler in (AUTO, LEARNED_ALONE) and plan.tables is not None:
         done = sum(t.source == LEARNED for t in records.read_trials(study, problem))
-        proposer = LearnedAdditive(problem, plan.tables, seed=plan.seed, done=done)
+        every = 2 if plan.sampler == AUTO else 1
+        proposer = LearnedAdditive(problem, plan.tables, seed=plan.seed, done=done, every=every)
     runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=mirror, live=live, proposer=proposer)
     return runner.run(work, rung.trials)
 

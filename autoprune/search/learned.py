@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
@@ -40,7 +41,6 @@ _PRIOR_SPREAD = 0.5
 _FLOOR = 0.05
 """Least weight, relative to the common one: no group is free of charge."""
 _ROUNDS = 3
-_SWEEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,11 @@ class LearnedAdditive:
 
     Each proposal fits the weights to a bootstrap sample of the trials (Thompson sampling), so that groups whose weight
     is not known well are explored, and solves at the next budget of a sequence that fills the span evenly. `done` is
-    how many proposals were made before.
+    how many proposals were made before; one of `every` candidates is to be asked for here.
     """
 
-    def __init__(self, problem: Problem, tables: Tables, *, seed: int, done: int = 0) -> None:
+    def __init__(self, problem: Problem, tables: Tables, *, seed: int, done: int = 0, every: int = 2) -> None:
+        self.every = every
         self._problem = problem
         self._tables = tables
         self._solver = AdditiveSolver(problem)
@@ -154,7 +155,7 @@ def _ridge(x: Array, y: Array, rows: Array, strength: float) -> tuple[Array, flo
     common = max(float(rows @ (plain * y)), 1e-12) / max(float(rows @ plain**2), 1e-12)
     pull = strength * max(float(rows @ x**2 @ np.ones(x.shape[1])) / total / x.shape[1], 1e-18)
     gram = (x * rows[:, None]).T @ x + pull * np.eye(x.shape[1])
-    weights = _bounded(gram, x.T @ (rows * y) + pull * common, np.full(x.shape[1], common), _FLOOR * common)
+    weights = _bounded(gram, x.T @ (rows * y) + pull * common, _FLOOR * common)
     return weights, float(mean_y - mean_x @ weights)
 
 
@@ -162,19 +163,15 @@ def _factors(parts: Array, y: Array, rows: Array) -> Array:
     scale = max(float(rows @ parts**2 @ np.ones(parts.shape[1])) / rows.sum() / parts.shape[1], 1e-18)
     pull = FACTOR_RIDGE * scale
     gram = (parts * rows[:, None]).T @ parts + pull * np.eye(parts.shape[1])
-    return _bounded(gram, parts.T @ (rows * y) + pull, np.ones(parts.shape[1]), _FLOOR)
+    return _bounded(gram, parts.T @ (rows * y) + pull, _FLOOR)
 
 
-def _bounded(gram: Array, right: Array, start: Array, floor: float) -> Array:
-    """Minimises `½ aᵀ gram a - rightᵀ a` over `a >= floor` by coordinate descent."""
-    a = start.copy()
-    for _ in range(_SWEEPS):
-        before = a.copy()
-        for k in range(len(a)):
-            a[k] = max(floor, a[k] + (right[k] - gram[k] @ a) / gram[k, k])
-        if np.max(np.abs(a - before)) <= 1e-9 * max(float(np.max(np.abs(a))), 1e-30):
-            break
-    return a
+def _bounded(gram: Array, right: Array, floor: float) -> Array:
+    """Minimises `½ aᵀ gram a - rightᵀ a` over `a >= floor`, `gram` being positive definite."""
+    factor = np.linalg.cholesky(gram)
+    shifted = right - floor * gram.sum(1)
+    above, _ = nnls(factor.T, np.linalg.solve(factor, shifted))
+    return floor + np.asarray(above)
 
 
 def _radical_inverse(number: int) -> float:

@@ -32,6 +32,8 @@ FIRST_FAILURES = 5
 REPEATS_BEFORE_RANDOM = 3
 REPEATS_BEFORE_END = 25
 """So many repeated proposals in a row mean that the space is exhausted."""
+OPENING = 8
+"""Results after which the proposer takes turns with what is queued: the least that its model is fitted to."""
 SAMPLER = "sampler"
 """Origin of the sampler's own proposals."""
 LEARNED = "learned"
@@ -55,7 +57,9 @@ class Work:
 
 
 class Proposer(Protocol):
-    """Proposes policies from the results so far, beside the sampler."""
+    """Proposes policies from the results so far, beside the sampler: one of `every` candidates after the queue."""
+
+    every: int
 
     def propose(self, results: Sequence[TrialResult]) -> Policy:
         """Returns the next proposal, within the budget."""
@@ -93,8 +97,8 @@ def recover(study: Study, problem: Problem) -> list[Candidate]:
 class Rung:
     """One rung of a ladder, on its stored study.
 
-    With a `mirror` the rung explores: after `queue` the sampler proposes until `total` distinct policies are measured,
-    in turn with the `proposer` where there is one.
+    With a `mirror` the rung explores: after `queue` the sampler proposes until `total` distinct policies are measured.
+    Where there is a `proposer` it takes turns with both, once there are results to learn from.
     Without one it measures `queue` and no more. Where `live` is set a trial is stored when it begins, so that people
     see it running; otherwise it is stored once, when it has ended.
     """
@@ -117,7 +121,7 @@ class Rung:
         self._mirror = mirror
         self._live = live
         self._proposer = proposer
-        self._proposes = True
+        self._turn = -1
         trials = records.read_trials(study, problem)
         self._known = {t.identity: (t.number, t.result) for t in records.distinct(trials) if t.result is not None}
         self._broken = {t.identity for t in trials if t.state == "fail" and not t.abandoned} - set(self._known)
@@ -185,13 +189,13 @@ class Rung:
     def _next(self, work: Work) -> _Ticket | None:
         started = datetime.datetime.now()
         trial = None
-        if self._queue:
+        if self._mirror is not None and (learned := self._learned(work)) is not None:
+            candidate = learned
+            trial = self._mirror.adopt(candidate.policy)
+        elif self._queue:
             candidate = self._queue.popleft()
             if self._mirror is not None:
                 trial = self._mirror.adopt(candidate.policy)
-        elif self._mirror is not None and (learned := self._learned(work)) is not None:
-            candidate = learned
-            trial = self._mirror.adopt(candidate.policy)
         elif self._mirror is not None and self._repeats < REPEATS_BEFORE_END:
             policy, trial = self._mirror.propose(at_random=self._repeats >= REPEATS_BEFORE_RANDOM)
             candidate = Candidate(policy, work.identity(policy), SAMPLER, SAMPLER)
@@ -201,11 +205,14 @@ class Rung:
         return _Ticket(candidate, number, trial, started)
 
     def _learned(self, work: Work) -> Candidate | None:
-        """Returns the proposer's next policy where it is its turn and the policy is a new one."""
-        if self._proposer is None:
+        """Returns the proposer's next policy where it is its turn and the policy is a new one.
+
+        It waits for the first results: until then the queue goes first.
+        """
+        if self._proposer is None or (self._queue and len(self._known) < OPENING):
             return None
-        self._proposes = not self._proposes
-        if self._proposes:
+        self._turn = (self._turn + 1) % (2 if self._queue else self._proposer.every)
+        if self._turn:
             return None
         policy = self._proposer.propose([result for _, result in self._known.values()])
         identity = work.identity(policy)

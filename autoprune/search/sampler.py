@@ -236,13 +236,21 @@ def _qmc(seed: int) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
 
 
+def _gp(seed: int) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
+
+
 AUTO = "auto"
 """TPE in turn with the learned additive model, where there are error tables."""
+LEARNED_ALONE = "learned"
+"""The learned additive model, and TPE where it only repeats itself."""
 
 SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
     AUTO: _tpe,
+    LEARNED_ALONE: _tpe,
     "tpe": _tpe,
     "nsga2": _nsga2,
+    "gp": _gp,
     "random": _random,
     "qmc": _qmc,
 }
@@ -258,5 +266,5 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # QMCSampler
+        warnings.simplefilter("ignore", ExperimentalWarning)  # QMCSampler, GPSampler
         return SAMPLERS[name](seed)

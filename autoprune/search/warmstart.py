@@ -8,12 +8,14 @@ under the same recipe.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
+from autoprune.pareto import spread_order
 from autoprune.policy import Policy
 from autoprune.results import Problem, WarmStart
-from autoprune.search.additive import AdditiveSolver, Curve, best_curves, policy_from_widths, targets
-from autoprune.search.projection import Projector
+from autoprune.search.additive import AdditiveSolver, Curve, Curves, best_curves, policy_from_widths, targets
+from autoprune.search.projection import Projector, nearest_width
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Criterion → group → one score a channel, or an even sample of them; higher means keep."""
@@ -21,7 +23,7 @@ Tables = Mapping[str, Mapping[str, Curve]]
 """Group → criterion → error at each width that the group may take."""
 
 
-def uniform(problem: Problem, criterion: str, target: float) -> Policy:
+def uniform(problem: Problem, criterion: str, target: float, *, projector: Projector | None = None) -> Policy:
     """Returns the policy with the same ratio everywhere that just meets `target`, a fraction of the dense primary cost.
 
     Raises:
@@ -29,11 +31,13 @@ def uniform(problem: Problem, criterion: str, target: float) -> Policy:
     """
     ratios = {group.name: group.ratio(group.widths[0]) / 2 for group in problem.groups}
     even = dict.fromkeys(ratios, sum(ratios.values()) / len(ratios))
-    widths = Projector(problem).project(even, target)
+    widths = (projector or Projector(problem)).project(even, target)
     return policy_from_widths(problem, widths, dict.fromkeys(widths, criterion))
 
 
-def global_ranking(problem: Problem, scores: Scores, criterion: str, target: float) -> Policy:
+def global_ranking(
+    problem: Problem, scores: Scores, criterion: str, target: float, *, projector: Projector | None = None
+) -> Policy:
     """Returns the policy that keeps the channels with the highest scores of the whole network, down to `target`.
 
     One threshold over all groups is lowered until the budget is met; each group keeps at least its least width.
@@ -41,15 +45,15 @@ def global_ranking(problem: Problem, scores: Scores, criterion: str, target: flo
     Raises:
         BudgetError: No policy meets it.
     """
-    ranked = {group.name: sorted(scores[criterion][group.name], reverse=True) for group in problem.groups}
+    ranked = {group.name: sorted(scores[criterion][group.name]) for group in problem.groups}
     levels = sorted({value for values in ranked.values() for value in values})
     low, high = 0, len(levels)  # levels[i]: everything below is removed
     dense = problem.cost_model.cost(problem.budget.primary, {})
 
     def widths_at(level: int) -> dict[str, int]:
         threshold = levels[level] if level < len(levels) else math.inf
-        kept = {name: sum(value >= threshold for value in values) for name, values in ranked.items()}
-        return {g.name: g.width(1.0 - kept[g.name] / len(ranked[g.name])) for g in problem.groups}
+        gone = {name: bisect_left(values, threshold) / len(values) for name, values in ranked.items()}
+        return {g.name: nearest_width(g, g.size * (1.0 - gone[g.name])) for g in problem.groups}
 
     def meets(widths: Mapping[str, int]) -> bool:
         costs = problem.cost_model.costs(widths)
@@ -63,7 +67,7 @@ def global_ranking(problem: Problem, scores: Scores, criterion: str, target: flo
             low = middle + 1
     widths = widths_at(low)
     ratios = {g.name: g.ratio(widths[g.name]) for g in problem.groups}
-    widths = Projector(problem).project(ratios, target)
+    widths = (projector or Projector(problem)).project(ratios, target)
     return policy_from_widths(problem, widths, dict.fromkeys(widths, criterion))
 
 
@@ -74,35 +78,42 @@ def additive(problem: Problem, tables: Tables, target: float, *, criterion: str 
     Raises:
         BudgetError: No policy meets it.
     """
+    chosen, curves = _criterion_curves(problem, tables, criterion)
+    return policy_from_widths(problem, AdditiveSolver(problem).solve(curves, target), chosen)
+
+
+def _criterion_curves(problem: Problem, tables: Tables, criterion: str | None) -> tuple[dict[str, str], Curves]:
     if criterion is None:
-        chosen, curves = best_curves(problem, tables)
-    else:
-        chosen = {group.name: criterion for group in problem.groups}
-        curves = {group.name: tables[group.name][criterion] for group in problem.groups}
-    widths = AdditiveSolver(problem).solve(curves, target)
-    return policy_from_widths(problem, widths, chosen)
+        return best_curves(problem, tables)
+    chosen = {group.name: criterion for group in problem.groups}
+    return chosen, {group.name: tables[group.name][criterion] for group in problem.groups}
 
 
 def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int) -> tuple[WarmStart, ...]:
-    """Returns up to `count` distinct policies: three fifths additive solutions, the rest uniform and global rankings.
+    """Returns up to `count` distinct policies: three fifths additive solutions, then uniform and global rankings.
 
-    Each kind goes over the span of the budget and over the criteria in turn, so that any number of them is a fair
-    sample. The additive problem is solved with every criterion by itself and with the best one of each scope: which
-    criterion leaves most after compensation is not what the tables predict (ResNet-20 / CIFAR-10 at 0.35 of the MACs:
-    l1 72.6 %, the tables' choice 69.9 %).
+    Of each kind any beginning is spread over the span of the budget and goes over the criteria in turn, so that a
+    search that is stopped after a handful of candidates has a front already. Additive solutions with single criteria
+    stand beside those with the best one of each scope: which criterion leaves most after compensation is not what the
+    tables predict (ResNet-20 / CIFAR-10 at 0.35 of the MACs: l1 72.6 %, the tables' choice 69.9 %).
     """
     if count < 1:
         return ()
     usable = [name for name in problem.criteria if name != "random"] or list(problem.criteria)
-    solved = _round(problem, [None, *usable] if len(usable) > 1 else usable, math.ceil(0.6 * count))
-    starts = [
-        WarmStart(additive(problem, tables, target, criterion=name), f"additive-{name}" if name else "additive")
-        for target, name in solved
-    ]
+    solver, projector = AdditiveSolver(problem), Projector(problem)
+    wanted = _round(problem, [None, *usable] if len(usable) > 1 else usable, math.ceil(0.6 * count))
+    solved: dict[tuple[float, str | None], Policy] = {}
+    for criterion in dict.fromkeys(name for _, name in wanted):
+        chosen, curves = _criterion_curves(problem, tables, criterion)
+        own = [target for target, name in wanted if name == criterion]
+        for target, widths in zip(own, solver.solve_many(curves, own), strict=True):
+            solved[target, criterion] = policy_from_widths(problem, widths, chosen)
+    starts = [WarmStart(solved[target, name], f"additive-{name}" if name else "additive") for target, name in wanted]
     for target, name in _round(problem, usable, math.ceil((count - len(starts)) / 2)):
         assert name is not None
-        starts.append(WarmStart(uniform(problem, name, target), f"uniform-{name}"))
-        starts.append(WarmStart(global_ranking(problem, scores, name, target), f"global-{name}"))
+        starts.append(WarmStart(uniform(problem, name, target, projector=projector), f"uniform-{name}"))
+        ranked = global_ranking(problem, scores, name, target, projector=projector)
+        starts.append(WarmStart(ranked, f"global-{name}"))
     distinct: dict[str, WarmStart] = {}
     for start in starts:
         distinct.setdefault(start.policy.id, start)
@@ -114,7 +125,11 @@ def _round(problem: Problem, criteria: Sequence[str | None], count: int) -> list
     next.
     """
     spread = targets(problem.budget, max(1, math.ceil(count / 2)))
-    pairs = [(target, criteria[(i + turn) % len(criteria)]) for turn in range(2) for i, target in enumerate(spread)]
+    pairs = [
+        (spread[place], criteria[(i + turn) % len(criteria)])
+        for turn in range(2)
+        for i, place in enumerate(spread_order(spread))
+    ]
     return pairs[:count]
 
 

@@ -396,10 +396,11 @@ class SearchSettings(Section):
     """How the search goes about it."""
 
     trials: int = Field(default=48, ge=1, le=100_000, description="Candidates on the first rung, warm starts included.")
-    sampler: Literal["auto", "tpe", "nsga2", "random", "qmc"] = Field(
+    sampler: Literal["auto", "learned", "tpe", "nsga2", "gp", "random", "qmc"] = Field(
         default="auto",
-        description="Who proposes candidates on the first rung after the warm starts: one of Optuna's samplers, or "
-        "auto: TPE in turn with the additive model whose weights are learned from the trials so far.",
+        description="Who proposes candidates on the first rung after the warm starts: one of Optuna's samplers (gp is "
+        "for few groups: an ask of 60 takes seconds); learned: the additive model whose weights are learned from the "
+        "trials so far; auto: that model in turn with TPE.",
     )
     warm_starts: bool = Field(
         default=True, description="The first candidates are uniform, globally ranked and additive-error policies."

@@ -23,7 +23,7 @@ OWNERS: dict[str, set[str]] = {
     "torchvision": {"network"},
     "safetensors": {"network"},
     "sklearn": {"network"},
-    "scipy": {"network"},
+    "scipy": {"network", "search"},
     "PIL": {"network"},
     "onnx": {"network"},
     "onnxruntime": {"network"},

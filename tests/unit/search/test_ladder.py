@@ -435,3 +435,5 @@ def test_a_ladder_without_sense_is_refused(problem: Problem) -> None:
         LadderPlan("x", problem, (RungPlan(SCREEN, 0),), "f")
     with pytest.raises(InputError, match="did you mean 'tpe'"):
         plan_for(problem, sampler="tpee")
+    with pytest.raises(InputError, match="needs error tables"):
+        plan_for(problem, sampler="learned")

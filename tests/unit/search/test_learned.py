@@ -143,6 +143,29 @@ def test_a_ladder_with_tables_asks_model_and_sampler_in_turn(problem: Problem, s
     assert sources.count("sampler") == pytest.approx(10, abs=1)
 
 
+def test_the_model_waits_for_eight_results_and_then_takes_turns_with_the_warm_starts(
+    problem: Problem, storage, make_evaluator
+) -> None:
+    starts = tuple(WarmStart(uniform(problem, "l2", 0.22 + 0.04 * i), f"uniform-{i}") for i in range(14))
+    plan = LadderPlan(
+        "digits", problem, (RungPlan(FIDELITY, 20),), "f", {}, warm_starts=starts, tables=tables_of(problem)
+    )
+    run_ladder(storage, plan, submit=make_evaluator(problem), identity=lambda policy: policy.id)
+    sources = [t.source for t in read_results(load_rung(storage, "digits", "screen")) if t.reused is None]
+    assert all(source.startswith("uniform") for source in sources[:8])
+    assert sources[8:].count("learned") == 6
+    assert sum(source.startswith("uniform") for source in sources) == 14
+
+
+def test_the_model_alone_leaves_the_sampler_nothing(problem: Problem, storage, make_evaluator) -> None:
+    plan = LadderPlan(
+        "digits", problem, (RungPlan(FIDELITY, 12),), "f", {}, sampler="learned", tables=tables_of(problem)
+    )
+    run_ladder(storage, plan, submit=make_evaluator(problem), identity=lambda policy: policy.id)
+    sources = [t.source for t in read_results(load_rung(storage, "digits", "screen")) if t.reused is None]
+    assert sources.count("learned") >= 11
+
+
 def test_without_tables_the_sampler_proposes_alone(problem: Problem, storage, make_evaluator) -> None:
     plan = LadderPlan("digits", problem, (RungPlan(FIDELITY, 6),), "f", {})
     run_ladder(storage, plan, submit=make_evaluator(problem), identity=lambda policy: policy.id)

@@ -88,6 +88,27 @@ def test_warm_starts_are_of_every_kind_and_no_heuristic_uses_the_random_criterio
     assert not any("random" in origin for origin in origins)
 
 
+def test_the_first_three_starts_are_additive_and_stand_at_both_ends_and_the_middle_of_the_span(problem):
+    """Whoever stops a search after a handful of candidates has a front."""
+    starts = warm_starts(problem, *learnt(problem), count=20)
+    assert all(start.origin.startswith("additive") for start in starts[:12])
+    at = sorted(costs(problem, start.policy) for start in starts[:3])
+    assert at == pytest.approx([0.2, (0.2 * 0.6) ** 0.5, 0.6], rel=0.15)
+    assert len({start.origin for start in starts[:3]}) == 3, "and they go over the criteria"
+
+
+def test_a_larger_target_never_gives_an_additive_start_with_a_larger_error(problem):
+    scores, tables = learnt(problem)
+    starts = [s for s in warm_starts(problem, scores, tables, count=40) if s.origin == "additive-taylor"]
+    starts.sort(key=lambda start: costs(problem, start.policy))
+    errors = [
+        sum(tables[name]["taylor"][width] for name, width in start.policy.widths(problem.groups).items())
+        for start in starts
+    ]
+    assert len(errors) > 4
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_warm_starts_hold_every_limit_of_the_budget(make_chain):
     problem = make_chain(5, budget={"macs": 0.6, "params": 0.3, "memory": 0.5})
     scores, tables = learnt(problem)
