@@ -38,7 +38,7 @@ def test_parameters_are_the_ratios_really_used_and_within_every_limit(name: str,
     problem = make_chain(5, budget={"macs": 0.6, "params": 0.4, "memory": 0.7}, scope=lambda group: group)
     inner = optuna.samplers.TPESampler(seed=1) if name == "tpe-independent" else make_sampler(name, 1)
     study = study_with(inner, problem)
-    count = 13 if name == "gp" else 40  # it begins to learn after ten, and takes its time
+    count = 11 if name == "gp" else 40  # it begins to learn after ten, and takes its time
     run(study, problem, count)
     fractions = set()
     for trial in study.trials:
