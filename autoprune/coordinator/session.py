@@ -38,7 +38,7 @@ from autoprune.coordinator.views import (
     view_of,
 )
 from autoprune.errors import DataError, StudyError
-from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
+from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
 from autoprune.network.devices import latency_table
@@ -259,10 +259,11 @@ class Session:
         )
 
     def _executor(self, workers: int) -> Executor:
+        limits = Limits(self.space.search.trial_timeout, self.space.search.hang_timeout)
         if workers == 1:
-            return InlineExecutor(self.bench.evaluate)
+            return InlineExecutor(pipeline.WorkerFactory(self.bench), limits)
         threads = pipeline.threads_per_worker(workers)
-        return ProcessExecutor(pipeline.WorkerFactory(self.bench, threads), workers)
+        return ProcessExecutor(pipeline.WorkerFactory(self.bench, threads), workers, limits=limits)
 
     def _log_start(self, executor: Executor) -> None:
         kind = type(executor).__name__.removesuffix("Executor").lower()

@@ -26,6 +26,9 @@ from autoprune.network.timing import synchronise
 Loss = Callable[[Any, Tensor], Tensor]
 """A function of (what the network returns, targets) that gives the mean over the batch, a scalar tensor."""
 
+SCORED = 500
+"""Samples of a forward pass without gradients."""
+
 Metric = Callable[[Any, Tensor], Tensor | float]
 """A function of (what the network returns, targets) that gives the mean over the batch; higher is better, any range."""
 
@@ -188,7 +191,7 @@ def evaluate(
     model: nn.Module,
     split: Split,
     *,
-    batch_size: int = 500,
+    batch_size: int = SCORED,
     limit: int | None = None,
     device: Device = "cpu",
     autocast_dtype: torch.dtype | None = None,

@@ -39,6 +39,7 @@ from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.schedule import check_steps
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
+from autoprune.network.watching import watched
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
@@ -393,13 +394,15 @@ def threads_of(workers: int) -> int:
 
 
 class WorkerFactory:
-    """Builds the evaluation function inside a worker process, with its share of the cores."""
+    """Builds the evaluation function where it is used; `threads` is a worker process's share of the cores."""
 
-    def __init__(self, workbench: Workbench, threads: int) -> None:
+    def __init__(self, workbench: Workbench, threads: int | None = None) -> None:
         self.workbench = workbench
         self.threads = threads
 
-    def __call__(self) -> Callable[..., Any]:
-        """Returns `Workbench.evaluate`."""
-        torch.set_num_threads(self.threads)
-        return self.workbench.evaluate
+    def __call__(self, beat: Callable[[], None]) -> Callable[..., Any]:
+        """Returns `Workbench.evaluate`, which calls `beat` with every batch and between its steps."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        bench = self.workbench
+        return replace(bench, splits=watched(bench.splits, beat), beat=beat).evaluate

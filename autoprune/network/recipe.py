@@ -244,6 +244,7 @@ def fine_tune(
     loss: Loss | None = None,
     metric: Metric | None = None,
     stage: Stage = _WHOLE,
+    parts: int = 1,
 ) -> History:
     """Trains `model` in place by the recipe, and returns what happened. The same seed gives the same weights on a CPU.
 
@@ -265,6 +266,8 @@ def fine_tune(
             gradients are clipped, so that the recipe's rate suits a loss of any scale.
         metric: Own metric for `val`, the mean over a batch, higher is better; None: top-1 accuracy.
         stage: The part of the `epochs` that is run here, and what it does to the weights.
+        parts: Each batch goes through the network in so many parts whose gradients are added up, which takes less
+            memory; the step is that of the whole batch, apart from what batch norms see.
 
     Raises:
         InputError: The samples have no classes and `loss` (or, with `val`, `metric`) is missing, or one of them does
@@ -311,30 +314,35 @@ def fine_tune(
                 for x, y in train.batches(batch_size, shuffle=order, augment=True, device=device):
                     if step == end or step - first == steps_an_epoch:  # the rest is smaller than a batch
                         break
-                    x = precision.arrange(x)  # (n, C, H, W)
                     for group in optimizer.param_groups:
                         group["lr"] = peak * _rate(step, steps=steps, warmup=recipe.warmup)
                     optimizer.zero_grad(set_to_none=True)
-                    with nullcontext() if regulariser is None else regulariser.hiding():
-                        with autocast(device, precision.autocast_dtype):
-                            output = model(x)
-                        if loss is not None:
-                            output = widened(output)
-                            value = one_number(loss(output, y), "loss")
-                        else:  # logits (n, classes)
-                            value = F.cross_entropy(logits_of(output).float(), y, label_smoothing=smoothing)
-                        if distillation is not None and teacher is not None:
-                            with torch.no_grad(), autocast(device, precision.autocast_dtype):
-                                taught = teacher(x)
-                            soft = _taught(output, taught, distillation, own_loss=loss is not None)
-                            value = distillation.weight * soft + (1 - distillation.weight) * value
-                        torch.autograd.backward(value)
+                    count = max(1, min(parts, len(x) // 2))  # a batch norm needs two samples
+                    for part, wanted in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+                        part = precision.arrange(part)  # (n, C, H, W)
+                        with nullcontext() if regulariser is None else regulariser.hiding():
+                            with autocast(device, precision.autocast_dtype):
+                                output = model(part)
+                            if loss is not None:
+                                output = widened(output)
+                                value = one_number(loss(output, wanted), "loss")
+                            else:  # logits (n, classes)
+                                logits = logits_of(output).float()
+                                value = F.cross_entropy(logits, wanted, label_smoothing=smoothing)
+                            if distillation is not None and teacher is not None:
+                                with torch.no_grad(), autocast(device, precision.autocast_dtype):
+                                    taught = teacher(part)
+                                soft = _taught(output, taught, distillation, own_loss=loss is not None)
+                                value = distillation.weight * soft + (1 - distillation.weight) * value
+                            if count > 1:
+                                value = value * (len(part) / len(x))
+                            torch.autograd.backward(value)
+                        total += value.detach()
                     if loss is not None:
                         nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)
                     optimizer.step()
                     if regulariser is not None:
                         regulariser.shrink((step - begin + 1) / (end - begin), end - begin)
-                    total += value.detach()
                     step += 1
             mean = float(total) / (step - first)
             if not math.isfinite(mean):

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.cost import LATENCY
-from autoprune.errors import TrialError
+from autoprune.errors import AutopruneError, TrialError
 from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
 from autoprune.network.calibration import Statistics, gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
-from autoprune.network.evaluation import Loss, Precision, Score, autocast, evaluate, recalibrate
+from autoprune.network.evaluation import SCORED, Loss, Precision, Score, autocast, evaluate, recalibrate
+from autoprune.network.failures import described, free_memory, out_of_memory
 from autoprune.network.mask_repair import repair_masked
 from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
 from autoprune.network.merging import merge
@@ -44,6 +45,8 @@ from autoprune.results import Fidelity, TrialResult
 
 _CURVE_EPOCHS = 2
 """Fine-tuning of at least so many epochs records the validation accuracy after each of them."""
+PARTS = (1, 2, 4)
+"""In how many parts a batch goes through the network: the next one is tried where memory runs out."""
 _LISTED = 100_000
 _SAMPLED = 8192
 """More than any layer has channels: only groups of single weights are sampled."""
@@ -59,13 +62,18 @@ class Knowledge:
     tables: Tables = field(default_factory=dict)
 
 
+def _unheard() -> None:
+    """Nobody listens to signs of progress."""
+
+
 @dataclass(frozen=True)
 class Workbench:
     """Evaluates policies for one network, data set and recipe.
 
     `groups` are the groups that the search may prune; all others stay whole. `origin` says how the dense model is
     built, for the document beside every saved model. `models` is the folder for finished models (None: they are not
-    kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart.
+    kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart. A batch goes
+    through the network in `parts`. `beat` is called between the steps of an evaluation.
     """
 
     network: Network
@@ -85,6 +93,8 @@ class Workbench:
     activation_scope: str = "model"
     conditions: Conditions = field(default_factory=Conditions)
     lock: Path | None = None
+    parts: int = 1
+    beat: Callable[[], None] = _unheard
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -125,14 +135,26 @@ class Workbench:
     def evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         """Prunes, repairs, fine-tunes and scores one policy.
 
+        Where memory runs out it is tried again with a half and then a quarter of each batch at a time; gradients are
+        accumulated, so that the recipe's batch stays what it is. The result then has the metric `batch_parts`.
+
         Raises:
-            TrialError: Training diverged, memory ran out, or the score is not finite.
+            TrialError: Training diverged, memory ran out with the smallest parts too, the score is not finite, or the
+                model, the loss or the metric raised an error of their own.
+            InputError: The loss or the metric does not give one number.
         """
-        try:
-            return self._evaluate(policy, fidelity)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise TrialError(f"out of memory on {self.device}: {str(error).splitlines()[0]}") from error
+        for parts in PARTS:
+            try:
+                return replace(self, parts=parts)._evaluate(policy, fidelity)
+            except Exception as error:
+                if not out_of_memory(error):
+                    if isinstance(error, AutopruneError | OSError):  # a full disk is not the policy's fault
+                        raise
+                    raise TrialError(f"the evaluation raised {described(error)}") from error
+                reason = str(error).partition("\n")[0] or type(error).__name__
+            # Only here, where no traceback holds on to the tensors any more, does the memory come back.
+            free_memory(self.device)
+        raise TrialError(f"out of memory on {self.device}, even with 1/{PARTS[-1]} of a batch at a time: {reason}")
 
     def dense_result(self, fidelity: Fidelity) -> dict[str, float]:
         """Scores the dense model as it is: `val_accuracy`, `val_loss`, `latency_ms`, with `test_` where asked for."""
@@ -165,7 +187,7 @@ class Workbench:
         return Knowledge(statistics, gather_targets(network, torch.cat(inputs), seed=self.seed))
 
     def _evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
-        clock = _Clock()
+        clock = _Clock(self.beat)
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
         if self.recipe.staged and fidelity.epochs > 0:
@@ -202,6 +224,8 @@ class Workbench:
         if fidelity.epochs > 0 or fidelity.test:
             with clock("measurement"):
                 metrics |= self.measure(model)
+        if self.parts > 1:
+            metrics["batch_parts"] = self.parts
         widths = policy.widths(self.groups)
         costs = self.network.cost_model.costs(widths)
         result = TrialResult(
@@ -343,6 +367,7 @@ class Workbench:
             loss=self.loss,
             metric=self.metric,
             stage=stage,
+            parts=self.parts,
         )
 
     def _scored_tuned(self, model: nn.Module, fidelity: Fidelity) -> dict[str, float]:
@@ -356,6 +381,7 @@ class Workbench:
         score: Score = evaluate(
             model,
             getattr(self.splits, split),
+            batch_size=max(1, SCORED // self.parts),
             limit=limit,
             device=self.device,
             autocast_dtype=self.precision.autocast_dtype,
@@ -396,13 +422,15 @@ _Found = tuple[nn.Module, Selection, dict[str, float], dict[str, tuple[float, ..
 
 
 class _Clock:
-    """Adds up seconds by name."""
+    """Adds up seconds by name, and tells of each beginning."""
 
-    def __init__(self) -> None:
+    def __init__(self, beat: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._beat = beat
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        self._beat()
         start = time.perf_counter()
         try:
             yield

@@ -127,6 +127,7 @@ class Rung:
         self._broken = {t.identity for t in trials if t.state == "fail" and not t.abandoned} - set(self._known)
         self._repeats = _trailing_repeats(trials)
         self._failed = self._finished = 0
+        self._reason = ""
         self._flights: dict[Future[TrialResult], _Ticket] = {}
         self._followers: dict[str, list[_Ticket]] = {}
 
@@ -148,7 +149,7 @@ class Rung:
             raise
         if finished:
             if self._failed and not self._known:
-                raise TrialError(f"every trial of the rung {self._fidelity.rung!r} failed")
+                raise TrialError(f"every trial of the rung {self._fidelity.rung!r} failed, the last: {self._reason}")
             work.on_event(RungFinished(self._fidelity.rung, len(self._known), self._failed))
         return finished
 
@@ -242,6 +243,7 @@ class Rung:
         self._finished += 1
         if reason is not None:
             self._failed += 1
+            self._reason = reason
             self._broken.add(identity)
             for late in (ticket, *followers):
                 self._fail(work, late, reason)

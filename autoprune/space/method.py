@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from autoprune.budget import KEYS, read_limit
 from autoprune.errors import BudgetError, nearest
 from autoprune.space.masking import DEFAULT_STEP
-from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Found, Globs, Section, as_tuple, number
+from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Duration, Found, Globs, Section, as_tuple, number
 
 CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "hessian", "hrank", "random")
 
@@ -411,6 +411,15 @@ class SearchSettings(Section):
         le=1000,
         description="Uniform and globally ranked policies that are measured beside the front by the last rung's "
         "recipe, to show what the search gains. 0: none.",
+    )
+    trial_timeout: Duration | None = Field(
+        default=None,
+        description="Longest time of a trial, in seconds or as 90s, 10m, 2h; what takes longer fails. Null: no limit.",
+    )
+    hang_timeout: Duration | None = Field(
+        default=900.0,
+        description="A worker process without any progress (no batch, no step) for this long is killed, and its trial "
+        "is tried once more. Null: never.",
     )
     ladder: Annotated[tuple[RungSettings, ...], BeforeValidator(as_tuple)] = Field(
         default=_LADDER,

@@ -6,10 +6,11 @@ beside the faults of single values. Must not know any particular section.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
@@ -27,6 +28,28 @@ def number(value: Any) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+def _duration(value: Any) -> Any:
+    """Returns seconds for a number, or a number followed by s, m or h."""
+    match = re.fullmatch(DURATION_PATTERN, value) if isinstance(value, str) else None
+    found = float(match[1]) * _UNITS[match[2]] if match else number(value)
+    if found is None or not 0 < found <= _LONGEST:
+        text = f"expected a positive number of seconds, or text such as 90s, 10m or 2h; got {value!r}"
+        raise PydanticCustomError("fault", "{text}", {"text": text})
+    return float(found)
+
+
+DURATION_PATTERN = r"^([0-9]*\.?[0-9]+)([smh]?)$"
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+_LONGEST = 1e9
+"""Seconds: 30 years."""
+Duration = Annotated[
+    float,
+    BeforeValidator(_duration),
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": DURATION_PATTERN}]}
+    ),
+]
+"""A time in seconds."""
 Glob = Annotated[str, Field(min_length=1)]
 Globs = Annotated[tuple[Glob, ...], BeforeValidator(as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple), Field(min_length=1)]

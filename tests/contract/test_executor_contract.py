@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
 from autoprune.errors import AutopruneError, TrialError
-from autoprune.executors import Executor, InlineExecutor, ProcessExecutor
+from autoprune.executors import Beat, Executor, InlineExecutor, Limits, ProcessExecutor
+
+LIMIT = 1.0
 
 
-def work(kind: str, value: int = 0) -> int:
+def work(beat: Beat, kind: str, value: int = 0) -> int:
     if kind == "double":
         return 2 * value
     if kind == "trial":
         raise TrialError("loss is nan in epoch 3")
     if kind == "bug":
         raise ZeroDivisionError("a bug")
-    time.sleep(value)
+    for _ in range(100):  # "long"
+        time.sleep(0.05)
+        beat()
     return value
 
 
-def factory() -> Callable[..., int]:
-    return work
+def factory(beat: Beat) -> Callable[..., int]:
+    return partial(work, beat)
+
+
+def make(kind: str) -> Executor:
+    limits = Limits(timeout=LIMIT, silence=60.0)
+    if kind == "inline":
+        return InlineExecutor(factory, limits)
+    return ProcessExecutor(factory, 2, limits=limits)
 
 
 @pytest.fixture(scope="module", params=["inline", "processes"])
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    made: Executor = InlineExecutor(work) if request.param == "inline" else ProcessExecutor(factory, 2)
-    with made:
+    with make(request.param) as made:
         yield made
 
 
@@ -48,13 +59,20 @@ def test_an_error_comes_out_of_its_future_as_it_was_and_later_tasks_go_on(execut
     assert executor.submit("double", 4).result(timeout=30) == 8
 
 
+def test_a_task_over_its_time_limit_fails_and_later_tasks_have_their_own_time(executor: Executor) -> None:
+    for _ in range(2):
+        with pytest.raises(TrialError, match="took longer than its limit of 1 s"):
+            executor.submit("long").result(timeout=30)
+    assert executor.submit("double", 4).result(timeout=30) == 8
+
+
 def test_the_number_of_workers_is_told(executor: Executor) -> None:
     assert executor.workers in (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["inline", "processes"])
 def test_a_closed_executor_refuses_tasks_and_may_be_closed_again(kind: str) -> None:
-    made: Executor = InlineExecutor(work) if kind == "inline" else ProcessExecutor(factory, 1)
+    made = make(kind)
     made.close()
     made.close()
     with pytest.raises(AutopruneError, match="closed"):

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from autoprune.errors import AutopruneError, CheckpointError, TrialError
-from autoprune.executors import InlineExecutor, ProcessExecutor
+from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor
 
 WAIT = 30
 
@@ -26,7 +27,7 @@ class TwoArguments(Exception):
         super().__init__(f"{first} and {second}")
 
 
-def act(kind: str, path: str = "") -> object:
+def act(beat: Beat, kind: str, path: str = "") -> object:
     if kind == "pid":
         return os.getpid()
     if kind == "die":
@@ -43,25 +44,41 @@ def act(kind: str, path: str = "") -> object:
         return lambda: None
     if kind == "unpicklable error":
         raise TwoArguments("one", "two")
+    if kind == "hang":
+        with Path(path).open("a") as file:
+            file.write("began\n")
+        time.sleep(60)
+    if kind == "hang once":
+        if not Path(path).exists():
+            Path(path).write_text("hung")
+            time.sleep(60)
+        return "went on"
+    if kind == "steady":  # longer than the silence that is allowed, but never silent
+        for _ in range(30):
+            time.sleep(0.1)
+            beat()
+        return "finished"
+    if kind == "environment":
+        return os.environ.get(path)
     if kind == "sleep":
         Path(path).write_text(str(os.getpid()))
         time.sleep(60)
     return kind
 
 
-def factory() -> Callable[..., object]:
-    return act
+def factory(beat: Beat) -> Callable[..., object]:
+    return partial(act, beat)
 
 
-def broken_factory() -> Callable[..., object]:
+def broken_factory(beat: Beat) -> Callable[..., object]:
     raise OSError("no such device")
 
 
-def factory_without_checkpoint() -> Callable[..., object]:
+def factory_without_checkpoint(beat: Beat) -> Callable[..., object]:
     raise CheckpointError("model.pt does not exist")
 
 
-def factory_that_dies() -> Callable[..., object]:
+def factory_that_dies(beat: Beat) -> Callable[..., object]:
     os._exit(9)
 
 
@@ -91,7 +108,7 @@ def test_an_interrupt_in_the_callers_thread_is_raised_at_once() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        InlineExecutor(interrupted).submit()
+        InlineExecutor(lambda beat: interrupted).submit()
 
 
 def test_a_task_whose_process_is_killed_once_is_repeated_in_a_new_one(tmp_path: Path) -> None:
@@ -114,6 +131,57 @@ def test_a_task_that_kills_its_process_twice_fails_alone() -> None:
 def test_a_task_that_exits_its_process_tells_the_status() -> None:
     with ProcessExecutor(factory, 1) as executor, pytest.raises(TrialError, match="exit status 3"):
         executor.submit("exit").result(timeout=WAIT)
+
+
+def test_a_task_that_hangs_is_killed_and_tried_once_more(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessExecutor(factory, 2, limits=Limits(silence=1.5)) as executor:
+        hanging = executor.submit("hang", str(log))
+        assert executor.submit("hang once", str(tmp_path / "once")).result(timeout=WAIT) == "went on"
+        with pytest.raises(TrialError, match=r"made no progress for 1\.5 s, 2 times"):
+            hanging.result(timeout=WAIT)
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+    assert log.read_text() == "began\n" * 2
+
+
+def test_a_long_task_that_makes_progress_does_not_hang() -> None:
+    with ProcessExecutor(factory, 1, limits=Limits(silence=2.0)) as executor:
+        assert executor.submit("steady").result(timeout=WAIT) == "finished"
+
+
+def test_a_silent_task_over_its_time_limit_is_killed_and_not_repeated(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with ProcessExecutor(factory, 1, limits=Limits(timeout=0.5)) as executor:
+        with pytest.raises(TrialError, match=r"longer than its limit of 0\.5 s"):
+            executor.submit("hang", str(log)).result(timeout=WAIT)
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+    assert log.read_text() == "began\n"
+
+
+def test_a_task_over_its_time_limit_ends_by_itself_where_it_makes_progress() -> None:
+    with ProcessExecutor(factory, 1, limits=Limits(timeout=0.5)) as executor:
+        before = executor.submit("pid").result(timeout=WAIT)
+        with pytest.raises(TrialError, match=r"longer than its limit of 0\.5 s"):
+            executor.submit("steady").result(timeout=WAIT)
+        assert executor.submit("pid").result(timeout=WAIT) == before
+
+
+@pytest.mark.parametrize("limits", [{"timeout": 0.0}, {"silence": -1.0}, {"timeout": float("nan")}])
+def test_limits_without_sense_are_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Limits(**limits)
+
+
+def test_each_process_sees_the_environment_of_its_own_slot_even_after_a_restart() -> None:
+    own = [{"AUTOPRUNE_SLOT": "one"}, {"AUTOPRUNE_SLOT": "two"}]
+    with ProcessExecutor(factory, 2, environments=own) as executor:
+        for _ in range(2):
+            seen = {executor.submit("environment", "AUTOPRUNE_SLOT").result(timeout=WAIT) for _ in range(8)}
+            assert seen <= {"one", "two"}
+            assert isinstance(executor.submit("die").exception(timeout=WAIT), TrialError)
+    with ProcessExecutor(factory, 1, environments=own) as executor:
+        assert executor.submit("environment", "AUTOPRUNE_SLOT").result(timeout=WAIT) == "one"
+    assert "AUTOPRUNE_SLOT" not in os.environ
 
 
 def test_an_error_of_the_factory_comes_out_of_every_task_with_its_cause() -> None:
@@ -174,7 +242,7 @@ from pathlib import Path
 def act(path):
     Path(path).write_text(str(os.getpid()))
     time.sleep(60)
-def factory():
+def factory(beat):
     return act
 """
 

@@ -231,7 +231,7 @@ def test_a_small_rung_in_which_everything_fails_stops_the_search(storage: Any, p
             raise TrialError("diverged")
 
     submit.react = react
-    with pytest.raises(TrialError, match="every trial of the rung 'tune' failed"):
+    with pytest.raises(TrialError, match="every trial of the rung 'tune' failed, the last: diverged"):
         run(storage, plan_for(problem, (6, 2, 1)), submit)
 
 
