@@ -29,6 +29,8 @@ from autoprune.network.trace import evaluating
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROUND_MS = 1000.0
+_POLL = 0.02
+"""Seconds between two tries to get the lock."""
 _SAMPLE_SECONDS = 2e-4
 """Calls that are shorter are repeated within a sample: the clock and one synchronisation cost microseconds."""
 
@@ -84,7 +86,13 @@ class Latency:
 
 
 def measure_latency(
-    model: nn.Module, inputs: Sequence[Tensor], conditions: Conditions, *, repeats: int = 30, rounds: int = 3
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    conditions: Conditions,
+    *,
+    repeats: int = 30,
+    rounds: int = 3,
+    beat: Callable[[], None] | None = None,
 ) -> Latency:
     """Times forward passes of a copy of `model` in evaluation mode; the model stays as it is.
 
@@ -97,6 +105,7 @@ def measure_latency(
         conditions: Batch, number format, threads and device.
         repeats: Passes that are timed in a round.
         rounds: Rounds.
+        beat: Called before each round, so that who waits sees progress.
 
     Raises:
         ValueError: `repeats` or `rounds` is below 1.
@@ -120,6 +129,8 @@ def measure_latency(
             return times
 
         for _ in range(rounds):
+            if beat is not None:
+                beat()
             once = passes(2)[-1]  # prepares kernels
             count = min(repeats, max(5, int(_ROUND_MS / max(once, 1e-6))))
             passes(min(3, count))
@@ -202,19 +213,31 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(lock: Path | None) -> Iterator[None]:
-    """Waits until no other process measures; None: does not wait. The lock goes with its process, however it ends."""
-    with nullcontext() if lock is None else _locked(lock):
+def one_at_a_time(lock: Path | None, beat: Callable[[], None] | None = None) -> Iterator[None]:
+    """Waits until no other process measures; None: does not wait. The lock goes with its process, however it ends.
+
+    While it waits it calls `beat`.
+    """
+    with nullcontext() if lock is None else _locked(lock, beat):
         yield
 
 
 @contextmanager
-def _locked(lock: Path) -> Iterator[None]:
+def _locked(lock: Path, beat: Callable[[], None] | None) -> Iterator[None]:
     import fcntl
 
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        if beat is None:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        else:
+            while True:
+                beat()
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_POLL)
         yield  # closing the file releases it
 
 

@@ -170,8 +170,8 @@ class Workbench:
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Returns latency and, on CUDA, peak memory a sample of a model, under the workbench's conditions."""
         inputs = self.network.example_inputs
-        with one_at_a_time(self.lock):
-            latency = measure_latency(model, inputs, self.conditions)
+        with one_at_a_time(self.lock, self.beat):
+            latency = measure_latency(model, inputs, self.conditions, beat=self.beat)
             peak = measure_peak_memory(model, inputs, self.conditions)
         memory = {} if peak is None else {"peak_memory_bytes": peak / self.conditions.batch}
         return latency.metrics | memory
@@ -221,6 +221,8 @@ class Workbench:
         model, selection, metrics, curves = found
         if not np.isfinite(metrics["val_accuracy"]):
             raise TrialError(f"the validation accuracy is {metrics['val_accuracy']}")
+        if np.isnan(metrics["val_loss"]):  # an accuracy is a number even where every output is NaN
+            raise TrialError("the validation loss is nan")
         if fidelity.epochs > 0 or fidelity.test:
             with clock("measurement"):
                 metrics |= self.measure(model)

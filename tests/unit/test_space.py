@@ -451,6 +451,29 @@ def test_distillation_can_be_switched_off(value: str) -> None:
     assert parse_space(GOOD + f"recipe: {{distillation: {value}}}\n", env={}).recipe.distillation is None
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90.0), ("1.5", 1.5), ("90s", 90.0), ("10m", 600.0), ("2h", 7200.0)]
+)
+def test_a_time_is_seconds_or_a_number_with_its_unit(text: str, seconds: float) -> None:
+    search = parse_space(GOOD + f"search: {{trial_timeout: {text}, hang_timeout: null}}\n", env={}).search
+    assert search.trial_timeout == seconds
+    assert search.hang_timeout is None
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "5d", ".inf", ".nan", "soon", "true", "[1]", "'-3m'", "1" + "0" * 400])
+def test_a_time_without_sense_is_told_with_the_forms_that_it_may_take(text: str) -> None:
+    (fault,) = faults_of(GOOD + f"search: {{trial_timeout: {text}}}\n")
+    assert fault.place == "search.trial_timeout"
+    assert "positive number of seconds, or text such as 90s, 10m or 2h" in fault.message
+
+
+def test_limits_of_time_leave_the_fingerprint_alone() -> None:
+    plain, limited = (
+        parse_space(GOOD + text, env={}) for text in ("", "search: {trial_timeout: 5m, hang_timeout: 1m}\n")
+    )
+    assert plain.fingerprint == limited.fingerprint
+
+
 def test_distillation_is_on_by_default() -> None:
     default = parse_space(GOOD, env={}).recipe.distillation
     assert default is not None

@@ -13,6 +13,7 @@ from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.failures import described, out_of_memory
 from autoprune.network.pipeline import WorkerFactory
 from autoprune.network.recipe import Recipe, fine_tune
+from autoprune.network.timing import one_at_a_time
 from autoprune.network.watching import watched
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
@@ -95,6 +96,12 @@ def test_an_error_of_the_users_own_code_fails_the_trial_with_its_place(bench):
         replace(bench, loss=loss).evaluate(uniform_policy(bench.groups, 0.5, "l2"), SCREEN)
 
 
+def test_outputs_that_are_nan_fail_the_trial_although_they_have_an_accuracy(bench):
+    loss = lambda output, target: F.cross_entropy(output * float("nan"), target)  # noqa: E731
+    with pytest.raises(TrialError, match="the validation loss is nan"):
+        replace(bench, loss=loss).evaluate(uniform_policy(bench.groups, 0.5, "l2"), SCREEN)
+
+
 def test_bad_input_and_a_full_disk_stop_the_search_and_not_only_a_trial(bench):
     policy = uniform_policy(bench.groups, 0.5, "l2")
     with pytest.raises(InputError, match="one number a batch"):
@@ -145,3 +152,21 @@ def test_an_evaluation_beats_with_every_batch_and_ends_where_the_beat_says_so(be
 
     with pytest.raises(TrialError, match="took longer"):
         WorkerFactory(bench)(end)(policy, TUNE)
+
+
+def test_who_waits_to_measure_shows_progress_and_ends_at_its_limit(tmp_path):
+    beats = []
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) == 3:
+            raise TrialError("the evaluation took longer than its limit of 1 s")
+
+    with (
+        one_at_a_time(tmp_path / "lock"),
+        pytest.raises(TrialError, match="took longer"),
+        one_at_a_time(tmp_path / "lock", beat),
+    ):
+        raise AssertionError("the lock was given twice")
+    with one_at_a_time(tmp_path / "lock", beats.clear):
+        assert beats == []
