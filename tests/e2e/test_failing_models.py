@@ -69,6 +69,8 @@ def path(folder: Path) -> str:
 def kinds_of(reasons: list[str]) -> Counter[str]:
     found: Counter[str] = Counter()
     for reason in reasons:
+        if reason == "the same policy failed before":
+            continue
         (kind,) = [kind for kind, words in REASONS.items() if words in reason]
         found[kind] += 1
     return found
