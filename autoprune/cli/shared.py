@@ -1,7 +1,7 @@
 """What the commands share: the application, options, error handling, how settings are read and results printed.
 
-Decides the exit status of every error: 0, 2 for bad input, 3 for the tracking server, 130 for Ctrl-C, 1 for anything
-else. Must not import anything heavy at module level.
+Decides the exit status of every error: 0, 2 for bad input, 3 for a server (tracking, storage) that is away, 130 for
+Ctrl-C, 143 for SIGTERM, 1 for anything else. Must not import anything heavy at module level.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -37,6 +40,41 @@ app = typer.Typer(
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same way as Ctrl-C."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does, and a second one of either end the process at once.
+
+    A signal that the process was started to ignore (`nohup`, a shell's `&`) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def again(number: int, _frame: object) -> None:
+        os.write(2, b"\nautoprune: ended at once; what was finished is stored\n")
+        os._exit(128 + number)
+
+    def first(number: int, _frame: object) -> None:
+        for known in before:
+            signal.signal(known, again)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is first:
+                signal.signal(number, handler)
+
+
 def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
     """Turns the errors of autoprune into a message on stderr and an exit status; bugs keep their traceback.
 
@@ -50,15 +88,17 @@ def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
         if storage := kwargs.pop("storage", None):
             os.environ["AUTOPRUNE_STORAGE"] = str(storage)
         try:
-            command(*args, **kwargs)
+            with _interruptible():
+                command(*args, **kwargs)
             sys.stdout.flush()
         except AutopruneError as error:
             typer.echo(f"autoprune: {error}", err=True)
             raise typer.Exit(error.status) from error
         except KeyboardInterrupt as error:
             resumes = "; the same command resumes where it stopped" if command.__name__ == "search" else ""
-            typer.echo(f"\nautoprune: interrupted{resumes}", err=True)
-            raise typer.Exit(130) from error
+            ended, status = ("ended by a signal", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+            typer.echo(f"\nautoprune: {ended}{resumes}", err=True)
+            raise typer.Exit(status) from error
         except BrokenPipeError as error:  # `autoprune front NAME | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error

@@ -124,6 +124,10 @@ class Records:
 
         def front(tracker: tracking.Tracker) -> None:
             run = self._run_of(tracker)
+            if tracker.keep_one_run_each(self.name):
+                known = tracker.known_trials(self.name)
+                with self._lock:
+                    self.runs.update({key: known[key] for key in self.runs if key in known})
             tracker.mark_front(self.name, list(keys.values()))
             with self._lock:
                 runs = dict(self.runs)

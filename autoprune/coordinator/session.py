@@ -37,7 +37,7 @@ from autoprune.coordinator.views import (
     storage_path,
     view_of,
 )
-from autoprune.errors import DataError, StudyError
+from autoprune.errors import DataError, LeaseError, StudyError
 from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
@@ -145,6 +145,7 @@ class Session:
         self.problem: Problem = pipeline.problem_of(self.network, groups, space)
         self.models = models_path(home, space.name)
         _check_apart(home)
+        self._studies: dict[str, Any] = {}
         self.storage = studies.open_storage(storage_path(home), say=progress.note)
         self._check()
         self.watches = tracking.watches_machine(os.environ)
@@ -164,6 +165,9 @@ class Session:
             with self._executor(workers) as executor:
                 self._log_start(executor)
                 complete = self._climb(plan, executor, records, deadline)
+        except LeaseError:
+            records.close(0.0)  # what is left is the other process's to record
+            raise
         except BaseException as error:
             records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             records.close(10.0)
@@ -335,12 +339,17 @@ class Session:
         return float(costs[self.problem.budget.primary])
 
     def _trials(self, rung: str) -> Sequence[studies.StoredTrial]:
-        study = studies.load_rung(self.storage, self.space.name, rung)
+        study = self._study(rung)
         return [t for t in studies.read_trials(study, self.problem) if not t.abandoned]
 
     def _trial(self, event: TrialFinished) -> studies.StoredTrial:
-        study = studies.load_rung(self.storage, self.space.name, event.rung)
-        return studies.read_trial(study, event.number, self.problem)
+        return studies.read_trial(self._study(event.rung), event.number, self.problem)
+
+    def _study(self, rung: str) -> Any:
+        """Returns a rung's study; loading one reads what every study of the storage carries, so it is kept."""
+        if rung not in self._studies:
+            self._studies[rung] = studies.load_rung(self.storage, self.space.name, rung)
+        return self._studies[rung]
 
     def _write_facts(self, plan: LadderPlan) -> dict[str, float]:
         """Stores what readers need to know, once; returns the dense network's metrics."""

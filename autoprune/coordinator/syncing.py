@@ -13,7 +13,7 @@ from autoprune.coordinator.finetuning import record_all_finetuned
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.picking import Say, picks
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, open_existing, read_search, view_of
+from autoprune.coordinator.views import CONTROLS, StoredSearch, open_existing, read_search, view_of
 from autoprune.errors import StudyError, TrackingError
 
 _PATIENCE = 600.0
@@ -52,6 +52,12 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
     first = studies.load_rung(storage, name, studies.rung_names(storage, name)[0])
     if studies.is_running(first):
         raise StudyError(f"a process is running the search {name!r} and records it; wait for its end")
+    with studies.hold(first):
+        return _sync(stored, storage, home=home, say=say)
+
+
+def _sync(stored: StoredSearch, storage: studies.LastingStorage, *, home: Path, say: Say) -> Synced:
+    name = stored.name
     records = Records(name, stored.setup, home=home, say=say)
     count = 0
     for rung in [*stored.order, CONTROLS]:

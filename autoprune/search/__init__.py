@@ -9,7 +9,7 @@ from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
 from autoprune.search.lasting import LastingStorage
-from autoprune.search.lease import is_running
+from autoprune.search.lease import hold, is_running
 from autoprune.search.notes import (
     read_facts,
     read_measured,
@@ -61,6 +61,7 @@ __all__ = [
     "TrialFinished",
     "audit",
     "distinct",
+    "hold",
     "is_running",
     "kendall_tau",
     "load_rung",

@@ -23,6 +23,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 
@@ -190,6 +191,21 @@ class LastingStorage(RDBStorage):
     def _ended_so(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
         trial = RDBStorage.get_trial(self, trial_id)
         return trial.state == state and (values is None or list(trial.values) == list(values))
+
+
+@contextmanager
+def hurried(study: Study, *, seconds: float = 5.0) -> Iterator[None]:
+    """Lets calls to the study's storage wait for no more than `seconds` for a server that is away."""
+    backend = getattr(study._storage, "_backend", None)
+    if not isinstance(backend, LastingStorage):
+        yield
+        return
+    before = backend.patience
+    backend.patience = min(before, seconds)
+    try:
+        yield
+    finally:
+        backend.patience = before
 
 
 def _arrived(session: Any, study_id: int, token: str) -> Any:

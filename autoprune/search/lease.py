@@ -24,14 +24,12 @@ from optuna.study import Study
 from sqlalchemy.exc import IntegrityError
 
 from autoprune.errors import LeaseError, StorageError
-from autoprune.search.lasting import LastingStorage
+from autoprune.search.lasting import LastingStorage, hurried
 
 LEASE = "autoprune.lease"
 VALID_SECONDS = 120.0
 """How long the word of a process on another machine is believed; one on this machine is looked up."""
 _RENEW_SECONDS = 30.0
-_LAST_SECONDS = 5.0
-"""How long a process that ends waits for a storage that is away, to give its lease back."""
 _ROW: Any = StudyUserAttributeModel.__table__
 
 
@@ -139,13 +137,9 @@ def hold(study: Study) -> Iterator[None]:
             yield
     finally:
         lease.ended.set()
-        if isinstance(cell, _Row):
-            cell.storage.patience, before = min(cell.storage.patience, _LAST_SECONDS), cell.storage.patience
+        with hurried(study):
             lease.give_back()
-            cell.storage.patience = before
-        else:
-            lease.give_back()
-        thread.join()
+            thread.join()
 
 
 def is_running(study: Study) -> bool:

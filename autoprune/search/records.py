@@ -28,6 +28,7 @@ ORIGIN = "origin"
 SOURCE = "source"
 POLICY_ID = "policy_id"
 IDENTITY = "identity"
+DRAW = "draw"
 REUSED = "reused"
 REASON = "reason"
 ABANDONED = "abandoned"
@@ -49,13 +50,15 @@ class Candidate:
     """A policy that waits for its evaluation.
 
     `origin` says where it comes from: the name of a warm start or `sampler` on the first rung, the number of the trial
-    in the rung before on a later one. `source` is the first rung's origin, carried along.
+    in the rung before on a later one. `source` is the first rung's origin, carried along. `draw` counts the proposals
+    of a sampler that learns from nothing.
     """
 
     policy: Policy
     identity: str
     origin: str | int
     source: str
+    draw: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,7 @@ def candidate_attrs(candidate: Candidate) -> dict[str, Any]:
         SOURCE: candidate.source,
         POLICY_ID: candidate.policy.id,
         IDENTITY: candidate.identity,
-    }
+    } | ({} if candidate.draw is None else {DRAW: candidate.draw})
 
 
 def result_attrs(problem: Problem, result: TrialResult, *, reused: int | None = None) -> dict[str, Any]:

@@ -12,17 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
-from autoprune.errors import BudgetError, TrialError
+from autoprune.errors import BudgetError, LeaseError, StorageError, TrialError
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem, Submit, TrialResult
 from autoprune.search import records
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
+from autoprune.search.lasting import hurried
 from autoprune.search.mirror import Mirror
 from autoprune.search.records import Candidate
 from autoprune.search.sampler import widths_of
@@ -144,8 +146,11 @@ class Rung:
         work.on_event(RungStarted(self._fidelity.rung, total, len(self._known)))
         try:
             finished = self._loop(work, total)
+        except (LeaseError, StorageError):  # nothing more can be stored
+            self._cancel()
+            raise
         except BaseException as error:
-            self._abort(work, gracefully=isinstance(error, Exception))
+            self._abort(work, error)
             raise
         if finished:
             if self._failed and not self._known:
@@ -198,8 +203,8 @@ class Rung:
             if self._mirror is not None:
                 trial = self._mirror.adopt(candidate.policy)
         elif self._mirror is not None and self._repeats < REPEATS_BEFORE_END:
-            policy, trial = self._mirror.propose(at_random=self._repeats >= REPEATS_BEFORE_RANDOM)
-            candidate = Candidate(policy, work.identity(policy), SAMPLER, SAMPLER)
+            policy, trial, draw = self._mirror.propose(at_random=self._repeats >= REPEATS_BEFORE_RANDOM)
+            candidate = Candidate(policy, work.identity(policy), SAMPLER, SAMPLER, draw)
         else:
             return None
         number = records.begin(self._study, self._problem, candidate) if self._live else None
@@ -304,10 +309,19 @@ class Rung:
         if self._mirror is not None and ticket.trial is not None:
             self._mirror.tell(ticket.trial, values, measured)
 
-    def _abort(self, work: Work, *, gracefully: bool) -> None:
-        """Cancels what has not begun; where there is time, waits for the rest and stores what it found."""
-        left = [future for future in self._flights if not future.cancel()]
-        if not gracefully:
+    def _abort(self, work: Work, error: BaseException) -> None:
+        """Cancels what has not begun; where there is time, waits for the rest and stores what it found.
+
+        After an interruption there is none: what is stored as running is marked as left behind, so that nobody sees it
+        run for ever.
+        """
+        left = self._cancel()
+        if isinstance(error, KeyboardInterrupt):
+            with suppress(StorageError), hurried(self._study):
+                for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    if records.RESULT not in trial.user_attrs:
+                        records.fail_running(self._study, trial.number, reason="interrupted", abandoned=True)
+        if not isinstance(error, Exception):
             return
         wait(left)
         for future in left:
@@ -315,6 +329,10 @@ class Rung:
                 result = future.result()
                 if records.fault(self._problem, result) is None:
                     self._complete(work, self._flights[future], result)
+
+    def _cancel(self) -> list[Future[TrialResult]]:
+        """Cancels what has not begun and returns the rest."""
+        return [future for future in self._flights if not future.cancel()]
 
 
 def _trailing_repeats(trials: Sequence[records.StoredTrial]) -> int:

@@ -200,6 +200,10 @@ class BudgetSampler(BaseSampler):
         """Tells the inner sampler."""
         self._inner.after_trial(study, trial, state, values)
 
+    def restart(self, inner: BaseSampler) -> None:
+        """Puts another sampler in the place of the inner one."""
+        self._inner = inner
+
     def reseed_rng(self) -> None:
         """Reseeds the inner sampler."""
         self._inner.reseed_rng()
@@ -245,13 +249,15 @@ AUTO = "auto"
 LEARNED_ALONE = "learned"
 """The learned additive model, and TPE where it only repeats itself."""
 
+RANDOM = "random"
+
 SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
     AUTO: _tpe,
     LEARNED_ALONE: _tpe,
     "tpe": _tpe,
     "nsga2": _nsga2,
     "gp": _gp,
-    "random": _random,
+    RANDOM: _random,
     "qmc": _qmc,
 }
 """Names of samplers → functions of a seed."""

@@ -62,6 +62,7 @@ class Tracker:
         self.experiment = experiment
         self._environment = dict(environment or {})
         self._known: dict[str, dict[str, str]] = {}
+        self._begun: dict[str, dict[str, str]] = {}
         with self._translated("open"):
             self._client = connect(uri)
             self.experiment_id = self._open_experiment(artifact_root)
@@ -128,7 +129,7 @@ class Tracker:
             for key, series in records.trial_curves(record).items():
                 metrics += [Metric(key, value, end, step) for step, value in enumerate(series, start=1)]
             with self._translated("record a trial in"):
-                run_id = self._unfinished(record)
+                run_id = self._begun[record.search].get(record.key)
                 if run_id is None:
                     tags = {**records.clean_tags(self._environment), **records.trial_tags(record)}
                     name = record.name or f"{record.rung} {record.number}"
@@ -152,10 +153,38 @@ class Tracker:
             TrackingError: The store cannot be used.
         """
         with self._translated("read"):
-            runs = self._runs(search, "trial", deleted=True)
-            found = {_tag(run, records.TRIAL_TAG): str(run.info.run_id) for run in runs if run.info.status not in _OPEN}
-        self._known[search] = found
-        return dict(found)
+            runs = list(self._runs(search, "trial", deleted=True))
+        runs.sort(key=_precedence, reverse=True)  # the run that counts comes last
+        known = [run for run in runs if run.info.status not in _OPEN]
+        begun = [run for run in runs if run.info.status in _OPEN and not _is_deleted(run)]
+        self._known[search] = {_tag(run, records.TRIAL_TAG): str(run.info.run_id) for run in known}
+        self._begun[search] = {_tag(run, records.TRIAL_TAG): str(run.info.run_id) for run in begun}
+        return dict(self._known[search])
+
+    def keep_one_run_each(self, search: str) -> int:
+        """Deletes runs of trials that another run records already; MLflow keeps them among the deleted ones.
+
+        They come about where a request arrived although its answer was lost, or where two processes recorded the same
+        search. The first finished run stays.
+
+        Returns:
+            How many were deleted.
+
+        Raises:
+            TrackingError: The store cannot be used.
+        """
+        surplus = 0
+        with self._translated("delete surplus runs of"):
+            seen: set[str] = set()
+            for run in sorted(self._runs(search, "trial"), key=_precedence):
+                key = _tag(run, records.TRIAL_TAG)
+                if key in seen:
+                    self._client.delete_run(run.info.run_id)
+                    surplus += 1
+                seen.add(key)
+        if surplus:
+            self._known.pop(search, None)
+        return surplus
 
     def find_run(self, search: str, trial: str | None = None) -> str | None:
         """Returns the id of a search's own run or, given a trial's key, of that trial's finished run; else `None`.
@@ -334,22 +363,14 @@ class Tracker:
             self.known_trials(search)
         return self._known[search]
 
-    def _unfinished(self, record: TrialRecord) -> str | None:
-        wanted = record.key
-        clauses = [_equals(records.TRIAL_TAG, wanted), "attributes.status = 'RUNNING'"]
-        for run in self._runs(record.search, "trial", clauses=clauses):
-            if _tag(run, records.TRIAL_TAG) == wanted and run.info.status in _OPEN:
-                return str(run.info.run_id)
-        return None
-
     def _search_run(self, search: str) -> Run | None:
         runs = sorted(self._runs(search, "search"), key=lambda run: int(run.info.start_time or 0))
         return runs[0] if runs else None
 
-    def _runs(self, search: str, kind: str, *, clauses: Sequence[str] = (), deleted: bool = False) -> Iterator[Run]:
+    def _runs(self, search: str, kind: str, *, deleted: bool = False) -> Iterator[Run]:
         from mlflow.entities import ViewType
 
-        parts = [_equals(records.KIND_TAG, kind), _equals(records.SEARCH_TAG, search), *clauses]
+        parts = [_equals(records.KIND_TAG, kind), _equals(records.SEARCH_TAG, search)]
         text = " and ".join(part for part in parts if part)
         view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
         token: str | None = None
@@ -377,6 +398,15 @@ class Tracker:
 def _tag(run: Run, key: str) -> str:
     tags: dict[str, Any] = run.data.tags
     return str(tags.get(key, ""))
+
+
+def _is_deleted(run: Run) -> bool:
+    return bool(run.info.lifecycle_stage == "deleted")
+
+
+def _precedence(run: Run) -> tuple[bool, bool, int, str]:
+    """Orders runs of the same trial: those that are there and finished first, then by age."""
+    return _is_deleted(run), run.info.status in _OPEN, int(run.info.start_time or 0), str(run.info.run_id)
 
 
 def _trials_of(search: str, rung: str) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def interrupt_at(number: int) -> Callable[[int], None]:
     def react(call: int) -> None:
         if call == number:
             raise KeyboardInterrupt
+
+    return react
+
+
+class KilledError(BaseException):
+    """Stands for `kill -9`: nothing is tidied up."""
+
+
+def kill_at(number: int) -> Callable[[int], None]:
+    def react(call: int) -> None:
+        if call == number:
+            raise KilledError
 
     return react
 
@@ -84,15 +97,49 @@ def test_a_ladder_of_one_rung_begins_its_abandoned_trial_again_with_the_same_par
     assert len(trials) == 7
 
 
-def test_killed_between_failing_and_beginning_again_the_trial_is_still_owed(
+def test_interrupted_nothing_is_left_running_and_what_was_in_flight_is_owed(
     storage: Any, problem: Problem, make_evaluator: Callable[[Problem], Any]
 ) -> None:
     submit = make_evaluator(problem)
     submit.react = interrupt_at(8)
     with pytest.raises(KeyboardInterrupt):
         run_ladder(storage, plan_for(problem), submit=submit, identity=policy_id)
-    submit.react = interrupt_at(9)  # the same trial again
-    with pytest.raises(KeyboardInterrupt):
+    trials = records.read_trials(load_rung(storage, "digits", "tune"), problem)
+    assert [(trial.state, trial.abandoned, trial.reason) for trial in trials[1:]] == [("fail", True, "interrupted")]
+    run_ladder(storage, plan_for(problem), submit=submit, identity=policy_id)
+    assert submit.asked[8] == submit.asked[7]
+
+
+@pytest.mark.parametrize("at", [(3,), (7, 8), (5, 12, 13)])
+@pytest.mark.parametrize("rungs", [1, 2])
+def test_killed_at_any_moment_a_random_search_tries_the_same_policies(
+    problem: Problem, make_evaluator: Callable[[Problem], Any], at: tuple[int, ...], rungs: int
+) -> None:
+    def tried(kills: tuple[int, ...]) -> set[tuple[str, str]]:
+        storage = optuna.storages.InMemoryStorage()
+        plan = replace(plan_for(problem, (20, 4)[:rungs]), sampler="random")
+        submit = make_evaluator(problem)
+        for kill in kills:
+            submit.react = kill_at(kill)
+            with pytest.raises(KilledError):
+                run_ladder(storage, plan, submit=submit, identity=policy_id)
+        submit.react = lambda call: None
+        out = run_ladder(storage, plan, submit=submit, identity=policy_id)
+        assert len({trial.identity for trial in out.rungs["screen"] if trial.state == "complete"}) == 20
+        return {(rung, t.identity) for rung, trials in out.rungs.items() for t in trials if t.state == "complete"}
+
+    assert tried(at) == tried(())
+
+
+def test_killed_between_failing_and_beginning_again_the_trial_is_still_owed(
+    storage: Any, problem: Problem, make_evaluator: Callable[[Problem], Any]
+) -> None:
+    submit = make_evaluator(problem)
+    submit.react = kill_at(8)
+    with pytest.raises(KilledError):
+        run_ladder(storage, plan_for(problem), submit=submit, identity=policy_id)
+    submit.react = kill_at(9)  # the same trial again
+    with pytest.raises(KilledError):
         run_ladder(storage, plan_for(problem), submit=submit, identity=policy_id)
     assert submit.asked[7] == submit.asked[8]
     study = load_rung(storage, "digits", "tune")
@@ -109,8 +156,8 @@ def test_a_trial_that_was_killed_after_its_result_was_written_is_completed_and_n
     make_outcome: Callable[..., TrialResult],
 ) -> None:
     submit = make_evaluator(problem)
-    submit.react = interrupt_at(8)
-    with pytest.raises(KeyboardInterrupt):
+    submit.react = kill_at(8)
+    with pytest.raises(KilledError):
         run_ladder(database, plan_for(problem), submit=submit, identity=policy_id)
     study = load_rung(database, "digits", "tune")
     trial = study.trials[-1]
@@ -126,6 +173,7 @@ def test_a_trial_that_was_killed_after_its_result_was_written_is_completed_and_n
 SCRIPT = """
 import sys, time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import chain, outcome
