@@ -3,8 +3,8 @@
 A search of quick trials runs on two workers with PostgreSQL for its studies, another database of the same server for
 MLflow, and MLflow's server in between. A kill is `kill -9` of a worker, of the coordinator, of every process of the
 MLflow server, or of PostgreSQL; what was killed is started again after about a second. The moments are drawn over the
-whole run: most when so many trials have finished, every fourth a random pause after the one before, so that start-up and
-recovery are hit as well. The same search runs once undisturbed, on SQLite and without a server.
+whole run: most when so many trials have finished, every fourth a random pause after the one before, so that starts and
+recoveries are hit as well. The same search runs once undisturbed, on SQLite and without a server.
 
 The sampler is `random`: its k-th proposal depends on the seed and k alone, so that both runs must measure the same
 policies and find the same front. Samplers that learn propose by what has finished, in the order in which it finished:
