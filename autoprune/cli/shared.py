@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 
 from autoprune.errors import AutopruneError
+from autoprune.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from autoprune.space import Space
@@ -92,7 +93,7 @@ def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
                 command(*args, **kwargs)
             sys.stdout.flush()
         except AutopruneError as error:
-            typer.echo(f"autoprune: {error}", err=True)
+            typer.echo(f"autoprune: {hide_secrets(str(error))}", err=True)
             raise typer.Exit(error.status) from error
         except KeyboardInterrupt as error:
             resumes = "; the same command resumes where it stopped" if command.__name__ == "search" else ""

@@ -11,7 +11,6 @@ import datetime
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from autoprune.errors import StudyError
+from autoprune.redaction import hide_secrets
 from autoprune.search import Event, RungStarted, TrialFinished
 
 LOGGER = logging.getLogger("autoprune")
@@ -32,7 +32,6 @@ ENDS = frozenset({"search_finished", "search_stopped", "search_failed"})
 """Events that end a search's call."""
 
 _FIELDS = "autoprune_fields"
-_PASSWORD = re.compile(r"://([^:/@\s]*):[^@/\s]*@")
 
 
 def log_path(home: Path, search: str) -> Path:
@@ -174,7 +173,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return hide_passwords(json.dumps(line, default=str, ensure_ascii=False))
+        return hide_secrets(json.dumps(line, default=str, ensure_ascii=False))
 
 
 class _Handler(RotatingFileHandler):
@@ -184,11 +183,6 @@ class _Handler(RotatingFileHandler):
         """Drops a line that cannot be written to the disk; anything else that is wrong is a bug and is raised."""
         if not isinstance(sys.exception(), OSError):
             raise
-
-
-def hide_passwords(text: str) -> str:
-    """Returns `text` with the passwords in addresses hidden."""
-    return _PASSWORD.sub(r"://\1:***@", text)
 
 
 def read_log(home: Path, search: str) -> list[str]:

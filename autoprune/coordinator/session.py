@@ -49,6 +49,7 @@ from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 from autoprune.policy import digest
+from autoprune.redaction import hide_secrets
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, Problem, WarmStart
 from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
@@ -423,7 +424,7 @@ class Session:
             make_export = f"make export NAME={name} TRIAL={number} FORMAT=onnx"
             commands.append((make_export if make else export, "a model of the front as a file"))
         ours = Path("mlflow/server.env").is_file() and "MLFLOW_TRACKING_URI" not in os.environ
-        ui = "make mlflow-ui" if ours else f"mlflow server --backend-store-uri {shlex.quote(records.uri)}"
+        ui = "make mlflow-ui" if ours else f"mlflow server --backend-store-uri {shlex.quote(hide_secrets(records.uri))}"
         charts = f"{records.address}{records.charts or ''}"
         if records.uri.startswith(("http://", "https://")):
             commands.append((charts, "the charts in MLflow"))

@@ -20,6 +20,7 @@ import optuna
 import sqlalchemy.exc
 
 from autoprune.errors import MissingExtraError, StudyError
+from autoprune.redaction import hide_secrets
 from autoprune.search.lasting import LastingStorage, Say
 
 BUSY_SECONDS = 60.0
@@ -81,22 +82,22 @@ def open_storage(url_or_path: str | Path, *, create: bool = True, say: Say | Non
     try:
         with quiet_optuna():
             try:
-                return LastingStorage(text, kwargs, shown=_shown(text), say=say)
+                return LastingStorage(text, kwargs, shown=hide_secrets(text), say=say)
             except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
                 # Another process has made some of the tables in this very moment; what is really wrong stays wrong.
                 time.sleep(1.0)
-                return LastingStorage(text, kwargs, shown=_shown(text), say=say)
+                return LastingStorage(text, kwargs, shown=hide_secrets(text), say=say)
     except ImportError as error:
         raise MissingExtraError(
-            f"the driver for {_shown(text)} is not installed ({error.__cause__ or error});"
+            f"the driver for {hide_secrets(text)} is not installed ({error.__cause__ or error});"
             " for PostgreSQL: pip install 'autoprune[postgres]'"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.DatabaseError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise StudyError(f"cannot use {_shown(text)} as a storage of studies: {reason}") from error
+        raise StudyError(f"cannot use {hide_secrets(text)} as a storage of studies: {reason}") from error
     except RuntimeError as error:  # Optuna's own word for tables of another version or another program
         raise StudyError(
-            f"{_shown(text)} does not hold studies that this version of Optuna can read: {error}"
+            f"{hide_secrets(text)} does not hold studies that this version of Optuna can read: {error}"
         ) from error
 
 
@@ -136,10 +137,3 @@ def split_password(url: str) -> tuple[str, str | None]:
     """Returns a database's URL with its driver and without its password, and the password."""
     found = sqlalchemy.make_url(_POSTGRES.sub("postgresql+psycopg", url, count=1))
     return found._replace(password=None).render_as_string(hide_password=False), found.password
-
-
-def _shown(url: str) -> str:
-    """Returns the URL without a password."""
-    scheme, _, rest = url.partition("://")
-    credentials, at, host = rest.rpartition("@")
-    return f"{scheme}://{credentials.partition(':')[0]}{at}{host}" if at else url

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import InputError
-from autoprune.space.file import Place
+from autoprune.space.file import Place, leaves
 from autoprune.space.section import FACTORY_PATTERN
 
 CODE_KEYS = ("factory", "loss", "metric")
@@ -30,22 +30,10 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def code_places(data: Mapping[str, Any]) -> Iterator[tuple[Place, str]]:
     """Yields (place, `package.module:function`) of every function that a space document names."""
-    for place, value in _leaves(data, ()):
+    for place, value in leaves(data):
         names = place[-1] in CODE_KEYS or place[:2] == ("criteria", "choices")
-        if names and isinstance(value, str) and re.fullmatch(FACTORY_PATTERN, value):
+        if names and "arguments" not in place and isinstance(value, str) and re.fullmatch(FACTORY_PATTERN, value):
             yield place, value
-
-
-def _leaves(value: Any, place: Place) -> Iterator[tuple[Place, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "arguments":  # values for a function, never functions
-                yield from _leaves(item, (*place, key))
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _leaves(item, (*place, i))
-    elif place:
-        yield place, value
 
 
 def refusal(path: str, *, directory: Path) -> str | None:

@@ -171,6 +171,15 @@ def override(document: Document, settings: Sequence[str], env: Mapping[str, str]
     return Document(data, document.lines, tuple(faults), frozenset(overridden))
 
 
+def leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Yields (place, value) of everything in plain values that is no mapping and no list."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from leaves(item, (*place, key))
+    elif place:
+        yield place, value
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}

@@ -14,10 +14,11 @@ from pydantic import Field, ValidationError
 
 from autoprune.errors import Fault, SpaceError
 from autoprune.policy import CHANNEL, digest
+from autoprune.redaction import holds_secret
 from autoprune.space.activations import ActivationSettings
 from autoprune.space.code import code_places, refusal
 from autoprune.space.faults import plain_faults, shown
-from autoprune.space.file import Document, override, parse_document, read_document
+from autoprune.space.file import Document, leaves, override, parse_document, read_document
 from autoprune.space.inputs import DataSettings, ModelSettings
 from autoprune.space.masking import Pruning, pruning_faults
 from autoprune.space.method import (
@@ -208,9 +209,17 @@ def _validate(document: Document, source: str, *, check_files: bool = False, all
         faults += [fault for fault in _missing_files(document) if fault.place not in reported]
     if not allow_code:
         faults += _refused_code(document)
+    faults += _secrets(document)
     if space is None or faults:
         raise SpaceError(sorted(faults, key=lambda f: (f.line is None, f.line or 0, f.place)), source)
     return space
+
+
+def _secrets(document: Document) -> Iterator[Fault]:
+    for place, value in leaves(document.data):
+        if isinstance(value, str) and holds_secret(value):
+            text = "an address with a password would be stored with every trial: let your function read it itself"
+            yield document.fault(place, text)
 
 
 def _refused_code(document: Document) -> Iterator[Fault]:

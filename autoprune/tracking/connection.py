@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sqlite3
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.errors import TrackingError
+from autoprune.redaction import hide_secrets
 from autoprune.tracking.location import SQLITE, sqlite_path
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def translated(verb: str, uri: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, CommandError, RequestException, sqlite3.Error, OSError) as error:
         reason = " ".join(str(error).split())
-        raise TrackingError(_masked(f"cannot {verb} the MLflow store {uri}: {reason[:400]}")) from error
+        raise TrackingError(hide_secrets(f"cannot {verb} the MLflow store {uri}: {reason[:400]}")) from error
 
 
 def _quiet_mlflow() -> None:
@@ -111,8 +111,3 @@ def _quiet_mlflow() -> None:
     for name in _QUIET:
         if logging.getLogger(name).level < logging.ERROR:
             logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _masked(text: str) -> str:
-    """Hides passwords in the addresses that `text` holds."""
-    return re.sub(r"://([^:/@\s]*):[^@/\s]*@", r"://\1:***@", text)

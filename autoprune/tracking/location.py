@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autoprune.errors import TrackingError
+from autoprune.redaction import public_address
 
 SERVER_ENV = Path("mlflow") / "server.env"
 """The tracking server's settings, relative to the working directory."""
@@ -84,7 +85,7 @@ def artifact_root(uri: str, *, home: Path, directory: Path | None = None) -> Pat
 
 
 def ui_address(uri: str, *, directory: Path | None = None) -> str:
-    """Returns the address of the web pages that show `uri`, without a slash at its end.
+    """Returns the address of the web pages that show `uri`, without a slash at its end or who logs in.
 
     An HTTP tracking address is the server itself. A database is shown by the server of `make mlflow-ui`, whose host and
     port are read from `mlflow/server.env`.
@@ -93,7 +94,7 @@ def ui_address(uri: str, *, directory: Path | None = None) -> str:
         TrackingError: `mlflow/server.env` cannot be read.
     """
     if uri.startswith(("http://", "https://")):
-        return uri.rstrip("/")
+        return public_address(uri).rstrip("/")
     settings = server_settings(directory or Path.cwd())
     return f"http://{settings.get('MLFLOW_HOST', '127.0.0.1')}:{settings.get('MLFLOW_PORT', '5000')}"
 

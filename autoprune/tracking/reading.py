@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoprune.errors import InputError
+from autoprune.redaction import hide_secrets
 from autoprune.tracking import records
 from autoprune.tracking.connection import connect, translated
 from autoprune.tracking.registry import Registry, registered_name
@@ -57,7 +58,7 @@ class Reader:
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-                raise InputError(f"there is no run {run_id!r} in {self._uri}") from error
+                raise InputError(hide_secrets(f"there is no run {run_id!r} in {self._uri}")) from error
 
     def search_run(self, run: RecordedRun) -> RecordedRun:
         """Returns the run of the search that a trial's run belongs to.

@@ -359,7 +359,7 @@ def kept_model(folder: Path, point: dict[str, Any]) -> Any:
         (("front", "quick", "--home", "nowhere"), ("nowhere", "autoprune search")),
         (("export", "quick", "--trial", "99"), ("no finished trial 99", "weights are kept of:")),
         (("export", "quick", "--trial", "1", "--format", "onyx"), ("did you mean 'onnx'",)),
-        (("dashboard", "--home", "nowhere"), ("there is no study in nowhere",)),
+        (("dashboard", "--home", "nowhere"), ("nowhere", "autoprune search")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else "",
 )
