@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ from autoprune.cli import app
 BAD = Path(__file__).parents[1] / "assets/bad"
 MESSAGES: dict[str, list[str]] = json.loads((BAD / "messages.json").read_text(encoding="utf-8"))
 FILES = sorted((BAD / "spaces").glob("*.yaml"))
+
+
+def plain(line: str, folder: Path) -> str:
+    """Returns a line without the folder and without lists of valid names, which grow."""
+    line = line.strip().replace(str(folder.resolve()), "HERE")
+    return re.sub(r"(valid:|expected one of) .*?(; got|$)", r"\1 ...\2", line)
 
 
 def test_the_corpus_holds_a_hundred_files_and_a_message_for_each() -> None:
@@ -30,7 +37,7 @@ def test_a_malformed_space_file_is_told_in_words_with_status_2(
     head, *lines = result.output.splitlines()
     assert result.exit_code == 2
     assert head.startswith(f"autoprune: {file} has {len(lines)} fault")
-    assert [line.strip().replace(str(tmp_path.resolve()), "HERE") for line in lines] == MESSAGES[file.stem]
+    assert [plain(line, tmp_path) for line in lines] == MESSAGES[file.stem]
     assert max(map(len, lines)) < 300 + len(str(tmp_path))
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == [], "nothing that a file says was run"
