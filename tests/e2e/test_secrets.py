@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 PASSWORD = "correct-horse-battery"
-OPTIONS = ("--trials", "4", "--workers", "1", "--set", "search.ladder=[{rung: screen}]", "--set", "search.controls=0")
+OPTIONS = (
+    "--trials",
+    "4",
+    "--workers",
+    "1",
+    "--set",
+    "search.ladder=[{rung: screen}, {rung: tune, epochs: 1, trials: 3}]",
+    "--set",
+    "search.controls=0",
+)
 
 
 def holders(*folders: Path) -> list[str]:
