@@ -33,6 +33,9 @@ inspect: $(READY) ## show the pruning groups and costs of a space's model: SPACE
 latency: $(READY) ## measure the latency table of a space's model on this device: SPACE=
 	@$(RUN) latency $(SPACE)
 
+profile: $(READY) ## show where the time of a trial goes, beside its passes alone: SPACE=
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) profile $(SPACE)
+
 validate: $(READY) ## check a space file: SPACE=
 	@$(RUN) validate $(SPACE)
 
@@ -86,6 +89,9 @@ bench: $(READY) ## compare fronts with the peers' (hours; needs AUTOPRUNE_DATA):
 
 bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py --quick $(BENCH)
+
+bench-speed: $(READY) ## how near trials come to their bare passes: tests/benchmarks/results/bench-speed.md (needs AUTOPRUNE_DATA)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/speed.py $(BENCH)
 
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py

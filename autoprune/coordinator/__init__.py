@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autoprune.coordinator.finetuning import finetune_model as finetune_model
     from autoprune.coordinator.picking import Wish as Wish
     from autoprune.coordinator.picking import pick as pick
+    from autoprune.coordinator.profiling import profile_space as profile_space
     from autoprune.coordinator.reporting import write_report as write_report
     from autoprune.coordinator.reproducing import reproduce_run as reproduce_run
     from autoprune.coordinator.session import SearchOutcome as SearchOutcome
@@ -40,6 +41,7 @@ _HOMES = {
     "inspect_space": "commands",
     "latency_space": "commands",
     "pick": "picking",
+    "profile_space": "profiling",
     "reproduce_run": "reproducing",
     "run_search": "session",
     "search": "api",
@@ -59,6 +61,7 @@ __all__ = [
     "inspect_space",
     "latency_space",
     "pick",
+    "profile_space",
     "reproduce_run",
     "run_search",
     "search",

@@ -332,7 +332,9 @@ def workbench_of(
     if recipe.compensation is not True:
         knowledge = replace(knowledge, targets=None)
     evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
-    training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
+    training = evaluation
+    if any(rung.epochs > 0 for rung in space.search.ladder):  # a probe takes a second
+        training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
     return Workbench(
         network=network,
         groups=groups,

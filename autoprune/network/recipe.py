@@ -206,6 +206,11 @@ def _adamw(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer
 _OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe, float], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
 
 
+def optimizer_of(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """Returns the recipe's optimizer over the trainable parameters of `model`, at the rate `lr`."""
+    return _OPTIMIZERS[recipe.optimizer](model, recipe, lr)
+
+
 def _rate(step: int, *, steps: int, warmup: float) -> float:
     """Returns the fraction of the peak rate at `step` of `steps`: linear up to `warmup`, then a cosine towards 0."""
     ramp = math.ceil(warmup * steps)
@@ -294,7 +299,7 @@ def fine_tune(
     order = Generator().manual_seed(seed)
     model.to(device)
     precision.arrange_model(model)
-    optimizer = _OPTIMIZERS[recipe.optimizer](model, recipe, peak)
+    optimizer = optimizer_of(model, recipe, peak)
     trained = [p for p in model.parameters() if p.requires_grad]
     smoothing = recipe.label_smoothing
     distillation = recipe.distillation if teacher is not None else None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,6 +35,7 @@ from autoprune.network.merging import merge
 from autoprune.network.recipe import History, Recipe, Stage, fine_tune
 from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
 from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
+from autoprune.network.stages import StageClock
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.tables import Tables
 from autoprune.network.timing import Conditions, measure_latency, measure_peak_memory, one_at_a_time
@@ -73,7 +73,7 @@ class Workbench:
     `groups` are the groups that the search may prune; all others stay whole. `origin` says how the dense model is
     built, for the document beside every saved model. `models` is the folder for finished models (None: they are not
     kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart. A batch goes
-    through the network in `parts`. `beat` is called between the steps of an evaluation.
+    through the network in `parts`. `beat` is called between the steps of an evaluation; `clock` tells their seconds.
     """
 
     network: Network
@@ -95,6 +95,7 @@ class Workbench:
     lock: Path | None = None
     parts: int = 1
     beat: Callable[[], None] = _unheard
+    clock: Callable[[], float] = time.perf_counter
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -187,7 +188,7 @@ class Workbench:
         return Knowledge(statistics, gather_targets(network, torch.cat(inputs), seed=self.seed))
 
     def _evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
-        clock = _Clock(self.beat)
+        clock = StageClock(self.clock, self.beat)
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
         if self.recipe.staged and fidelity.epochs > 0:
@@ -216,7 +217,7 @@ class Workbench:
                 metrics |= self._scored("test", model, None)
         return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
 
-    def _result(self, policy: Policy, fidelity: Fidelity, found: _Found, clock: _Clock) -> TrialResult:
+    def _result(self, policy: Policy, fidelity: Fidelity, found: _Found, clock: StageClock) -> TrialResult:
         """Measures the finished model, keeps it where models are kept, and says what was found."""
         model, selection, metrics, curves = found
         if not np.isfinite(metrics["val_accuracy"]):
@@ -265,7 +266,7 @@ class Workbench:
         replaced = self.replaced(policy)
         return digest([kept, replaced] if replaced else kept)
 
-    def _staged(self, policy: Policy, fidelity: Fidelity, clock: _Clock) -> _Found:
+    def _staged(self, policy: Policy, fidelity: Fidelity, clock: StageClock) -> _Found:
         """Runs the recipe's schedule once a seed; returns what `_tuned` does, and the channels of the first seed."""
         choices, scores = policy.choices, self.knowledge.scores
         names = [group.name for group in self.groups]
@@ -287,7 +288,7 @@ class Workbench:
         return first.model, first.selection, _mean(found), curves_of(first.history)
 
     def _tools(
-        self, policy: Policy, fidelity: Fidelity, number: int, *, metrics: dict[str, float], clock: _Clock
+        self, policy: Policy, fidelity: Fidelity, number: int, *, metrics: dict[str, float], clock: StageClock
     ) -> Tools:
         """Returns how one seed's schedule trains, repairs and scores; scores of the last cut go into `metrics`."""
 
@@ -336,7 +337,7 @@ class Workbench:
         return model
 
     def _tuned(
-        self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: _Clock
+        self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: StageClock
     ) -> tuple[nn.Module, dict[str, float], dict[str, tuple[float, ...]]]:
         """Fine-tunes once a seed; returns the model of the first seed, mean metrics, and the first seed's curves."""
         found: list[dict[str, float]] = []
@@ -421,20 +422,3 @@ def curves_of(history: History) -> dict[str, tuple[float, ...]]:
 
 _Found = tuple[nn.Module, Selection, dict[str, float], dict[str, tuple[float, ...]]]
 """A finished model, the channels that it holds, its metrics and its curves."""
-
-
-class _Clock:
-    """Adds up seconds by name, and tells of each beginning."""
-
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self.seconds: dict[str, float] = {}
-        self._beat = beat
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._beat()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

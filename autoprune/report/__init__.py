@@ -21,6 +21,7 @@ from autoprune.report.inspection import render_inspection
 from autoprune.report.latency import render_latency
 from autoprune.report.page import FailureRow, PageData, chosen_points, render_page
 from autoprune.report.plot import plot_front
+from autoprune.report.profile import render_profile
 from autoprune.report.progress import Progress
 from autoprune.report.tables import controls_table, front_json, front_table, group_table, layer_table
 from autoprune.report.terminal import render_front, render_layers
@@ -58,6 +59,7 @@ __all__ = [
     "render_latency",
     "render_layers",
     "render_page",
+    "render_profile",
     "sensitivity_figure",
     "time_figure",
     "units",
