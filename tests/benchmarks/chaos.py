@@ -39,19 +39,20 @@ TARGETS = ("worker", "coordinator", "mlflow", "postgres")
 SPACE = f"""\
 schema: 1
 name: {NAME}
-model: {{name: mlp, arguments: {{in_features: 4, hidden: [64, 48, 32]}}}}
-data: {{name: iris, validation: {{source: train, fraction: 0.3}}, calibration: 32}}
+model: {{name: mlp, arguments: {{in_features: 64, hidden: [64, 48, 32], num_classes: 10}}}}
+data: {{name: digits, validation: {{source: train, fraction: 0.3}}, calibration: 64}}
 budget: {{macs: 0.6, front: [0.1, 0.6]}}
 criteria: {{choices: [l2, obs], scope: layer}}
-recipe: {{batch_size: 16, lr: 0.02, precision: float32, baseline: {{epochs: 40, lr: 0.05}}}}
+recipe: {{batch_size: 128, lr: 0.02, precision: float32, baseline: {{epochs: 15, lr: 0.05}}}}
 search:
   trials: 200
   sampler: random
   controls: 0
   ladder:
-    - {{rung: tune, epochs: 4}}
+    - {{rung: screen, epochs: 0}}
 device: cpu
 """
+"""A ladder of one rung stores each trial when it begins, so that kills find trials that are running."""
 
 
 def environment(**own: str) -> dict[str, str]:
