@@ -20,7 +20,7 @@ from autoprune.cost import LATENCY, MACS, MEMORY, PARAMS, SIZE
 from autoprune.errors import StudyError
 from autoprune.policy import Policy
 from autoprune.results import Problem, TrialResult
-from autoprune.search.lasting import TOKEN, new_token
+from autoprune.search.lasting import TOKEN, LastingStorage, new_token
 from autoprune.search.sampler import params_of, policy_of, search_space
 
 RESULT = "result"
@@ -284,8 +284,20 @@ def finish_running(
     reused: int | None,
     notes: Mapping[str, Any],
 ) -> None:
-    """Completes a RUNNING trial. Killed in between, the trial holds its whole result or is begun again."""
+    """Completes a RUNNING trial: in one transaction where the storage can.
+
+    Otherwise, killed in between, the trial holds its whole result or is begun again.
+    """
     trial_id = _trial_id(study, number)
+    backend = getattr(study._storage, "_backend", None)
+    if isinstance(backend, LastingStorage):
+        backend.finish_trial(
+            trial_id,
+            values=objectives(problem, result),
+            user_attrs=result_attrs(problem, result, reused=reused),
+            system_attrs=kept_attrs(notes) | constraint_attrs(problem, result),
+        )
+        return
     for key, value in kept_attrs(notes).items():
         study._storage.set_trial_system_attr(trial_id, key, value)
     for key, value in result_attrs(problem, result, reused=reused).items():

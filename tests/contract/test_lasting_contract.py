@@ -80,22 +80,24 @@ def add(study: optuna.Study) -> int:
 
 @pytest.fixture
 def break_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets the connection break after the next writes have arrived at the database."""
+    """Lets the connection break after the next writes have arrived at the database; fewer than none: before."""
     left = [0]
     commit = sqlalchemy.orm.Session.commit
 
     def broken(session: Any) -> None:
         wrote = bool(session.new or session.dirty or session.identity_map)
-        commit(session)
-        if left[0] > 0 and wrote:
-            left[0] -= 1
+        before = left[0] < 0 and wrote
+        if not before:
+            commit(session)
+        if left[0] and wrote:
+            left[0] += 1 if before else -1
             raise sqlalchemy.exc.OperationalError("commit", {}, Exception("gone"), connection_invalidated=True)
 
     monkeypatch.setattr(sqlalchemy.orm.Session, "commit", broken)
     return lambda times: left.__setitem__(0, times)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, 2, -1, -2])
 def test_a_trial_that_arrived_although_the_connection_broke_is_stored_once(
     where: str, study: optuna.Study, times: int, break_after: Callable[[int], None]
 ) -> None:
@@ -119,6 +121,36 @@ def test_a_trial_that_ended_although_the_connection_broke_stays_ended(
     assert (trial.state, tuple(trial.values)) == (TrialState.COMPLETE, records.objectives(PROBLEM, result))
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         study._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+
+@pytest.mark.parametrize("times", [1, -1])
+def test_a_result_that_arrived_although_the_connection_broke_is_written_once(
+    where: str, study: optuna.Study, times: int, break_after: Callable[[int], None]
+) -> None:
+    result = result_of(POLICY, Fidelity("screen"))
+    number = records.begin(study, PROBLEM, CANDIDATE)
+    break_after(times)
+    records.finish_running(study, PROBLEM, number, result=result, reused=None, notes={"generation": 3})
+    stored = records.read_trial(study_in(where), number, PROBLEM)
+    assert (stored.state, stored.result) == ("complete", result)
+    with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+        records.finish_running(study, PROBLEM, number, result=result, reused=None, notes={})
+
+
+def test_a_trial_is_stored_as_optuna_itself_would_store_it(where: str, study: optuna.Study) -> None:
+    number = records.begin(study, PROBLEM, CANDIDATE)
+    result = result_of(POLICY, Fidelity("screen"))
+    records.finish_running(study, PROBLEM, number, result=result, reused=None, notes={"generation": 3})
+    memory = optuna.create_study(directions=["minimize"] * 2)
+    number = records.begin(memory, PROBLEM, CANDIDATE)
+    records.finish_running(memory, PROBLEM, number, result=result, reused=None, notes={"generation": 3})
+    ours, theirs = study_in(where).get_trials()[0], memory.get_trials()[0]
+    for name in ("number", "state", "values", "params", "distributions", "user_attrs"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    tokens = [trial.system_attrs.pop(TOKEN) for trial in (ours, theirs)]
+    assert len(set(tokens)) == 2
+    assert ours.system_attrs == theirs.system_attrs
+    assert ours.datetime_start <= ours.datetime_complete
 
 
 def test_of_many_that_start_at_the_same_moment_one_gets_the_lease(where: str, study: optuna.Study) -> None:
