@@ -88,7 +88,7 @@ def test_an_unreachable_server_and_a_missing_driver_are_told_without_the_passwor
     with pytest.raises((StudyError, MissingExtraError)) as caught:
         open_storage("postgresql+psycopg://someone:secret@127.0.0.1:1/studies")
     assert "secret" not in str(caught.value)
-    assert "someone@127.0.0.1:1/studies" in str(caught.value)
+    assert "someone:***@127.0.0.1:1/studies" in str(caught.value)
 
 
 def test_one_database_is_told_from_another_however_it_is_written() -> None:
