@@ -14,6 +14,8 @@ FORMAT ?= safetensors
 PICK ?= --knee
 EPOCHS ?= 20
 PORT ?= 8080
+PRIORITY ?=
+SLOTS ?=
 BENCH ?=
 PYTHON ?= python3
 export AUTOPRUNE_DATA ?= $(or $(wildcard ../shared/data),data)
@@ -65,6 +67,15 @@ schema: $(READY) ## print the JSON Schema of space files, for editors
 
 dashboard: $(READY) ## Optuna dashboard on 127.0.0.1: PORT=8080
 	$(RUN) dashboard --port $(PORT)
+
+serve: $(READY) ## run the queue, the MLflow server and the Optuna dashboard until Ctrl-C: SLOTS=1
+	OMP_WAIT_POLICY=PASSIVE $(RUN) serve $(if $(SLOTS),--slots $(SLOTS))
+
+submit: $(READY) ## add a search to the queue of `make serve`: SPACE= TRIALS= WORKERS= HOURS= NAME= PRIORITY=0
+	@$(RUN) submit $(SPACE) $(if $(PRIORITY),--priority $(PRIORITY)) $(if $(TRIALS),--trials $(TRIALS)) $(if $(WORKERS),--workers $(WORKERS)) $(if $(HOURS),--timeout $(HOURS)h) $(if $(NAME),--name $(NAME))
+
+status: $(READY) ## show the searches, the queue and the service: NAME=
+	@$(RUN) status $(NAME)
 
 mlflow-ui: $(READY) ## MLflow UI on 127.0.0.1:5000, as mlflow/server.env says
 	set -a; . ./mlflow/server.env; exec .venv/bin/mlflow server

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from autoprune.cli import latency, picking, profiling, reporting, results, searching
+from autoprune.cli import latency, picking, profiling, reporting, results, searching, serving
 from autoprune.cli.shared import app
 
-__all__ = ["app", "latency", "main", "picking", "profiling", "reporting", "results", "searching"]
+__all__ = ["app", "latency", "main", "picking", "profiling", "reporting", "results", "searching", "serving"]
 
 
 def _show_version(wanted: bool) -> None:

@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     from autoprune.coordinator.exporting import ExportWish as ExportWish
     from autoprune.coordinator.exporting import export_models as export_models
     from autoprune.coordinator.finetuning import finetune_model as finetune_model
+    from autoprune.coordinator.overview import Wanted as Wanted
+    from autoprune.coordinator.overview import cancel_search as cancel_search
+    from autoprune.coordinator.overview import log_lines as log_lines
+    from autoprune.coordinator.overview import show_status as show_status
+    from autoprune.coordinator.overview import submit_space as submit_space
     from autoprune.coordinator.picking import Wish as Wish
     from autoprune.coordinator.picking import pick as pick
     from autoprune.coordinator.profiling import profile_space as profile_space
     from autoprune.coordinator.reporting import write_report as write_report
     from autoprune.coordinator.reproducing import reproduce_run as reproduce_run
+    from autoprune.coordinator.serving import ServeOptions as ServeOptions
+    from autoprune.coordinator.serving import run_queue as run_queue
+    from autoprune.coordinator.serving import serve as serve
     from autoprune.coordinator.session import SearchOutcome as SearchOutcome
     from autoprune.coordinator.session import run_search as run_search
     from autoprune.coordinator.syncing import sync_search as sync_search
@@ -32,7 +40,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "ExportWish": "exporting",
     "SearchOutcome": "session",
+    "ServeOptions": "serving",
+    "Wanted": "overview",
     "Wish": "picking",
+    "cancel_search": "overview",
     "compare_trials": "explaining",
     "dashboard_command": "commands",
     "explain_trial": "explaining",
@@ -40,19 +51,27 @@ _HOMES = {
     "finetune_model": "finetuning",
     "inspect_space": "commands",
     "latency_space": "commands",
+    "log_lines": "overview",
     "pick": "picking",
     "profile_space": "profiling",
     "reproduce_run": "reproducing",
+    "run_queue": "serving",
     "run_search": "session",
     "search": "api",
+    "serve": "serving",
     "show_front": "commands",
+    "show_status": "overview",
+    "submit_space": "overview",
     "sync_search": "syncing",
     "write_report": "reporting",
 }
 __all__ = [
     "ExportWish",
     "SearchOutcome",
+    "ServeOptions",
+    "Wanted",
     "Wish",
+    "cancel_search",
     "compare_trials",
     "dashboard_command",
     "explain_trial",
@@ -60,12 +79,17 @@ __all__ = [
     "finetune_model",
     "inspect_space",
     "latency_space",
+    "log_lines",
     "pick",
     "profile_space",
     "reproduce_run",
+    "run_queue",
     "run_search",
     "search",
+    "serve",
     "show_front",
+    "show_status",
+    "submit_space",
     "sync_search",
     "write_report",
 ]

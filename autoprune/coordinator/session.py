@@ -179,6 +179,7 @@ class Session:
             studies.write_measured(study, measured)
             stored = replace(stored, measured={**measured, **stored.measured})
         self._forget_models(stored)
+        studies.write_complete(self._study(stored.order[0]), complete)
         view = view_of(stored)
         if view.front:
             records.publish(stored, view)
@@ -285,6 +286,7 @@ class Session:
             self.log.told(event)
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
+                self._mark(event)
                 if not known:
                     dense.update(self._write_facts(plan))
                 known[event.rung] = True
@@ -322,6 +324,11 @@ class Session:
             self.storage, controls, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
         )
         return result.complete
+
+    def _mark(self, event: RungStarted) -> None:
+        """Stores what `autoprune status` tells of a search that runs."""
+        studies.write_total(self._study(event.rung), event.total)
+        studies.write_complete(self._study(self.space.search.ladder[0].rung), False)
 
     def _controls(self, plan: LadderPlan) -> LadderPlan | None:
         """Returns the one-rung ladder of the controls: the policies that people would try, by the last rung's
@@ -426,7 +433,7 @@ class Session:
         ours = Path("mlflow/server.env").is_file() and "MLFLOW_TRACKING_URI" not in os.environ
         ui = "make mlflow-ui" if ours else f"mlflow server --backend-store-uri {shlex.quote(hide_secrets(records.uri))}"
         charts = f"{records.address}{records.charts or ''}"
-        if records.uri.startswith(("http://", "https://")):
+        if records.uri.startswith(("http://", "https://")) or "AUTOPRUNE_MLFLOW" in os.environ:
             commands.append((charts, "the charts in MLflow"))
         else:
             commands.append((ui, charts))

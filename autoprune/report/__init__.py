@@ -23,6 +23,8 @@ from autoprune.report.page import FailureRow, PageData, chosen_points, render_pa
 from autoprune.report.plot import plot_front
 from autoprune.report.profile import render_profile
 from autoprune.report.progress import Progress
+from autoprune.report.status import render_status
+from autoprune.report.status_page import status_page
 from autoprune.report.tables import controls_table, front_json, front_table, group_table, layer_table
 from autoprune.report.terminal import render_front, render_layers
 from autoprune.report.view import FrontPoint, LayerRow, SearchView, point_of
@@ -60,7 +62,9 @@ __all__ = [
     "render_layers",
     "render_page",
     "render_profile",
+    "render_status",
     "sensitivity_figure",
+    "status_page",
     "time_figure",
     "units",
     "widths_figure",

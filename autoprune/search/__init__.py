@@ -7,6 +7,7 @@ recorded or shown.
 from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
+from autoprune.search.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, UNFINISHED, Job, Queue, Request
 from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
 from autoprune.search.lasting import LastingStorage
 from autoprune.search.lease import hold, is_running
@@ -31,6 +32,14 @@ from autoprune.search.records import (
     read_trials,
 )
 from autoprune.search.sampler import SAMPLERS, BudgetSampler, make_sampler, params_of, policy_of, search_space
+from autoprune.search.state import (
+    SearchState,
+    finished_trials,
+    search_holder,
+    search_state,
+    write_complete,
+    write_total,
+)
 from autoprune.search.storage import open_storage, quiet_optuna, same_database, split_password
 from autoprune.search.study import (
     StudySummary,
@@ -44,23 +53,34 @@ from autoprune.search.study import (
 )
 
 __all__ = [
+    "CANCELLED",
+    "DONE",
+    "FAILED",
+    "QUEUED",
+    "RUNNING",
     "SAMPLERS",
+    "UNFINISHED",
     "Audit",
     "BudgetSampler",
     "Event",
     "Failure",
+    "Job",
     "LadderOutcome",
     "LadderPlan",
     "LastingStorage",
     "Projector",
+    "Queue",
+    "Request",
     "RungFinished",
     "RungPlan",
     "RungStarted",
+    "SearchState",
     "StoredTrial",
     "StudySummary",
     "TrialFinished",
     "audit",
     "distinct",
+    "finished_trials",
     "hold",
     "is_running",
     "kendall_tau",
@@ -85,15 +105,19 @@ __all__ = [
     "run_ladder",
     "rung_names",
     "same_database",
+    "search_holder",
     "search_names",
     "search_space",
+    "search_state",
     "split_password",
     "study_name",
     "study_summary",
     "write_background",
+    "write_complete",
     "write_facts",
     "write_measured",
     "write_notes",
     "write_pick",
     "write_study_note",
+    "write_total",
 ]

@@ -12,6 +12,7 @@ from autoprune.tracking.reading import Reader, RecordedRun, open_reader
 from autoprune.tracking.recorder import Recorder, Refused
 from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
 from autoprune.tracking.registry import PICKED, Member, Registry, Version, registered_name
+from autoprune.tracking.server import ServerPlan, is_loopback, local_address, prepare_store, server_plan
 from autoprune.tracking.views import WORKFLOW
 
 __all__ = [
@@ -24,15 +25,20 @@ __all__ = [
     "Recorder",
     "Refused",
     "Registry",
+    "ServerPlan",
     "Tracker",
     "TrialRecord",
     "Version",
     "artifact_root",
     "environment_tags",
+    "is_loopback",
+    "local_address",
     "open_reader",
+    "prepare_store",
     "registered_name",
     "resolve_uri",
     "safe_key",
+    "server_plan",
     "sqlite_path",
     "trial_key",
     "ui_address",

@@ -6,6 +6,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -87,14 +88,17 @@ def artifact_root(uri: str, *, home: Path, directory: Path | None = None) -> Pat
 def ui_address(uri: str, *, directory: Path | None = None) -> str:
     """Returns the address of the web pages that show `uri`, without a slash at its end or who logs in.
 
-    An HTTP tracking address is the server itself. A database is shown by the server of `make mlflow-ui`, whose host and
-    port are read from `mlflow/server.env`.
+    An HTTP tracking address is the server itself. A database is shown by the server of the service that runs this
+    search (it says so in `AUTOPRUNE_MLFLOW`), or by that of `make mlflow-ui`, whose host and port are read from
+    `mlflow/server.env`.
 
     Raises:
         TrackingError: `mlflow/server.env` cannot be read.
     """
     if uri.startswith(("http://", "https://")):
         return public_address(uri).rstrip("/")
+    if served := os.environ.get("AUTOPRUNE_MLFLOW"):
+        return served
     settings = server_settings(directory or Path.cwd())
     return f"http://{settings.get('MLFLOW_HOST', '127.0.0.1')}:{settings.get('MLFLOW_PORT', '5000')}"
 
