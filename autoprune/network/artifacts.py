@@ -36,6 +36,7 @@ from autoprune.network.surgery import (
     uniform_norms,
     unit_mask,
 )
+from autoprune.network.telling import tell, told_numbers
 from autoprune.network.trace import Network
 from autoprune.policy import Policy
 from autoprune.space.code import check_code
@@ -78,6 +79,7 @@ def model_document(
         "depthwise": sorted({links.module for links in network.links if links.layer.kind == "depthwise"}),
         "replaced": replaced(network.model),
         "attributes": attribute_values(network, unit_mask(network, selection)),
+        "told": told_numbers(network, unit_mask(network, selection)),
         "buffers": _unsaved_buffers(network, selection),
         "origin": dict(origin),
         "input_shape": [int(n) for n in network.example_inputs[0].shape[1:]],
@@ -226,6 +228,7 @@ def shrink_to(model: nn.Module, folder: Path, document: Mapping[str, Any]) -> nn
                 module._buffers[name] = state[prefix + name]
         refresh_attributes(module, depthwise=module_path in depthwise)
     set_attributes(model, document.get("attributes", {}))
+    tell(model, document.get("told", {}))
     replace_activations(model, document.get("activations") or {})
     return settle(model, document.get("uniform_norms"))
 

@@ -20,17 +20,23 @@ from autoprune.network.tape import Size
 
 SIZED = frozenset(["view", "_unsafe_view", "reshape", "unflatten", "expand", "split_with_sizes"])
 """Operators whose arguments are sizes."""
+SPLITS = frozenset(["split_with_sizes", "split_with_sizes_copy", "unsafe_split_with_sizes"])
+"""Operators that are told the sizes of their parts, one by one."""
 _NOT_WIDTHS = ("stride", "kernel", "pad", "dilat", "depth", "layers", "window", "patch", "image", "img", "resolution")
 """Parts of names that speak of space or of depth: never the number of channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """An integer attribute of a module that follows the number of indices with `units` that stay."""
+    """An integer attribute of a module that follows the number of indices with `units` that stay.
+
+    `place` is the position of the integer in an attribute that is a list of them.
+    """
 
     module: str
     name: str
     units: Labels
+    place: int | None = None
 
 
 def width_attributes(module: nn.Module) -> dict[str, int]:
@@ -39,6 +45,18 @@ def width_attributes(module: nn.Module) -> dict[str, int]:
         name: value
         for name, value in vars(module).items()
         if type(value) is int and value > 1 and not any(part in name.lower() for part in _NOT_WIDTHS)
+    }
+
+
+def width_lists(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the attributes of a module that are lists or tuples of at least two integers, such as widths of parts."""
+    return {
+        name: tuple(value)
+        for name, value in vars(module).items()
+        if type(value) in (list, tuple)
+        and len(value) > 1
+        and all(type(n) is int and n > 0 for n in value)
+        and not any(part in name.lower() for part in _NOT_WIDTHS)
     }
 
 
@@ -58,52 +76,83 @@ def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> l
     if name not in SIZED:
         return []
     found: list[Size] = []
-    for value in result if isinstance(result, tuple) else (result,):
+    parts = result if isinstance(result, tuple) else (result,)
+    shapes = tuple(part.shape for part in parts if isinstance(part, Value))
+    if name in SPLITS:
+        along = split_axis(node, len(shapes[0]))
+        sizes = tuple(shape[along] for shape in shapes)
+        return [
+            Size(module, sizes[place], labels, node.name, shapes, place, sizes)
+            for place, part in enumerate(parts)
+            if (labels := part.dims[along]) is not None
+        ]
+    for value in parts:
         if not isinstance(value, Value):
             continue
         open_axis = inferred_axis(node, name, len(value.shape))
         for axis, labels in enumerate(value.dims):
             if labels is not None and axis != open_axis:
-                found.append(Size(module, value.shape[axis], labels))
+                found.append(Size(module, value.shape[axis], labels, node.name, shapes, axis))
     return found
 
 
-def following(model: nn.Module, sizes: Sequence[tuple[str, int, Labels]]) -> tuple[Attribute, ...]:
-    """Returns the attributes that must follow, given `(module, number, units)` of every size that was written down.
+def split_axis(node: torch.fx.Node, rank: int) -> int:
+    """Returns the axis along which a call of split cuts."""
+    axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return int(str(axis)) % rank
 
-    An attribute stands for the dimension with its number. Where two dimensions of one module have the same number, a
-    name with `head` and without `dim` is the outermost one and every other name the next.
+
+def following(model: nn.Module, sizes: Sequence[tuple[Size, Labels]]) -> tuple[Attribute, ...]:
+    """Returns the attributes that must follow, given every size that was written down and its units.
+
+    An attribute stands for the dimension with its number, a list of integers for the parts with its numbers. Where two
+    dimensions of one module have the same number, a name with `head` and without `dim` is the outermost one and every
+    other name the next.
     """
     modules = dict(model.named_modules())
     dims: dict[tuple[str, int], list[Labels]] = {}
-    for module, number, units in sizes:
-        known = dims.setdefault((module, number), [])
-        if (units >= 0).any() and not any(_same(units, other) for other in known):
-            known.append(units)
-    found: list[Attribute] = []
-    for (module, number), choices in dims.items():
-        if not choices:
+    found: dict[tuple[str, str, int | None], Attribute] = {}
+    for size, units in sizes:
+        if not (units >= 0).any():
             continue
+        for name, parts in width_lists(modules[size.module]).items():
+            if parts == size.parts:
+                found[size.module, name, size.axis] = Attribute(size.module, name, units, size.axis)
+        known = dims.setdefault((size.module, size.number), [])
+        if not any(_same(units, other) for other in known):
+            known.append(units)
+    for (module, number), choices in dims.items():
         for name, value in width_attributes(modules[module]).items():
             if value == number:
                 counts_heads = "head" in name and "dim" not in name
-                found.append(Attribute(module, name, choices[0 if counts_heads else -1]))
-    return tuple(found)
+                found[module, name, None] = Attribute(module, name, choices[0 if counts_heads else -1])
+    return tuple(found.values())
 
 
 def _same(a: Labels, b: Labels) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
-def set_attributes(model: nn.Module, values: Mapping[str, Mapping[str, int]]) -> None:
-    """Sets integer attributes, module path → name → value, in place.
+Numbers = Mapping[str, Mapping[str, "int | Mapping[str, int]"]]
+"""Module path → attribute → its new value, or position (as text, for JSON) → new value in a list of integers."""
+
+
+def set_attributes(model: nn.Module, values: Numbers) -> None:
+    """Sets integer attributes and integers in lists, in place.
 
     Raises:
         CheckpointError: The model has no such module or attribute.
     """
     modules = dict(model.named_modules())
     for path, attributes in values.items():
+        module = modules.get(path)
         for name, value in attributes.items():
-            if path not in modules or name not in width_attributes(modules[path]):
+            if module is None or name not in {**width_attributes(module), **width_lists(module)}:
                 raise CheckpointError(f"the model has no module {path!r} with an integer attribute {name!r}")
-            setattr(modules[path], name, int(value))
+            old = getattr(module, name)
+            if not isinstance(value, Mapping):
+                setattr(module, name, int(value))
+                continue
+            if isinstance(old, int) or any(int(place) >= len(old) for place in value):
+                raise CheckpointError(f"the attribute {name!r} of the module {path!r} is shorter than the saved one's")
+            setattr(module, name, type(old)(int(value.get(str(place), n)) for place, n in enumerate(old)))

@@ -63,9 +63,10 @@ def concatenate(tape: Tape, tensors: Sequence[Value], dim: int = 0) -> Value:
 
 
 def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, ...]:
-    """Chunk, split, split_with_sizes, unbind of a kept dimension: the same positions of equal parts are one channel.
+    """Chunk, split, split_with_sizes: the same positions of equal parts are one channel.
 
-    A chunk or split by count moves its boundary when the parts shrink unequally, so the parts must shrink alike.
+    A chunk or split by count moves its boundary when the parts shrink unequally, so the parts must shrink alike. Parts
+    whose sizes are told one by one follow: each by itself where the module keeps a list of them, else as its number.
     """
     axis = dim % len(x.shape)
     labels = x.dims[axis]
@@ -74,9 +75,13 @@ def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, 
         return tuple(Value(shape, x.dims) for shape in tape.shapes)
     bounds = np.cumsum([0, *sizes])
     parts = [labels[a:b] for a, b in pairwise(bounds)]
-    if len(set(sizes)) == 1:
-        for part in parts[1:]:
-            tape.labels.join(parts[0], part)
+    if tape.told and tuple(sizes) in tape.sizes:
+        pass
+    elif len(set(sizes)) == 1 or tape.told:
+        for size in set(sizes):
+            first, *others = [part for part in parts if len(part) == size]
+            for other in others:
+                tape.labels.join(first, other)
     else:
         tape.labels.freeze(labels, f"split at {tape.where} into parts of fixed, unequal width")
     name = x.name if axis == 0 else None

@@ -20,8 +20,9 @@ from autoprune.network.attention import refresh_multihead
 from autoprune.network.emptied import settle
 from autoprune.network.groups import module_of, stays
 from autoprune.network.labels import Labels
-from autoprune.network.literals import set_attributes
+from autoprune.network.literals import Numbers, set_attributes
 from autoprune.network.recurrent import refresh_recurrent
+from autoprune.network.telling import tell, told_numbers
 from autoprune.network.trace import Network
 
 Selection = Mapping[str, Labels]
@@ -82,6 +83,7 @@ def cut(network: Network, selection: Selection) -> nn.Module:
         smaller[name] = tensor * factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
     model = rebuild(network, smaller)
     set_attributes(model, attribute_values(network, kept))
+    tell(model, told_numbers(network, kept))
     return settle(model, uniform_norms(network, kept))
 
 
@@ -108,13 +110,20 @@ def row_factors(network: Network, kept: np.ndarray) -> dict[str, Tensor]:
     return factors
 
 
-def attribute_values(network: Network, kept: np.ndarray) -> dict[str, dict[str, int]]:
-    """Returns the integer attributes that change: module path → name → new value."""
-    values: dict[str, dict[str, int]] = {}
+def attribute_values(network: Network, kept: np.ndarray) -> Numbers:
+    """Returns the integer attributes that change, as `set_attributes` takes them."""
+    values: dict[str, dict[str, int | dict[str, int]]] = {}
     for attribute in network.attributes:
         stay = stays(attribute.units, kept)
-        if not stay.all():
-            values.setdefault(attribute.module, {})[attribute.name] = int(stay.sum())
+        if stay.all():
+            continue
+        own = values.setdefault(attribute.module, {})
+        if attribute.place is None:
+            own[attribute.name] = int(stay.sum())
+        else:
+            parts = own.setdefault(attribute.name, {})
+            assert isinstance(parts, dict)
+            parts[str(attribute.place)] = int(stay.sum())
     return values
 
 

@@ -56,11 +56,19 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A number in a call of `view` and its kin: the size of a dimension with labels, written down in a module."""
+    """A number in a call of `view` and its kin: the size of a dimension with labels, written down in a module.
+
+    `node` is the call, `shapes` are those of its results, and `axis` is the dimension, or the part of a split that is
+    told the sizes of its `parts` one by one.
+    """
 
     module: str
     number: int
     labels: Labels
+    node: str
+    shapes: tuple[tuple[int, ...], ...]
+    axis: int
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +102,10 @@ class Tape:
     shapes: tuple[tuple[int, ...], ...] = ()
     normalised: bool = False
     """Whether a batch norm reads the result of the node at work."""
-    sizes: frozenset[int] = frozenset()
-    """Integer attributes of the module at work: a number among them may follow when channels go."""
+    sizes: frozenset[int | tuple[int, ...]] = frozenset()
+    """Integer attributes of the module at work, and lists of them: they may follow when channels go."""
+    told: bool = False
+    """Whether the split at work is told the sizes of its parts, one by one."""
     inferred: int | None = None
     """Axis of the result whose size the call leaves open (-1)."""
     query: tuple[str, str | None, Labels] | None = None

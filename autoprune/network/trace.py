@@ -31,11 +31,29 @@ from autoprune.network.groups import (
     units_of,
 )
 from autoprune.network.labels import Labels, Value
-from autoprune.network.literals import Attribute, following, inferred_axis, width_attributes, written_sizes
+from autoprune.network.literals import (
+    SPLITS,
+    Attribute,
+    following,
+    inferred_axis,
+    width_attributes,
+    width_lists,
+    written_sizes,
+)
 from autoprune.network.queries import query_rows
 from autoprune.network.rules import RULES, operator_name
 from autoprune.network.tape import Product, Tape
 from autoprune.policy import CHANNEL
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A size that a module is told: the `axis` of a call in its forward pass, counted from 0, has `labels`."""
+
+    module: str
+    call: int
+    axis: int
+    labels: Labels
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,8 @@ class Network:
     notes: tuple[str, ...] = ()
     removable: frozenset[str] = frozenset()
     """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
+    told: tuple[Told, ...] = ()
+    """Sizes that modules cannot know by themselves, as `computed_sizes.with_told_sizes` found them."""
     pruning: str = CHANNEL
     """What a group is: `channel`, or a weight whose elements are masked (`unstructured`, `2:4`)."""
 
@@ -91,7 +111,7 @@ class Network:
     @property
     def attributes(self) -> tuple[Attribute, ...]:
         """Integer attributes of modules that must follow when channels go."""
-        return following(self.model, [(s.module, s.number, self.units_of(s.labels)) for s in self.record.literals])
+        return following(self.model, [(size, self.units_of(size.labels)) for size in self.record.literals])
 
     def group(self, name: str) -> PruningGroup:
         """Returns the group called `name`.
@@ -152,9 +172,10 @@ def trace(
         assembly = mask_assembly(record, assembly.cost_model.dense(), pruning)
         network = replace(network, assembly=assembly, pruning=pruning, notes=tuple(uncounted))
     elif verify and network.groups:
+        from autoprune.network.computed_sizes import with_told_sizes
         from autoprune.network.verify import verified
 
-        network = verified(network)
+        network = with_told_sizes(verified(network))
     if not network.groups:
         reasons = "\n".join(f"  {f.name} ({f.size}): {f.reason}" for f in network.frozen[:10])
         raise TraceError(
@@ -213,7 +234,10 @@ def walk(
     }
     parameters: dict[str, Parameter] = {}
     tied: dict[int, Value] = {}
-    widths = {path: frozenset(width_attributes(module).values()) for path, module in model.named_modules()}
+    widths = {
+        path: frozenset([*width_attributes(module).values(), *width_lists(module).values()])
+        for path, module in model.named_modules()
+    }
     kernels = kernel_weights(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -281,11 +305,12 @@ def _placeholder(
     return Value(shape, dims, name)
 
 
-def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[int]], named: dict[str, str]) -> None:
+def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[Any]], named: dict[str, str]) -> None:
     """Tells the tape what the rules of reshaping and of attention need to know about a call."""
     name = operator_name(node.target)
     result = node.meta.get("val")
     tape.sizes = widths.get(module_path(node), frozenset())
+    tape.told = name in SPLITS
     tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
     tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
 

@@ -20,6 +20,7 @@ from autoprune.network.complexity import count_macs
 from autoprune.network.surgery import Selection, cut, masked_twin
 from autoprune.network.trace import Network, evaluating
 
+BREAKS = "the pruned network does not run"
 TOLERANCE = 1e-3
 """Largest difference from the masked twin, relative to the largest output: float32 rounding in deep networks, no
 more."""
@@ -95,13 +96,18 @@ def _parts(names: list[str]) -> list[list[str]]:
 
 
 def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
-    """Returns a selection that removes a random half (at least one channel) of each named group."""
+    """Returns a selection that removes about half (at least one channel) of each named group, at random.
+
+    No two groups lose the same fraction: a width that the code takes for another one must not happen to be right.
+    """
     rng = np.random.default_rng(seed)
-    return {
-        group.name: np.sort(rng.choice(group.size, size=max(1, group.size // 2), replace=False))
-        for group in network.groups
-        if group.name in names
+    chosen = [group for group in network.groups if group.name in names]
+    fractions = np.linspace(0.35, 0.65, len(chosen)) if len(chosen) > 1 else np.array([0.5])
+    widths = {
+        group.name: min(max(1, round(group.size * float(fraction))), group.size - 1)
+        for group, fraction in zip(chosen, rng.permutation(fractions), strict=True)
     }
+    return {group.name: np.sort(rng.choice(group.size, size=widths[group.name], replace=False)) for group in chosen}
 
 
 def check(network: Network, names: list[str], shapes: Network | None = None) -> str | None:
@@ -122,7 +128,7 @@ def faults(network: Network, selection: Selection, shapes: Network | None = None
             output = pruned(*inputs)
     except Exception as error:  # whatever the model's own code raises on unexpected widths
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return f"the pruned network does not run: {type(error).__name__}: {line}"
+        return f"{BREAKS}: {_told(type(error).__name__, line)}"
     # A group that is gone as a whole has nothing left that its norm could shift.
     if not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups):
         twin = masked_twin(network, selection)
@@ -136,6 +142,14 @@ def faults(network: Network, selection: Selection, shapes: Network | None = None
     if counted != priced:
         return f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
     return None
+
+
+def _told(kind: str, line: str) -> str:
+    """Returns what a person understands of an error that a forward pass raised."""
+    sizes = ("is invalid for input of size", "split_sizes to sum exactly", "not enough values to unpack")
+    if any(part in line for part in sizes):
+        return f"its code has a width that does not follow ({kind}: {line})"
+    return f"{kind}: {line}" if line else kind
 
 
 def informative(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

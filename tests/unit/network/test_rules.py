@@ -332,10 +332,19 @@ def test_the_parts_of_a_chunk_shrink_alike(exact, halve):
     assert sizes(network) == {"a": 4, "b": 6}
 
 
-def test_a_split_into_unequal_parts_freezes_the_channels():
+def test_the_sizes_of_unequal_parts_follow(exact):
     def wiring(m, x):
         a, b = m.a(x).split([3, 5], 1)
         return m.fc(m.c(torch.cat([b, a], 1)).mean((2, 3)))
+
+    network = exact(Wired(wiring, a=conv(3, 8), c=conv(8, 6), fc=nn.Linear(6, 5)), X)
+    assert sizes(network) == {"a": 8, "c": 6}
+
+
+def test_a_chunk_into_unequal_parts_freezes_the_channels():
+    def wiring(m, x):
+        a, b, c = m.a(x).chunk(3, 1)
+        return m.fc(m.c(torch.cat([c, b, a], 1)).mean((2, 3)))
 
     network = trace(Wired(wiring, a=conv(3, 8), c=conv(8, 6), fc=nn.Linear(6, 5)), X)
     assert sizes(network) == {"c": 6}

@@ -154,15 +154,20 @@ def test_a_model_with_a_single_layer_is_refused_and_the_reason_is_given():
         trace(nn.Conv2d(3, 5, 3), X)
 
 
-def test_a_literal_width_in_the_forward_pass_freezes_the_group_with_a_readable_reason():
+def test_a_width_that_the_forward_pass_insists_on_freezes_the_group_with_a_readable_reason():
+    def checked(m, x):
+        y = m.conv(x)
+        torch._check(y.shape[1] % 8 == 0, lambda: "eight channels, please")
+        return y.flatten(2)
+
     model = nn.Sequential(
-        Calling(lambda m, x: m.conv(x).reshape(x.shape[0], 8, 36)),
+        Calling(checked),
         nn.Conv1d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 34, 3),
     )  # fmt: skip
     network = trace(model, X)
     assert [g.name for g in network.groups] == ["1"]
     (frozen,) = [f for f in network.frozen if f.name == "0.conv"]
-    assert frozen.reason.startswith("the pruned network does not run: RuntimeError: shape '[2, 8, 36]' is invalid")
+    assert frozen.reason == "the pruned network does not run: RuntimeError: eight channels, please"
     assert network.broken == {"0.conv": frozen.reason}
 
 

@@ -1,0 +1,173 @@
+"""Forward passes that take the width of their input for the width of their heads: they are told the right sizes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autoprune.errors import CheckpointError
+from autoprune.network.artifacts import load, model_document, read_document, save_model
+from autoprune.network.complexity import count_macs
+from autoprune.network.surgery import cut, masked_twin
+from autoprune.network.telling import Telling, tell
+from autoprune.network.trace import Network, trace
+from autoprune.network.verify import relative_error
+
+X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Attention as many repositories write it: the width of its heads is computed from the width of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.scale = 4, 3**-0.5
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1)
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    """A residual attention, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attn, self.head = nn.Linear(12, 12), Attention(), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.attn(x)).mean(1))
+
+
+class Parts(nn.Module):
+    """Two parts of constant widths, one of which is filtered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 16), nn.Linear(6, 6), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.split(self.a(x).relu(), [6, 10], dim=-1)
+        return self.c(torch.cat([self.b(left).relu(), right], -1)).mean(1)
+
+
+def built(kind: type[nn.Module]) -> nn.Module:
+    """A model with weights that are always the same."""
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    """The attention, traced and checked."""
+    return trace(built(Block), X)
+
+
+def selection(network: Network) -> dict[str, np.ndarray]:
+    """Widths that no width of the input would give by accident: 7 of 12, 3 of 4 heads, 2 of 3 dimensions."""
+    return {group.name: np.arange(group.size)[: {12: 7, 4: 3, 3: 2}[group.size]] for group in network.groups}
+
+
+def difference(network: Network, chosen: dict[str, np.ndarray]) -> float:
+    """How far the pruned network's output is from its masked twin's."""
+    with torch.no_grad():
+        return relative_error(cut(network, chosen)(X), masked_twin(network, chosen)(X))
+
+
+def test_heads_their_dimensions_and_the_residual_width_can_all_be_pruned(network: Network) -> None:
+    assert [f.name for f in network.frozen] == ["head"]
+    assert {g.name.partition(":")[2] for g in network.groups} >= {"heads", "dims"}
+    chosen = selection(network)
+    assert difference(network, chosen) < 1e-5
+    widths = {name: len(kept) for name, kept in chosen.items()}
+    assert count_macs(cut(network, chosen), (X,)) == network.cost_model.cost("macs", widths)
+
+
+def test_the_dense_model_stays_as_it_was_and_its_copy_gives_its_output(network: Network) -> None:
+    model = built(Block)
+    traced = trace(model, X)
+    assert type(model.attn) is Attention
+    assert torch.equal(traced.model(X), model(X))
+    assert isinstance(traced.model.attn, Attention)
+    assert isinstance(traced.model.attn, Telling)
+
+
+def test_a_pruned_network_takes_other_batches_and_lengths(network: Network) -> None:
+    small = cut(network, selection(network))
+    x = torch.randn(5, 3, 12)
+    assert torch.allclose(torch.cat([small(one[None]) for one in x]), small(x), atol=1e-6)
+
+
+def test_it_is_pickled_copied_and_exported_like_any_other_module(network: Network) -> None:
+    small = cut(network, selection(network))
+    expected = small(X)
+    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(twin(X), expected)
+    program = torch.export.export(small, (X,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False)
+    x = torch.randn(3, 7, 12)
+    assert torch.allclose(program.module()(x), small(x), atol=1e-6)
+
+
+def test_it_is_read_back_by_its_class(network: Network, tmp_path: Path) -> None:
+    chosen = selection(network)
+    small = cut(network, chosen)
+    save_model(tmp_path / "m", small, model_document(network, None, chosen, {}, {}))
+    assert set(read_document(tmp_path / "m")["told"]) == {"attn"}
+    assert torch.equal(load(tmp_path / "m", lambda: built(Block))(X), small(X))
+
+
+def test_parts_of_constant_width_are_told_theirs() -> None:
+    network = trace(built(Parts), X)
+    assert {g.name: g.size for g in network.groups} == {"a": 6, "a:2": 10, "b": 6}
+    chosen = {"a": np.array([1, 2]), "a:2": np.array([0, 3, 4, 8, 9]), "b": np.array([5])}
+    assert difference(network, chosen) < 1e-5
+
+
+class Listed(Parts):
+    """The widths of the parts are a list that the module keeps."""
+
+    def __init__(self, widths: tuple[int, ...] | list[int] = (6, 10)) -> None:
+        super().__init__()
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = torch.split(self.a(x).relu(), self.widths, dim=-1)
+        return self.c(torch.cat([self.b(left).relu(), right], -1)).mean(1)
+
+
+def test_a_list_of_widths_follows_without_a_new_class(tmp_path: Path) -> None:
+    network = trace(built(Listed), X)
+    chosen = {"a": np.array([1, 2]), "a:2": np.array([0, 3, 4, 8, 9])}
+    small = cut(network, chosen)
+    assert not network.told
+    assert small.widths == (2, 5)
+    assert type(small) is Listed
+    assert difference(network, chosen) < 1e-5
+    save_model(tmp_path / "m", small, model_document(network, None, chosen, {}, {}))
+    assert torch.equal(load(tmp_path / "m", lambda: built(Listed))(X), small(X))
+
+
+def test_sizes_for_a_module_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="no module 'other'"):
+        tell(built(Block), {"other": {"0": {"2": 3}}})
+
+
+def test_a_call_that_changes_the_type_is_left_alone() -> None:
+    class Bits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(torch.int32).view(-1, 4)
+
+    told = tell(Bits(), {"": {"0": {"1": 2}}})
+    assert told(torch.zeros(8)).shape == (4, 2)
+    assert F.relu(torch.zeros(2)).shape == (2,)
