@@ -102,7 +102,7 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
     """
     rng = np.random.default_rng(seed)
     chosen = [group for group in network.groups if group.name in names]
-    fractions = np.linspace(0.35, 0.65, len(chosen)) if len(chosen) > 1 else np.array([0.5])
+    fractions = np.linspace(0.35, 0.65, len(chosen)) if len(chosen) != 1 else np.array([0.5])
     widths = {
         group.name: min(max(1, round(group.size * float(fraction))), group.size - 1)
         for group, fraction in zip(chosen, rng.permutation(fractions), strict=True)
