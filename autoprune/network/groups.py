@@ -58,6 +58,10 @@ dimension of every head) and stays while all of them do.
 """
 
 
+GONE = -2
+"""Stands for the unit of what an earlier cut has removed: no index has it any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
     """One use of a weight in units instead of labels: `inputs[i]` are the units of input channel i (see `IndexMap`)."""
@@ -97,7 +101,7 @@ class Assembly:
     links: tuple[Links, ...]
     cost_model: CostModel
     unit: Labels
-    """The unit of every component that is its own factor; -1 stays."""
+    """The unit of every component that is its own factor; -1 stays, and `GONE` went in an earlier cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +125,10 @@ def module_named(name: str) -> str:
 
 
 def units_of(solution: Solution, unit: Labels, labels: Labels) -> Labels:
-    """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`."""
+    """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`; what is gone is left out."""
     factors = solution.factors_of(labels)
     units = np.where(factors < 0, -1, unit[factors])
+    units = units[(units != GONE).all(axis=1)]
     if units.shape[1] == 1:
         return units[:, 0]
     units = -np.sort(-units, axis=1)  # what stays goes last

@@ -36,7 +36,6 @@ from autoprune.network.models import build_model
 from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
 from autoprune.network.regularisation import Regularisation, regulariser_of
-from autoprune.network.schedule import check_steps
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
 from autoprune.network.watching import watched
@@ -325,8 +324,6 @@ def workbench_of(
         write_knowledge(path, knowledge)
         # What a resumed search reads has another memory layout, by which losses differ in the seventh digit.
         knowledge = read_knowledge(path, device=device) or knowledge
-    if recipe.schedule is not None:
-        check_steps(network)
     if recipe.regularisation is not None:
         regulariser_of(network, {}, recipe.regularisation)  # refused here rather than in the middle of a search
     if recipe.compensation is not True:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from autoprune.errors import InputError
 from autoprune.network.criteria import Evidence, Scores, choose, score
-from autoprune.network.groups import IndexMap
+from autoprune.network.groups import GONE, Assembly, IndexMap, stays
 from autoprune.network.labels import Labels
 from autoprune.network.recipe import History, Recipe, Stage
 from autoprune.network.regularisation import regulariser_of
 from autoprune.network.surgery import Selection, cut, kept_indices, unit_mask
+from autoprune.network.tape import Query
 from autoprune.network.trace import Network
 
 WEIGHT_CRITERIA = frozenset({"l1", "l2", "bn_scale", "fpgm", "lamp"})
@@ -137,24 +137,10 @@ def renumbered(network: Network, before: Selection, after: Selection) -> Selecti
     return found
 
 
-def check_steps(network: Network) -> None:
-    """Refuses networks that cannot be cut in several steps.
-
-    Raises:
-        InputError: Sizes that are written into the network's code follow its widths (heads of an attention).
-    """
-    if network.attributes or network.record.queries:
-        names = sorted({attribute.name for attribute in network.attributes}) or ["the scale of its attention"]
-        raise InputError(
-            f"an iterative schedule cannot cut a network whose {', '.join(names[:3])} must follow its widths step by "
-            "step; use recipe.schedule: one_shot"
-        )
-
-
 def narrowed(network: Network, selection: Selection, model: nn.Module) -> Network:
     """Returns `network` as it is after `cut`: groups, index map, links and costs of the smaller `model`.
 
-    The record of the trace stays that of the dense network, so groups cannot be frozen any more.
+    The labels of the trace stay those of the dense network, so groups cannot be frozen any more.
     """
     kept = unit_mask(network, selection)
     new = np.where(kept, np.cumsum(kept) - 1, -1)
@@ -180,5 +166,19 @@ def narrowed(network: Network, selection: Selection, model: nn.Module) -> Networ
         for links in network.links
     )
     costs = replace(network.cost_model, sizes=tuple(group.size for group in groups))
-    assembly = replace(network.assembly, groups=tuple(groups), index_map=index_map, links=links, cost_model=costs)
-    return replace(network, model=model, assembly=assembly)
+    unit = network.assembly.unit
+    left = np.append(np.where(kept, new, GONE), [GONE, -1])  # the last two are for -2 and for -1
+    assembly = Assembly(tuple(groups), network.frozen, index_map, links, costs, left[unit])
+    followers = tuple(replace(attribute, units=shrunk(attribute.units)) for attribute in network.attributes)
+    queries = tuple(replace(query, rows=_renumbered_rows(network, query, kept)) for query in network.record.queries)
+    record = replace(network.record, queries=queries)
+    return replace(network, model=model, assembly=assembly, record=record, followers=followers)
+
+
+def _renumbered_rows(network: Network, query: Query, kept: np.ndarray) -> Labels:
+    """Returns where the rows that make queries lie in the smaller parameter."""
+    units = network.index_map.get(query.weight, {}).get(0)
+    if units is None:
+        return query.rows
+    stay = stays(units, kept)
+    return (np.cumsum(stay) - 1)[query.rows[stay[query.rows]]]

@@ -75,6 +75,8 @@ class Network:
     """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
     told: tuple[Told, ...] = ()
     """Sizes that modules cannot know by themselves, as `computed_sizes.with_told_sizes` found them."""
+    followers: tuple[Attribute, ...] | None = None
+    """What `attributes` returns of a network that was cut before: its numbers do not name dimensions any more."""
     pruning: str = CHANNEL
     """What a group is: `channel`, or a weight whose elements are masked (`unstructured`, `2:4`)."""
 
@@ -111,6 +113,8 @@ class Network:
     @property
     def attributes(self) -> tuple[Attribute, ...]:
         """Integer attributes of modules that must follow when channels go."""
+        if self.followers is not None:
+            return self.followers
         return following(self.model, [(size, self.units_of(size.labels)) for size in self.record.literals])
 
     def group(self, name: str) -> PruningGroup:
