@@ -66,7 +66,7 @@ def test_a_pruned_recurrent_network_is_its_masked_twin_and_costs_what_was_predic
     assert costs["params"] == count_params(small)
     assert costs["size_bytes"] == count_bytes(small)
     assert small.get_submodule("cells").hidden_size == len(selection["cells"])
-    assert small.get_submodule("cells").input_size == 6
+    assert small.get_submodule("cells").input_size == len(selection["embed"])
 
 
 def test_every_gate_keeps_the_same_units() -> None:
