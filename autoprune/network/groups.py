@@ -127,7 +127,7 @@ def module_named(name: str) -> str:
 def units_of(solution: Solution, unit: Labels, labels: Labels) -> Labels:
     """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`; what is gone is left out."""
     factors = solution.factors_of(labels)
-    units = np.where(factors < 0, -1, unit[factors])
+    units: Labels = np.where(factors < 0, -1, unit[factors])
     units = units[(units != GONE).all(axis=1)]
     if units.shape[1] == 1:
         return units[:, 0]

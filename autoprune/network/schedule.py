@@ -181,4 +181,5 @@ def _renumbered_rows(network: Network, query: Query, kept: np.ndarray) -> Labels
     if units is None:
         return query.rows
     stay = stays(units, kept)
-    return (np.cumsum(stay) - 1)[query.rows[stay[query.rows]]]
+    rows: Labels = (np.cumsum(stay) - 1)[query.rows[stay[query.rows]]]
+    return rows
