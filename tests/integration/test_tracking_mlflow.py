@@ -147,6 +147,22 @@ def test_a_run_deleted_in_the_ui_is_not_recorded_again(tracker: Tracker, folder:
     assert count_runs(tracker, "deleted") == 0
 
 
+def test_of_several_runs_of_one_trial_the_first_finished_one_stays(tracker: Tracker, folder: Path) -> None:
+    first = tracker.record_trial(make_record("surplus", 1))
+    tracker.record_trial(make_record("surplus", 2))
+    tags = run_of(tracker, first).data.tags
+    late = tracker._client.create_run(tracker.experiment_id, tags=tags)  # of a request whose answer was lost
+    tracker._client.create_run(tracker.experiment_id, start_time=1, tags=tags)  # older, but never finished
+    tracker._client.set_terminated(late.info.run_id, "FINISHED")
+    assert count_runs(tracker, "surplus") == 4
+    other = open_tracker(folder)
+    assert other.keep_one_run_each("surplus") == 2
+    assert other.keep_one_run_each("surplus") == 0
+    assert count_runs(tracker, "surplus") == 2
+    assert other.known_trials("surplus")["digits.tune/1"] == first
+    assert other.record_trial(make_record("surplus", 1)) == first
+
+
 def test_a_failed_trial_is_recorded_with_its_reason(tracker: Tracker) -> None:
     record = make_record("failed", 1, result=None, state="fail", reason="out of memory")
     run = run_of(tracker, tracker.record_trial(record))
