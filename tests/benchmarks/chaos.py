@@ -386,8 +386,8 @@ def document(result: dict[str, Any]) -> str:
         "# A search whose processes are killed",
         "",
         f"`make chaos`: {result['trials']} quick trials on 2 workers, {result['kills']} times `kill -9`, seed"
-        f" {result['seed']}. What each kill is, when they come, and why the sampler is `random`: the head of",
-        "`tests/benchmarks/chaos.py`.",
+        f" {result['seed']}.",
+        "What each kill is, when they come, and why the sampler is `random`: the head of `tests/benchmarks/chaos.py`.",
         "",
         "| | |",
         "|---|---|",
