@@ -84,7 +84,7 @@ techniques: $(READY) ## compare pruning techniques side by side: tests/benchmark
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/techniques.py --output tests/benchmarks/results/techniques.md
 
 samplers: $(READY) ## compare samplers on a surrogate that costs no network: tests/benchmarks/results/samplers.md (10 to 20 minutes)
-	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/samplers.py --output tests/benchmarks/results/samplers.md
+	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/samplers.py --journal .autoprune/samplers.jsonl --output tests/benchmarks/results/samplers.md
 
 test: $(READY) ## run the default tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow"

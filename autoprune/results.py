@@ -25,7 +25,7 @@ class Fidelity:
 
     `epochs` 0 means compensation and recalibration only. `images` limits the validation images (None: all). With
     `seeds` > 1 the recipe is run once a seed and the scores are averaged. Where `test` is set the test set is scored
-    too.
+    too. Where `scratch` is set the pruned network forgets its weights and is trained from random ones, without repair.
     """
 
     rung: str
@@ -33,6 +33,7 @@ class Fidelity:
     images: int | None = None
     seeds: int = 1
     test: bool = False
+    scratch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

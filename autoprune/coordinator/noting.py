@@ -10,7 +10,7 @@ from typing import Any
 
 import autoprune.search as studies
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, DENSE, StoredSearch, model_key
+from autoprune.coordinator.views import CONTROLS, DENSE, SCRATCH, StoredSearch, model_key
 from autoprune.report import SearchView, point_of
 from autoprune.report.markdown import front_markdown, table, widths_markdown
 from autoprune.results import TrialResult, not_faster
@@ -71,6 +71,8 @@ def study_note(stored: StoredSearch, view: SearchView, rung: str, records: Recor
     how = {0: "no fine-tuning"}.get(facts.get("epochs", 0), f"{facts.get('epochs', 0):g} epochs of fine-tuning")
     if rung == CONTROLS:
         how = "simple policies under the last rung's recipe, to compare with"
+    elif rung == SCRATCH:
+        how = "points of the front, trained from random weights by the last rung's recipe, to compare with"
     parts = [
         f"**{stored.name}**, rung `{rung}` of {' → '.join(stored.order)}: {how}. Objectives: validation error and"
         f" {view.primary} as a fraction of dense, both as small as possible.",

@@ -19,7 +19,7 @@ from autoprune import report, tracking
 from autoprune.coordinator.registering import finetuned_registration, registration
 from autoprune.coordinator.reporting import page_of
 from autoprune.coordinator.setup import Setup
-from autoprune.coordinator.views import CONTROLS, StoredSearch
+from autoprune.coordinator.views import CONTROLS, SCRATCH, StoredSearch
 from autoprune.policy import CHANNEL, caveat
 from autoprune.report import SearchView
 from autoprune.report.markdown import search_markdown
@@ -273,7 +273,7 @@ def run_name(rung: str, trial: StoredTrial) -> str:
     """Returns what a trial's run is called: trials of the rung that touches the test set go by the number that people
     use, that of the trial which they come from.
     """
-    if rung == CONTROLS:
+    if rung in (CONTROLS, SCRATCH):
         return f"control {trial.origin} {trial.number}"
     tested = trial.result is not None and trial.result.fidelity.test
     return f"trial {trial.origin} {rung}" if tested and isinstance(trial.origin, int) else f"{rung} {trial.number}"

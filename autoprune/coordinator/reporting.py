@@ -15,7 +15,16 @@ from pathlib import Path
 from autoprune import report
 from autoprune.coordinator.background import Background
 from autoprune.coordinator.explaining import explanation_of
-from autoprune.coordinator.views import CONTROLS, Shown, StoredSearch, audits_of, read_search, results_of, view_of
+from autoprune.coordinator.views import (
+    CONTROLS,
+    SCRATCH,
+    Shown,
+    StoredSearch,
+    audits_of,
+    read_search,
+    results_of,
+    view_of,
+)
 from autoprune.errors import InputError, StudyError
 from autoprune.prices import Explanation
 from autoprune.report import PageData, RungPair, RungTime, SearchView, units
@@ -144,7 +153,7 @@ def _pairs(stored: StoredSearch) -> tuple[RungPair, ...]:
 
 
 def _times(stored: StoredSearch) -> tuple[RungTime, ...]:
-    order = [rung for rung in (*stored.order, CONTROLS) if rung in stored.rungs]
+    order = [rung for rung in (*stored.order, CONTROLS, SCRATCH) if rung in stored.rungs]
     times = []
     for rung in order:
         evaluated = [t for t in stored.rungs[rung] if t.reused is None and t.result is not None]

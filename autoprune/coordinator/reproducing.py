@@ -17,7 +17,7 @@ from autoprune import tracking
 from autoprune.coordinator.picking import Say
 from autoprune.coordinator.recording import SPACE_FILE
 from autoprune.coordinator.registering import FINETUNE
-from autoprune.coordinator.views import CONTROLS
+from autoprune.coordinator.views import CONTROLS, SCRATCH
 from autoprune.errors import InputError
 from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Fidelity, TrialResult
@@ -124,8 +124,8 @@ def fidelity_of(space: Space, rung: str) -> Fidelity:
         InputError: The space has no such rung.
     """
     ladder = {r.rung: Fidelity(r.rung, r.epochs, r.images, r.seeds, r.test) for r in space.search.ladder}
-    if rung == CONTROLS:
-        return replace(list(ladder.values())[-1], rung=CONTROLS)
+    if rung in (CONTROLS, SCRATCH):
+        return replace(list(ladder.values())[-1], rung=rung, scratch=rung == SCRATCH)
     if rung not in ladder:
         raise InputError(f"the space {space.name!r} has no rung {rung!r}")
     return ladder[rung]

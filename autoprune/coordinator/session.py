@@ -21,13 +21,13 @@ import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.commands import layer_rows, terminal
+from autoprune.coordinator.controls import controls_plan, scratch_plan
 from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
-    CONTROLS,
     HOME,
     StoredSearch,
     facts_of,
@@ -53,7 +53,7 @@ from autoprune.redaction import hide_secrets
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, Problem, WarmStart
 from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
-from autoprune.search.warmstart import control_policies, warm_starts
+from autoprune.search.warmstart import warm_starts
 from autoprune.space import Space
 
 _WARM_STARTS = 24
@@ -317,13 +317,14 @@ class Session:
         )
         if not outcome.complete:
             return False
-        controls = self._controls(plan)
-        if controls is None:
-            return True
-        result = studies.run_ladder(
-            self.storage, controls, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
-        )
-        return result.complete
+        complete = True
+        for beside in (self._controls, self._from_scratch):
+            ladder = beside(plan)
+            if ladder is not None:
+                complete &= studies.run_ladder(
+                    self.storage, ladder, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
+                ).complete
+        return complete
 
     def _mark(self, event: RungStarted) -> None:
         """Stores what `autoprune status` tells of a search that runs."""
@@ -331,17 +332,13 @@ class Session:
         studies.write_complete(self._study(self.space.search.ladder[0].rung), False)
 
     def _controls(self, plan: LadderPlan) -> LadderPlan | None:
-        """Returns the one-rung ladder of the controls: the policies that people would try, by the last rung's
-        recipe.
-        """
-        count = self.space.search.controls
-        if count < 1:
+        return controls_plan(plan, self.bench, count=self.space.search.controls)
+
+    def _from_scratch(self, plan: LadderPlan) -> LadderPlan | None:
+        if self.space.search.scratch < 1:
             return None
-        starts = control_policies(self.problem, self.bench.ranking(), count=count)
-        identities = {self.bench.identity(start.policy) for start in starts}
-        last = plan.rungs[-1].fidelity
-        rung = RungPlan(replace(last, rung=CONTROLS), len(identities))
-        return replace(plan, rungs=(rung,), warm_starts=starts, sampler=None)
+        stored = read_search(self.space.name, home=self.home)
+        return scratch_plan(plan, stored, count=self.space.search.scratch)
 
     def _cost(self, costs: Mapping[str, int]) -> float:
         return float(costs[self.problem.budget.primary])

@@ -13,7 +13,7 @@ from autoprune.coordinator.finetuning import record_all_finetuned
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.picking import Say, picks
 from autoprune.coordinator.recording import Records
-from autoprune.coordinator.views import CONTROLS, StoredSearch, open_existing, read_search, view_of
+from autoprune.coordinator.views import CONTROLS, SCRATCH, StoredSearch, open_existing, read_search, view_of
 from autoprune.errors import StudyError, TrackingError
 
 _PATIENCE = 600.0
@@ -60,7 +60,7 @@ def _sync(stored: StoredSearch, storage: studies.LastingStorage, *, home: Path, 
     name = stored.name
     records = Records(name, stored.setup, home=home, say=say)
     count = 0
-    for rung in [*stored.order, CONTROLS]:
+    for rung in [*stored.order, CONTROLS, SCRATCH]:
         for trial in stored.rungs.get(rung, ()):
             records.trial(rung, trial, dense_metrics=stored.facts["dense_metrics"])
             count += 1

@@ -24,7 +24,9 @@ from autoprune.results import Fidelity, Problem, TrialResult
 from autoprune.search import Audit, Failure, StoredTrial
 
 CONTROLS = "controls"
-"""The rung of the controls: uniform and global policies under the last rung's recipe."""
+"""The rung of the controls: simple policies under the last rung's recipe."""
+SCRATCH = "scratch"
+"""The rung of those points of the front that are trained from random weights by the last rung's recipe."""
 DENSE = "dense"
 """The dense network's name among measurements."""
 STATE = "optuna.db"
@@ -58,7 +60,9 @@ def facts_of(
         "limits": dict(problem.budget.limits),
         "latency": dict(latency),
         "reference": list(studies.reference_point()),
-        "rungs": [{"rung": f.rung, "test": f.test, "epochs": f.epochs} for f in rungs],
+        "rungs": [
+            {"rung": f.rung, "test": f.test, "epochs": f.epochs, "seeds": f.seeds, "images": f.images} for f in rungs
+        ],
     }
 
 
@@ -251,8 +255,10 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         origin="dense",
         metrics=metrics,
     )
+    rung: Mapping[str, Any] = next((r for r in facts["rungs"] if r["rung"] == stored.shown_rung), {})
     last = stored.shown_rung == stored.order[-1]
-    controls = [t for t in studies.distinct(stored.rungs.get(CONTROLS, ())) if t.result is not None] if last else []
+    beside = (CONTROLS, SCRATCH) if last else ()
+    controls = [t for rung in beside for t in studies.distinct(stored.rungs.get(rung, ()))]
     return SearchView(
         name=stored.name,
         rung=stored.shown_rung,
@@ -265,10 +271,21 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         primary=facts["primary"],
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
-        samples=background.samples if background is not None and background.accuracy else {},
+        samples=_samples(background, rung.get("images")),
         notes=(*latency_notes(facts), *audit_notes(stored), *notes),
         pruning=facts.get("pruning", CHANNEL),
+        seeds=rung.get("seeds", 1),
     )
+
+
+def _samples(background: Background | None, images: int | None) -> dict[str, int]:
+    """Returns how many samples of each split the shown accuracies are fractions of; nothing where nobody knows."""
+    if background is None or not background.accuracy:
+        return {}
+    samples = dict(background.samples)
+    if images is not None and "val" in samples:
+        samples["val"] = min(samples["val"], images)
+    return samples
 
 
 def point_in(stored: StoredSearch, shown: Shown) -> FrontPoint:

@@ -34,6 +34,7 @@ from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, ze
 from autoprune.network.merging import merge
 from autoprune.network.recipe import History, Recipe, Stage, fine_tune
 from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
+from autoprune.network.scratch import forget
 from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
 from autoprune.network.stages import StageClock
 from autoprune.network.surgery import Selection, cut
@@ -191,11 +192,16 @@ class Workbench:
         clock = StageClock(self.clock, self.beat)
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
+        curves: dict[str, tuple[float, ...]]
         if self.recipe.staged and fidelity.epochs > 0:
             return self._result(policy, fidelity, self._staged(policy, fidelity, clock), clock)
         with clock("surgery"):
             model = self._pruned(selection).to(self.device)
             replace_activations(model, self.replaced(policy))
+        if fidelity.scratch:
+            forget(model, self.seed)
+            model, metrics, curves = self._tuned(model, selection, fidelity, clock)
+            return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
         if fidelity.epochs > 0:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
@@ -204,7 +210,7 @@ class Workbench:
         with clock("evaluation"):
             repaired = self._scored("val", model, fidelity.images, "_recalibrated")
         metrics |= repaired
-        curves: dict[str, tuple[float, ...]] = {}
+        curves = {}
         if fidelity.epochs > 0:
             model, tuned, curves = self._tuned(model, selection, fidelity, clock)
             metrics |= tuned
@@ -243,7 +249,7 @@ class Workbench:
             device=self.device,
             seed=self.seed,
         )
-        if self.models is None or fidelity.epochs <= 0:
+        if self.models is None or fidelity.epochs <= 0 or fidelity.scratch:
             return result
         folder = self.models / f"{fidelity.rung}-{result.identity}"
         document = model_document(self.network, policy, selection, result.to_json(), self.origin, model=model) | {

@@ -16,6 +16,7 @@ from autoprune.prices import CHEAP, DEAR, Curves, Explanation
 from autoprune.report import units
 from autoprune.report.diagnostics import RungPair, RungTime
 from autoprune.report.explanation import number, price_text, sentence, summary, weighted
+from autoprune.report.intervals import hypervolume_sentence
 from autoprune.report.view import FrontPoint, SearchView
 
 Chosen = Sequence[tuple[str, FrontPoint]]
@@ -284,12 +285,8 @@ def _margins(view: SearchView) -> str:
 
 
 def _closing(view: SearchView) -> str:
-    text = f"Hypervolume {view.hypervolume:.4f}"
-    if view.controls:
-        text += f", controls alone {view.controls_hypervolume:.4f}"
-    return f"{text} (reference point: validation error {view.reference[0]:g}, {units.LABELS[view.primary]}" + (
-        f" {view.reference[1]:.3g} of dense)."
-    )
+    axis = f"{units.LABELS[view.primary]} {view.reference[1]:.3g} of dense"
+    return f"{hypervolume_sentence(view)} (reference point: validation error {view.reference[0]:g}, {axis})."
 
 
 def _cost(view: SearchView, point: FrontPoint, cost: str) -> str:

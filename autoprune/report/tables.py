@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoprune.cost import COSTS, LATENCY
+from autoprune.report.intervals import hypervolume_interval
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def layer_table(rows: Sequence[LayerRow]) -> pd.DataFrame:
 
 def front_json(view: SearchView) -> dict[str, Any]:
     """Returns the front as plain JSON values for programs; what is not a finite number becomes `None`."""
+    interval = hypervolume_interval(view, view.trials)
     return {
         "schema": SCHEMA,
         "name": view.name,
@@ -101,6 +103,7 @@ def front_json(view: SearchView) -> dict[str, Any]:
         "knee": view.knee.trial if view.knee else None,
         "hypervolume": view.hypervolume,
         "controls_hypervolume": view.controls_hypervolume if view.controls else None,
+        "hypervolume_interval": None if interval is None else [interval.low, interval.high],
         "reference": {"val_error": view.reference[0], _FRACTION[view.primary]: view.reference[1]},
         "trials": len(view.trials),
         "notes": list(view.notes),

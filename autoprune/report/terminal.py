@@ -18,6 +18,7 @@ from autoprune.errors import StudyError
 from autoprune.policy import CHANNEL
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
+from autoprune.report.intervals import hypervolume_sentence
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
 
 _SHOWN = (MACS, PARAMS, SIZE)
@@ -219,10 +220,7 @@ def _controls(view: SearchView, costs: Sequence[str]) -> Table:
 
 def _closing(view: SearchView) -> list[str]:
     axis = f"{units.LABELS[view.primary]} {view.reference[1]:.3g} of dense"
-    line = f"Hypervolume {view.hypervolume:.4f}"
-    if view.controls:
-        line += f", controls alone {view.controls_hypervolume:.4f}"
-    lines = [f"{line} (reference point: validation error {view.reference[0]:g}, {axis})."]
+    lines = [f"{hypervolume_sentence(view)} (reference point: validation error {view.reference[0]:g}, {axis})."]
     if view.limits:
         limits = ", ".join(
             f"{units.LABELS[name]} {units.cost(name, view.limits[name])}" for name in view.costs if name in view.limits

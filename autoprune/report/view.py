@@ -64,13 +64,13 @@ class LayerRow:
 class SearchView:
     """What is known about a search.
 
-    `trials` are the trials of the rung that is shown, `controls` uniform and global-ranking policies under the same
-    recipe. `sizes` are the dense widths of the groups. `primary` is the cost on the front's axis. `reference` is the
-    hypervolume's reference point (validation error, fraction of the dense primary cost), as stored with the study.
-    `limits` are the budget's upper limits in absolute numbers. `samples` holds the number of samples of each split
-    where accuracies are fractions of them, so that their standard errors follow. `notes` are sentences for the end
-    of the report, such as the proxy audit's. `pruning` says what a group's width counts: channels, or the non-zeros of
-    a weight.
+    `trials` are the trials of the rung that is shown, `controls` simple policies, and points trained from scratch,
+    under the same recipe. `sizes` are the dense widths of the groups. `primary` is the cost on the front's axis.
+    `reference` is the hypervolume's reference point (validation error, fraction of the dense primary cost), as stored
+    with the study. `limits` are the budget's upper limits in absolute numbers. `samples` holds the number of samples of
+    each split where accuracies are fractions of them, so that their standard errors follow; `seeds` is how many
+    trainings an accuracy is the mean of. `notes` are sentences for the end of the report, such as the proxy audit's.
+    `pruning` says what a group's width counts: channels, or the non-zeros of a weight.
     """
 
     name: str
@@ -85,6 +85,7 @@ class SearchView:
     samples: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pruning: str = CHANNEL
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         if self.primary not in (*COSTS, LATENCY):

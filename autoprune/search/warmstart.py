@@ -8,6 +8,7 @@ under the same recipe.
 from __future__ import annotations
 
 import math
+import random
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
@@ -133,19 +134,41 @@ def _round(problem: Problem, criteria: Sequence[str | None], count: int) -> list
     return pairs[:count]
 
 
-def control_policies(problem: Problem, scores: Scores, *, count: int) -> tuple[WarmStart, ...]:
-    """Returns up to `count` policies that people would try by hand: uniform and global, by a weight norm, spread over
-    the span.
+def control_policies(problem: Problem, scores: Scores, *, count: int, seed: int = 0) -> tuple[WarmStart, ...]:
+    """Returns up to `count` policies that people would try by hand, in the order in which they matter.
 
-    The norm is `l2` or `l1` where the problem has one of them, else its first criterion.
+    At the budget: uniform and global by a weight norm, random ratios, and global by every other criterion. Then uniform
+    and global by the norm at lower costs, spread over the span. The norm is `l2` or `l1` where the problem has one of
+    them, else its first criterion.
     """
-    criterion = next((name for name in ("l2", "l1") if name in problem.criteria), problem.criteria[0])
-    starts: list[WarmStart] = []
-    spread = targets(problem.budget, max(1, math.ceil(count / 2)) + 1)[:-1]  # the least budget has a single policy
-    for target in spread:
-        starts.append(WarmStart(uniform(problem, criterion, target), f"uniform {criterion}"))
-        starts.append(WarmStart(global_ranking(problem, scores, criterion, target), f"global {criterion}"))
+    if count < 1:
+        return ()
+    norm = next((name for name in ("l2", "l1") if name in problem.criteria), problem.criteria[0])
+    projector = Projector(problem)
+
+    def even(target: float) -> WarmStart:
+        return WarmStart(uniform(problem, norm, target, projector=projector), f"uniform {norm}")
+
+    def ranked(criterion: str, target: float) -> WarmStart:
+        return WarmStart(global_ranking(problem, scores, criterion, target, projector=projector), f"global {criterion}")
+
+    high = problem.budget.span[1]
+    starts = [even(high), ranked(norm, high), _random(problem, norm, seed, projector=projector)]
+    starts += [ranked(name, high) for name in problem.criteria if name not in (norm, "random")]
+    lower = max(1, math.ceil((count - len(starts)) / 2))
+    for target in targets(problem.budget, lower + 2)[1:-1]:  # the least budget has a single policy
+        starts += [even(target), ranked(norm, target)]
     distinct: dict[str, WarmStart] = {}
-    for start in starts[:count]:
+    for start in starts:
         distinct.setdefault(start.policy.id, start)
-    return tuple(distinct.values())
+    return tuple(distinct.values())[:count]
+
+
+def _random(problem: Problem, criterion: str, seed: int, *, projector: Projector) -> WarmStart:
+    """Returns ratios drawn evenly for each group, shifted onto the budget."""
+    rng = random.Random(seed)
+    ratios = {g.name: rng.uniform(g.ratio(g.widths[-1]), g.ratio(g.widths[0])) for g in problem.groups}
+    widths = projector.project(ratios, problem.budget.span[1])
+    return WarmStart(
+        policy_from_widths(problem, widths, dict.fromkeys(widths, criterion)), f"random ratios {criterion}"
+    )

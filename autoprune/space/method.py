@@ -383,8 +383,8 @@ def _rung(rung: Any, key: str) -> Any:
     return rung.get(key) if isinstance(rung, Mapping) else getattr(rung, key, None)
 
 
-RESERVED = ("controls", "finetune")
-"""Rungs that a search adds to those of its ladder: the controls, and models that are trained longer."""
+RESERVED = ("controls", "scratch", "finetune")
+"""Rungs that a search adds to those of its ladder: controls, points trained from scratch, models trained longer."""
 _LADDER = (
     RungSettings(rung="screen", epochs=0, images=2000),
     RungSettings(rung="tune", epochs=3, trials=10),
@@ -409,8 +409,16 @@ class SearchSettings(Section):
         default=4,
         ge=0,
         le=1000,
-        description="Uniform and globally ranked policies that are measured beside the front by the last rung's "
-        "recipe, to show what the search gains. 0: none.",
+        description="Simple policies that are measured beside the front by the last rung's recipe, to show what the "
+        "search gains. In this order: at the budget uniform and global by a weight norm, random ratios, and global by "
+        "every other criterion; then uniform and global at lower costs. 0: none.",
+    )
+    scratch: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="So many points of the finished front, well spread, are also trained from random initial weights "
+        "by the last rung's recipe, and stand among the controls. 0: none.",
     )
     trial_timeout: Duration | None = Field(
         default=None,

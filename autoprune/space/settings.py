@@ -91,6 +91,7 @@ class Space(Section):
         if isinstance(model, Mapping) and model.get("weights") is not None and raw.get("checkpoint") is not None:
             yield ("checkpoint",), "`checkpoint` and `model.weights` exclude each other"
         yield from pruning_faults(raw)
+        yield from _scratch_faults(raw)
         recipe, search = raw.get("recipe"), raw.get("search")
         ladder = search.get("ladder") if isinstance(search, Mapping) else None
         if not isinstance(recipe, Mapping) or not isinstance(ladder, (list, tuple)):
@@ -227,6 +228,23 @@ def _refused_code(document: Document) -> Iterator[Fault]:
         reason = refusal(path, directory=Path.cwd())
         if reason is not None:
             yield document.fault(place, reason)
+
+
+def _scratch_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
+    """Checks that what is to be trained from scratch is trained at all, and in one go."""
+    search, recipe = raw.get("search"), raw.get("recipe")
+    if not isinstance(search, Mapping) or search.get("scratch") in (None, 0):
+        return
+    if raw.get("pruning", CHANNEL) != CHANNEL:
+        yield ("search", "scratch"), "masks of single weights are not trained from scratch; only pruning: channel is"
+    own = recipe if isinstance(recipe, Mapping) else {}
+    staged = [key for key in ("schedule", "regularisation") if own.get(key) not in (None, "one_shot")]
+    if staged:
+        yield ("search", "scratch"), f"there are no weights to prune in stages (recipe.{staged[0]}) from scratch"
+    ladder = search.get("ladder")
+    last = ladder[-1] if isinstance(ladder, (list, tuple)) and ladder else None
+    if isinstance(last, Mapping) and last.get("epochs", 0) == 0:
+        yield ("search", "scratch"), "training from scratch needs epochs, and the last rung of `search.ladder` has none"
 
 
 def _missing_files(document: Document) -> Iterator[Fault]:

@@ -255,7 +255,7 @@ def test_the_front_as_json_has_a_stable_schema(front: Any) -> None:
     assert (front["name"], front["rung"], front["primary"]) == ("quick", "final", "macs")
     assert set(front) == {
         *("schema", "name", "rung", "primary", "limits", "dense", "front", "controls", "knee", "hypervolume"),
-        *("controls_hypervolume", "reference", "trials", "notes", "pruning", "caveat"),
+        *("controls_hypervolume", "hypervolume_interval", "reference", "trials", "notes", "pruning", "caveat"),
     }
     for point in (front["dense"], *front["front"], *front["controls"]):
         assert 0 <= point["val_accuracy"] <= 1

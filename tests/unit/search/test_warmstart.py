@@ -121,20 +121,39 @@ def test_a_single_criterion_named_random_still_gives_starts(make_chain):
     assert len(warm_starts(problem, *learnt(problem), count=6)) >= 4
 
 
+KINDS = ("uniform l2", "global l2", "random ratios l2", "global taylor")
+
+
 @pytest.mark.parametrize("count", [0, 1, 4, 6])
-def test_controls_are_uniform_and_global_by_a_weight_norm(problem, count):
+def test_controls_are_uniform_global_by_each_criterion_and_random_ratios(problem, count):
     scores, _ = learnt(problem)
     starts = control_policies(problem, scores, count=count)
     assert len(starts) == count
-    assert {start.origin for start in starts} <= {"uniform l2", "global l2"}
+    assert tuple(start.origin for start in starts[:4]) == KINDS[:count]
+    assert {start.origin for start in starts[4:]} <= {"uniform l2", "global l2"}
     assert len({start.policy.id for start in starts}) == len(starts)
     assert all(problem.budget.within(problem.costs(start.policy)) for start in starts)
+
+
+def test_the_first_controls_stand_at_the_budget_and_the_others_below_it(problem):
+    scores, _ = learnt(problem)
+    at = [costs(problem, start.policy) for start in control_policies(problem, scores, count=8)]
+    assert all(0.5 < cost <= 0.6 for cost in at[:4])
+    assert all(0.2 < cost < 0.5 for cost in at[4:])
+    assert len({round(cost, 1) for cost in at[4:]}) > 1
+
+
+def test_random_controls_differ_with_the_seed_and_stay_the_same_without(problem):
+    scores, _ = learnt(problem)
+    drawn = [control_policies(problem, scores, count=3, seed=seed)[2].policy.id for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_controls_use_the_first_criterion_where_there_is_no_weight_norm(make_chain):
     problem = make_chain(4, criteria=("taylor", "obs"))
     scores, _ = learnt(problem)
-    assert {s.origin for s in control_policies(problem, scores, count=4)} == {"uniform taylor", "global taylor"}
+    origins = [start.origin for start in control_policies(problem, scores, count=4)]
+    assert origins == ["uniform taylor", "global taylor", "random ratios taylor", "global obs"]
 
 
 def test_the_same_input_gives_the_same_starts(problem):

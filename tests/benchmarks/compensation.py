@@ -1,0 +1,353 @@
+"""What repairs a pruned network best before any training: refits, their ridge, statistics, and which channels go.
+
+    python tests/benchmarks/compensation.py [--network resnet20] [--seeds 3] [--output FILE]
+
+Needs AUTOPRUNE_DATA. Six fixed policies, the additive solution and the uniform one at 0.70, 0.50 and 0.35 of the MACs,
+are repaired in every way and scored on the same 2,000 validation images. A seed draws other calibration images (512 of
+the training set), from which everything is learnt anew but the policies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autoprune.network import compensation, pipeline, sequential
+from autoprune.network.calibration import gather, sample_patches
+from autoprune.network.criteria import choose, score
+from autoprune.network.evaluation import evaluate
+from autoprune.network.evidence import Evidence
+from autoprune.network.groups import positions_in
+from autoprune.network.surgery import Selection, cut
+from autoprune.network.trace import Network
+from autoprune.search.warmstart import additive, uniform
+from autoprune.space import load_space
+
+HERE = Path(__file__).parent
+BUDGETS = (0.7, 0.5, 0.35)
+IMAGES = 2000
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+SOLVE = sequential._solve
+
+
+class Case:
+    """One network, with what one seed's calibration images say about it."""
+
+    def __init__(self, network: str, cache: Path) -> None:
+        overrides = [
+            f"name=compensation-{network}",
+            f"model.name={network}",
+            f"checkpoint=${{AUTOPRUNE_DATA}}/{network}_cifar10jpeg.safetensors",
+        ]
+        space = load_space(HERE / "resnet20_no_finetuning.yaml", overrides=overrides, env=os.environ)
+        ingredients = pipeline.ingredients_of(space, cache=cache)
+        self.splits = ingredients.splits
+        self.network: Network = pipeline.trace_ingredients(ingredients, space)
+        groups = pipeline.searchable_groups(self.network, space)
+        self.problem = pipeline.problem_of(self.network, groups, space)
+        self.bench = pipeline.workbench_of(
+            space, ingredients, self.network, cache=cache, models=None, note=lambda text: None
+        )
+        tables = self.bench.knowledge.tables
+        self.policies = {
+            f"{kind} {budget:.2f}": policy
+            for budget in BUDGETS
+            for kind, policy in (
+                ("additive", additive(self.problem, tables, budget, criterion="l1")),
+                ("uniform", uniform(self.problem, "l1", budget)),
+            )
+        }
+
+    def draw(self, seed: int) -> None:
+        """Draws 512 training images and gathers moments and targets on them."""
+        drawn = self.splits.train.batches(64, shuffle=torch.Generator().manual_seed(seed))
+        batches = [x for (x, _), _ in zip(drawn, range(8), strict=False)]
+        self.images = torch.cat(batches)
+        self.statistics = gather(self.network, batches, seed=seed)
+        self.targets = sequential.gather_targets(self.network, self.images, seed=seed)
+        self.evidence = Evidence(self.network, self.statistics, seed=seed)
+
+    def widths(self, name: str) -> dict[str, int]:
+        """Returns the widths of a policy."""
+        return self.policies[name].widths(self.problem.groups)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Returns the accuracy on the validation images."""
+        dtype = self.bench.precision.autocast_dtype
+        return evaluate(model, self.splits.val, limit=IMAGES, autocast_dtype=dtype).accuracy
+
+
+# --- ways of repairing --------------------------------------------------------------------------------------------
+
+
+def refitted(case: Case, model: nn.Module, selection: Selection, ridge: float = 1e-3) -> None:
+    """The way of a search: cached refit, then the sequential one with BatchNorm statistics."""
+    compensation.compensate(case.network, model, selection, case.statistics, ridge=ridge)
+    sequential.refit_sequentially(case.network, model, selection, case.targets, ridge=ridge)
+
+
+def recalibrated(case: Case, model: nn.Module, selection: Selection) -> None:
+    """BatchNorm statistics alone."""
+    sequential._run_collecting(model, lambda: model(case.images))
+
+
+def cached(case: Case, model: nn.Module, selection: Selection) -> None:
+    """Refits on what the dense network's layers read, then BatchNorm statistics."""
+    compensation.compensate(case.network, model, selection, case.statistics)
+    recalibrated(case, model, selection)
+
+
+def held_out(module: nn.Module, patches: Tensor, wanted: Tensor, **options: Any) -> None:
+    """Solves a layer with the ridge whose fit on three quarters of the rows has the least error on the last one."""
+    rows = patches.shape[1] * 3 // 4
+    errors = []
+    start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    for ridge in RIDGES:
+        SOLVE(module, patches[:, :rows], wanted[:, :rows], **{**options, "ridge": ridge})
+        weight = module.get_parameter("weight").reshape(patches.shape[0], -1, patches.shape[2])
+        error = wanted[:, rows:] - patches[:, rows:] @ weight.transpose(1, 2)
+        errors.append(float((error - error.mean(1, keepdim=True)).square().sum()))
+        module.load_state_dict(start)
+    SOLVE(module, patches, wanted, **{**options, "ridge": RIDGES[int(np.argmin(errors))]})
+
+
+@contextmanager
+def dense_statistics() -> Iterator[None]:
+    """BatchNorms keep the dense network's statistics: the mean is right by the refit, the variance of a fit is less."""
+
+    def plain(model: nn.Module, run: Callable[[], object]) -> None:
+        with sequential.evaluating(model), torch.no_grad():
+            run()
+
+    with mock.patch.object(sequential, "_run_collecting", plain):
+        yield
+
+
+def shortcut(block: Any, x: Tensor) -> Tensor:
+    """Returns what a block adds to its convolutions' output: its input, subsampled and zero-padded where it must be."""
+    before = block.padding // 2
+    padding = (0, 0, 0, 0, before, block.padding - before)
+    return nn.functional.pad(x[:, :, :: block.stride, :: block.stride], padding)
+
+
+@contextmanager
+def residual_targets(case: Case, model: nn.Module) -> Iterator[None]:
+    """The last convolution of a block is wanted to make up for what its shortcut has lost too.
+
+    Source: the multi-branch rule of He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017.
+    """
+    dense = dict(case.network.model.named_modules())
+    pointwise = nn.Conv2d(1, 1, 1)
+    targets, seed = case.targets, case.targets.seed
+
+    def rows(x: Tensor) -> Tensor:
+        return sample_patches(pointwise, x, targets.rows, torch.Generator().manual_seed(seed))  # (1, rows, C)
+
+    shortcuts: dict[str, Tensor] = {}
+    handles = []
+    blocks = [name.removesuffix(".bn2") for name in dense if name.endswith(".bn2")]
+    for name in blocks:
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            shortcuts[name] = rows(shortcut(module, args[0]))
+
+        handles.append(dense[name].register_forward_pre_hook(keep))
+    with sequential.evaluating(case.network.model), torch.no_grad():
+        case.network.model(targets.images)
+    for handle in handles:
+        handle.remove()
+    handles = []
+    wanted = dict(targets.outputs)
+    for name in blocks:
+
+        def make_up(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            norm = dense[f"{name}.bn2"]
+            factor = (norm.running_var + norm.eps).sqrt() / norm.weight  # of the normalised output, in its input
+            actual = shortcut(module, args[0])
+            targets.outputs[f"{name}.conv2"] = wanted[f"{name}.conv2"] + (shortcuts[name] - rows(actual)) * factor
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(make_up))
+    try:
+        yield
+    finally:
+        targets.outputs.update(wanted)
+        for handle in handles:
+            handle.remove()
+
+
+def with_(case: Case, model: nn.Module, selection: Selection, *changes: Any) -> None:
+    """The way of a search under changes to its parts."""
+    with ExitStack() as stack, torch.no_grad():
+        for change in changes:
+            stack.enter_context(change)
+        refitted(case, model, selection)
+
+
+Way = Callable[[Case, nn.Module, Selection], None]
+WAYS: dict[str, Way] = {
+    "BatchNorm recalibration alone": recalibrated,
+    "cached dense Grams": cached,
+    "sequential, ridge 0.001 (default)": refitted,
+    "sequential, ridge 0.0001": lambda case, model, kept: refitted(case, model, kept, ridge=1e-4),
+    "sequential, ridge 0.01": lambda case, model, kept: refitted(case, model, kept, ridge=1e-2),
+    "sequential, ridge of each layer by held-out error": lambda case, model, kept: with_(
+        case, model, kept, mock.patch.object(sequential, "_solve", held_out)
+    ),
+    "sequential, statistics of the dense network": lambda case, model, kept: with_(
+        case, model, kept, dense_statistics()
+    ),
+    "sequential, residual targets": lambda case, model, kept: with_(case, model, kept, residual_targets(case, model)),
+    "sequential, residual targets, dense statistics": lambda case, model, kept: with_(
+        case, model, kept, residual_targets(case, model), dense_statistics()
+    ),
+}
+
+
+# --- ways of choosing ---------------------------------------------------------------------------------------------
+
+
+def greedy_obs(evidence: Evidence, group: Any) -> np.ndarray:
+    """Returns the order in which channels go, `(n,)`, when each is the one that then costs least under optimal refit.
+
+    After each removal the others' costs are those of the network without it (one-shot OBS looks at all at once).
+    """
+    states = []
+    for links in evidence.consumers(group):
+        moments = evidence.statistics[links.module]
+        matrix = compensation.layer_moments(moments, links).double()[0]
+        scale = matrix.diagonal().mean()
+        inverse = torch.linalg.inv(matrix + 1e-3 * scale * torch.eye(len(matrix), dtype=torch.float64))
+        weight = evidence.parameter(links.layer.weight)
+        flat = weight.reshape(weight.shape[0], -1).double().clone()
+        power = float(torch.einsum("nd,de,ne->", flat, matrix, flat))
+        position = positions_in(links.inputs, group)
+        states.append([flat, inverse, position, moments.kernel, power])
+    left, order = list(range(group.size)), []
+    while left:
+        costs = torch.zeros(len(left), dtype=torch.float64)
+        for flat, inverse, position, kernel, power in states:
+            entries = torch.from_numpy(np.stack([_entries(position, c, kernel) for c in left]))  # (m, k)
+            blocks = inverse[entries.unsqueeze(2), entries.unsqueeze(1)]  # (m, k, k)
+            columns = flat[:, entries].permute(1, 2, 0)  # (m, k, N)
+            costs += (columns * torch.linalg.solve(blocks, columns)).sum((1, 2)) / power
+        gone = left.pop(int(costs.argmin()))
+        order.append(gone)
+        for state in states:
+            flat, inverse, position, kernel, _ = state
+            e = torch.from_numpy(_entries(position, gone, kernel))
+            gain = torch.linalg.solve(inverse[e][:, e], inverse[e])  # (k, d)
+            state[0] = flat - flat[:, e] @ gain
+            state[1] = inverse - inverse[:, e] @ gain
+            state[0][:, e] = 0.0
+            # What went takes no part any more; the unit block keeps the matrix regular.
+            state[1][e], state[1][:, e] = 0.0, 0.0
+            state[1][e, e] = 1.0
+    ranks = np.empty(group.size)
+    ranks[order] = np.arange(group.size)
+    return ranks
+
+
+def _entries(position: np.ndarray, channel: int, kernel: int) -> np.ndarray:
+    at = np.flatnonzero(position == channel)
+    return (at[:, None] * kernel + np.arange(kernel)[None, :]).reshape(-1)
+
+
+def chosen(case: Case, criterion: str, widths: dict[str, int]) -> Selection:
+    """Returns the channels that a criterion keeps."""
+    groups = {group.name: group for group in case.network.groups}
+    narrowed = {name: width for name, width in widths.items() if width < groups[name].size}
+    if criterion == "greedy obs":
+        scores = {name: greedy_obs(case.evidence, groups[name]) for name in narrowed}
+    else:
+        scores = score(case.evidence, [criterion])[criterion]
+    return {name: choose(scores[name], width) for name, width in narrowed.items()}
+
+
+CRITERIA = ("l1", "l2", "obs", "greedy obs")
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def run(case: Case, seeds: int) -> dict[str, dict[str, list[float]]]:
+    """Returns way → policy → accuracies over the seeds, and under `seconds` what a repair took."""
+    table: dict[str, dict[str, list[float]]] = {}
+
+    def note(way: str, policy: str, value: float) -> None:
+        table.setdefault(way, {}).setdefault(policy, []).append(value)
+
+    for seed in range(seeds):
+        case.draw(seed)
+        for policy in case.policies:
+            widths = case.widths(policy)
+            kept = chosen(case, "l1", widths)
+            for way, repair in WAYS.items():
+                model = cut(case.network, kept)
+                begun = time.process_time()
+                repair(case, model, kept)
+                note(way, "seconds", time.process_time() - begun)
+                note(way, policy, 100 * case.accuracy(model))
+            for criterion in CRITERIA:
+                begun = time.process_time()
+                picked = chosen(case, criterion, widths)
+                took = time.process_time() - begun
+                model = cut(case.network, picked)
+                refitted(case, model, picked)
+                note(f"channels by {criterion}", "seconds", took)
+                note(f"channels by {criterion}", policy, 100 * case.accuracy(model))
+            print(seed, policy, {way: round(values[policy][-1], 1) for way, values in table.items()}, flush=True)
+    return table
+
+
+def render(table: dict[str, dict[str, list[float]]], case: Case, options: argparse.Namespace) -> str:
+    """Returns the comparison as Markdown."""
+    names = list(case.policies)
+    lines = [
+        f"# Repairing {options.network} without training (`python tests/benchmarks/compensation.py`)",
+        "",
+        f"Accuracy in % on {IMAGES:,} validation images of CIFAR-10 (JPEG copy); mean over {options.seeds} draws of "
+        "512 calibration images, ± the mean over the policies of the standard deviation over draws. Seconds: of the "
+        f"processor, a repair (a ranking for the last rows), one core; torch {torch.__version__}.",
+        "",
+        "| | " + " | ".join(names) + " | mean | ± | seconds |",
+        "|---|" + "---|" * (len(names) + 3),
+    ]
+    for way, values in table.items():
+        cells = [fmean(values[name]) for name in names]
+        spread = fmean(stdev(values[name]) for name in names) if options.seeds > 1 else float("nan")
+        row = [*(f"{cell:.1f}" for cell in cells), f"{fmean(cells):.2f}", f"{spread:.1f}"]
+        lines.append(f"| {way} | " + " | ".join([*row, f"{fmean(values['seconds']):.2f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the comparison and writes its table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--network", default="resnet20", choices=["resnet20", "resnet56"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=Path(".autoprune/bench/cache"))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if "AUTOPRUNE_DATA" not in os.environ:
+        raise SystemExit("AUTOPRUNE_DATA must name the folder with cifar10-jpeg.tar.xz and the weights")
+    torch.set_num_threads(1)
+    case = Case(options.network, options.cache)
+    text = render(run(case, options.seeds), case, options)
+    print(text)
+    if options.output:
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
