@@ -32,6 +32,12 @@ _UNTRAINED = 0.2
 """Epochs that count for a candidate that is only repaired and scored: 0.03 for ResNet-20 on all of CIFAR-10, more for
 small data sets."""
 _LEAST_SHARE = 0.15
+_SAMPLER_EVERY = 4
+"""Under `auto` one of so many candidates is TPE's, the others come from the learned additive model.
+
+On the surrogate of `make samplers` the model alone is best at every size; in a search of ResNet-20 in which both had
+equal shares it made 14 points of the front and TPE 8. What no additive model can say is left to TPE.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,8 @@ class LadderPlan:
 
     `fingerprint` and `settings` (by section) stand for everything that decides a result: a stored study that was made
     from others is refused. `warm_starts` are tried first, in their order. With `sampler` None nothing but the warm
-    starts is measured; with `auto` and error `tables` the learned additive model proposes in turn with TPE. `workers`
-    evaluations are kept in flight.
+    starts is measured; with `auto` and error `tables` the learned additive model makes three of four proposals and TPE
+    the fourth. `workers` evaluations are kept in flight.
     """
 
     name: str
@@ -204,8 +210,8 @@ def _explore(study: Study, plan: LadderPlan, rung: RungPlan, work: Work) -> bool
     proposer = None
     if plan.sampler in (AUTO, LEARNED_ALONE) and plan.tables is not None:
         done = sum(t.source == LEARNED for t in records.read_trials(study, problem))
-        every = 2 if plan.sampler == AUTO else 1
-        proposer = LearnedAdditive(problem, plan.tables, seed=plan.seed, done=done, every=every)
+        rest = _SAMPLER_EVERY if plan.sampler == AUTO else 0
+        proposer = LearnedAdditive(problem, plan.tables, seed=plan.seed, done=done, rest=rest)
     runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=mirror, live=live, proposer=proposer)
     return runner.run(work, rung.trials)
 

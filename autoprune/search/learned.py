@@ -56,11 +56,11 @@ class LearnedAdditive:
 
     Each proposal fits the weights to a bootstrap sample of the trials (Thompson sampling), so that groups whose weight
     is not known well are explored, and solves at the next budget of a sequence that fills the span evenly. `done` is
-    how many proposals were made before; one of `every` candidates is to be asked for here.
+    how many proposals were made before; one of `rest` candidates is to be left to a sampler (0: none).
     """
 
-    def __init__(self, problem: Problem, tables: Tables, *, seed: int, done: int = 0, every: int = 2) -> None:
-        self.every = every
+    def __init__(self, problem: Problem, tables: Tables, *, seed: int, done: int = 0, rest: int = 0) -> None:
+        self.rest = rest
         self._problem = problem
         self._tables = tables
         self._solver = AdditiveSolver(problem)

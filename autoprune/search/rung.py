@@ -59,9 +59,9 @@ class Work:
 
 
 class Proposer(Protocol):
-    """Proposes policies from the results so far, beside the sampler: one of `every` candidates after the queue."""
+    """Proposes policies from the results so far. One of `rest` candidates after the queue is the sampler's; 0: none."""
 
-    every: int
+    rest: int
 
     def propose(self, results: Sequence[TrialResult]) -> Policy:
         """Returns the next proposal, within the budget."""
@@ -123,7 +123,7 @@ class Rung:
         self._mirror = mirror
         self._live = live
         self._proposer = proposer
-        self._turn = -1
+        self._turn = 0
         trials = records.read_trials(study, problem)
         self._known = {t.identity: (t.number, t.result) for t in records.distinct(trials) if t.result is not None}
         self._broken = {t.identity for t in trials if t.state == "fail" and not t.abandoned} - set(self._known)
@@ -217,8 +217,9 @@ class Rung:
         """
         if self._proposer is None or (self._queue and len(self._known) < OPENING):
             return None
-        self._turn = (self._turn + 1) % (2 if self._queue else self._proposer.every)
-        if self._turn:
+        self._turn += 1
+        rest = 2 if self._queue else self._proposer.rest
+        if rest and self._turn % rest == 0:
             return None
         policy = self._proposer.propose([result for _, result in self._known.values()])
         identity = work.identity(policy)

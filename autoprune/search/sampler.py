@@ -245,7 +245,7 @@ def _gp(seed: int) -> BaseSampler:
 
 
 AUTO = "auto"
-"""TPE in turn with the learned additive model, where there are error tables."""
+"""The learned additive model, where there are error tables, and TPE for one of four candidates."""
 LEARNED_ALONE = "learned"
 """The learned additive model, and TPE where it only repeats itself."""
 

@@ -400,7 +400,7 @@ class SearchSettings(Section):
         default="auto",
         description="Who proposes candidates on the first rung after the warm starts: one of Optuna's samplers (gp is "
         "for few groups: an ask of 60 takes seconds); learned: the additive model whose weights are learned from the "
-        "trials so far; auto: that model in turn with TPE.",
+        "trials so far; auto: that model, and TPE for one of four candidates.",
     )
     warm_starts: bool = Field(
         default=True, description="The first candidates are uniform, globally ranked and additive-error policies."
