@@ -322,14 +322,14 @@ def measured(case: Case, way: str, policy: str) -> tuple[float, float]:
 
 def render(case: Case, journal: Journal, options: argparse.Namespace) -> str:
     """Measures everything and returns the comparison as Markdown."""
-    names = list(case.policies)
+    names = options.policies
     lines = [
         f"# Repairing {options.network} without training (`python tests/benchmarks/compensation.py`)",
         "",
-        f"Accuracy in % on {IMAGES:,} validation images of CIFAR-10 (JPEG copy; standard error 0.8, all see the same",
-        f"ones); mean over {options.seeds} draw(s) of 512 calibration images, ± the mean over the policies of the standard",
-        "deviation over draws. Policies: additive solutions and uniform ratios by l1 at fractions of the MACs. Seconds:",
-        f"of the processor, a repair (a ranking in the last rows), one core; torch {torch.__version__}.",
+        f"Accuracy in % on {IMAGES:,} validation images of CIFAR-10 (JPEG; standard error 0.8 points; all see the",
+        f"same ones); mean over {options.seeds} draw(s) of 512 calibration images, ± the mean over the policies of the",
+        "standard deviation over draws. Policies: additive solutions and uniform ratios by l1 at fractions of the MACs.",
+        f"Seconds: of the processor, a repair (a ranking in the last rows), one core; torch {torch.__version__}.",
         "",
         "| | " + " | ".join(names) + " | mean | ± | seconds |",
         "|---|" + "---|" * (len(names) + 3),
@@ -353,6 +353,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(".autoprune/bench/cache"))
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, *CHOICES], default=[*WAYS, *CHOICES])
+    policies = [f"{kind} {budget:.2f}" for budget in BUDGETS for kind in ("additive", "uniform")]
+    parser.add_argument("--policies", nargs="+", choices=policies, default=policies)
     parser.add_argument("--journal", type=Path, help="a file of finished measurements: they are not repeated")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
