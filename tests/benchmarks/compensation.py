@@ -328,7 +328,7 @@ def render(case: Case, journal: Journal, options: argparse.Namespace) -> str:
         "",
         f"Accuracy in % on {IMAGES:,} validation images of CIFAR-10 (JPEG; standard error 0.8; all see the",
         f"same ones); mean over {options.seeds} draw(s) of 512 calibration images, ± the mean over policies of the",
-        "standard deviation over draws. Policies: additive solutions and uniform ratios by l1 at fractions of the MACs.",
+        "standard deviation over draws. Policies: additive solutions and uniform ratios by l1 at parts of the MACs.",
         f"Seconds: of the processor, a repair (a ranking in the last rows), one core; torch {torch.__version__}.",
         "",
         "| | " + " | ".join(names) + " | mean | ± | seconds |",
