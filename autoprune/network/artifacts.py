@@ -107,15 +107,17 @@ def save_model(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> P
     """Writes a pruned model's weights and document into `folder`, which is replaced as a whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = work.with_name(f"{work.name}.old")
     try:
         save_state(model, work / WEIGHTS, {"format": "pt", "autoprune_schema": str(SCHEMA)})
         (work / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=True) + "\n", encoding="utf-8")
         os.chmod(work, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # moved as a whole: killed while deleting it, half of a model would be left
+            os.replace(folder, old)
         os.replace(work, folder)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for left in (work, old):
+            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
