@@ -218,7 +218,8 @@ class Runner:
         if attempts >= ATTEMPTS:
             self._queue.end(job, FAILED, f"{reason}, {attempts} times without finishing another trial")
             return
-        self._not_before[job.number] = self._clock() + min(_FIRST_WAIT * 2**attempts, _MOST_WAIT)
+        if attempts > 1:  # once is nothing: the whole machine may have gone down, and what ran goes on first
+            self._not_before[job.number] = self._clock() + min(_FIRST_WAIT * 2 ** (attempts - 1), _MOST_WAIT)
         self._queue.put_back(job, reason)
 
     # --- jobs that wait ---

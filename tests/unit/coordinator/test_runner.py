@@ -243,9 +243,23 @@ def test_after_everything_was_killed_jobs_go_on_but_for_those_that_were_cancelle
     world.runner.adopt()
     assert world.states() == {"a": QUEUED, "b": CANCELLED, "c": QUEUED}
     world.step()
-    assert world.running == ["c"]  # "a" waits a moment: it may be what brought the service down
-    world.step(10)
-    assert world.running == ["c", "a"]
+    assert world.running == ["a", "c"]
+
+
+def test_a_search_that_brings_the_service_down_again_and_again_lets_others_go_first_and_fails_in_the_end() -> None:
+    world = World()
+    world.submit("poison", "good")
+    first = []
+    while world.states()["poison"] != FAILED:
+        world.step()
+        first.append(world.started[-1].name)
+        world.started.clear()
+        world.restart()
+        world.runner.adopt()
+    assert first[:2] == ["poison", "poison"]
+    assert "good" in first
+    assert first.count("poison") == ATTEMPTS
+    assert world.queue.find("poison").reason == "the service ended, 5 times without finishing another trial"
 
 
 def test_stopped_cleanly_the_runner_leaves_jobs_first_in_line_and_counts_no_attempt() -> None:
