@@ -127,7 +127,7 @@ def check_whole(store: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_killed_in_the_middle_with_all_of_its_processes_the_service_goes_on_and_both_searches_finish(
     service: Service, commands: Any, store_of: Any
@@ -143,7 +143,7 @@ def test_killed_in_the_middle_with_all_of_its_processes_the_service_goes_on_and_
         return sum(count for (_, state), count in stores[name].states().items() if state == "COMPLETE")
 
     for name, wanted in (("first", 3), ("first", sum(RUNGS.values()) - 4), ("second", 12)):
-        until(lambda name=name, wanted=wanted: finished(name) >= wanted, 300, service)
+        until(lambda name=name, wanted=wanted: finished(name) >= wanted, 600, service)
         assert service.process is not None
         victims = [service.process.pid, *service.processes()]
         assert len(victims) >= 5  # supervisor, MLflow, dashboard, runner, search
@@ -163,7 +163,7 @@ def test_killed_in_the_middle_with_all_of_its_processes_the_service_goes_on_and_
         done = commands.run("status", "--json", cwd=service.folder)
         return {job["name"]: job["state"] for job in json.loads(done.out)["jobs"]}
 
-    until(lambda: set(jobs().values()) == {"done"}, 500, service)
+    until(lambda: set(jobs().values()) == {"done"}, 900, service)
     for store in stores.values():
         check_whole(store)
     until(lambda: set(service.states().values()) == {"healthy"}, 200, service)
@@ -178,7 +178,7 @@ def test_killed_in_the_middle_with_all_of_its_processes_the_service_goes_on_and_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_each_process_that_dies_alone_is_started_again_and_the_search_finishes(
     service: Service, commands: Any, store_of: Any
