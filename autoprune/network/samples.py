@@ -113,14 +113,10 @@ class Transform:
 
 def _random_crop(x: Tensor, *, padding: int, generator: Generator) -> Tensor:
     """Shifts each image of `x` `(N, C, H, W)` by up to `padding` pixels, zeros coming in from outside."""
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     shifts = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(x.device, non_blocking=True)
-    rows = shifts[0][:, None] + torch.arange(height, device=x.device)  # (N, H)
-    columns = shifts[1][:, None] + torch.arange(width, device=x.device)  # (N, W)
-    padded = F.pad(x, (padding,) * 4)
-    images = torch.arange(n, device=x.device)[:, None, None, None]
-    planes = torch.arange(channels, device=x.device)[None, :, None, None]
-    return padded[images, planes, rows[:, None, :, None], columns[:, None, None, :]]
+    windows = F.pad(x, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, y, x, H, W), a view
+    return windows[torch.arange(n, device=x.device), :, shifts[0], shifts[1]]  # whole rows are copied at once
 
 
 @dataclass(frozen=True, eq=False)

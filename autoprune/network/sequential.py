@@ -31,7 +31,10 @@ from autoprune.network.surgery import Selection, kept_indices, row_factors, unit
 from autoprune.network.trace import Network, evaluating
 
 ROWS = 8192
-"""Patches a layer is refitted on: 32,768 gave at most 0.4 points more on ResNet-20, for three times the time."""
+"""Patches a layer is refitted on: 32,768 gave at most 0.4 points more on ResNet-20, for three times the time.
+
+4,096 lose 0.5 to 1.2 points (four policies that keep 67 to 72 %, 2,000 images) and save 0.2 of 1.9 s a candidate.
+"""
 TARGET_BYTES = 512 * 2**20
 """Bound on the dense outputs that are kept for the refits; the number of patches shrinks to keep it."""
 IMAGE_BYTES = 2 * 2**30

@@ -6,17 +6,18 @@
 same process and are compared in processor time (on a GPU: elapsed time), so that the ratios stand on a busy machine.
 ResNet-20 and ResNet-56 are trained networks on CIFAR-10; the vision transformer (a reduced ViT-B/16: same modules, 6
 layers of width 192, 16 patches) has random weights and images. What grows with image size and groups is measured on
-random images too: time does not depend on what is in them.
+random images too: time does not depend on what is in them. What an earlier run has measured is kept (`--fresh`: not).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
-import resource
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from autoprune.space import Space, load_space
 
 HOME = Path(".autoprune/bench-speed")
 SPACES = Path("search_spaces")
+GROWTH = (("resnet20", 32), ("resnet20", 64), ("resnet56", 32), ("vit", 32))
 GOALS = {"screen": 1.2, "tune": 1.05}
 RATIO = 0.5
 
@@ -86,45 +88,51 @@ def fidelities(space: Space, images: int) -> list[Fidelity]:
     return [Fidelity(name, rungs[name].epochs, images) for name in ("screen", "tune")]
 
 
-def ratios(networks: list[str], options: argparse.Namespace) -> list[str]:
-    """Returns the table of trials beside their bare passes."""
-    lines = [
-        "| network | rung | trial | passes alone | ratio | goal | largest stages beyond their passes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for network in networks:
-        space, ingredients = synthetic("vit", 32) if network == "vit" else trained(network)
-        bench, policy, _ = prepared(space, ingredients)
-        for fidelity in fidelities(space, options.images):
-            found = profiling.profile_trial(bench, policy, fidelity, repeats=options.repeats, steps=options.steps)
-            rest = sorted(found.stages, key=lambda stage: stage.floor - stage.seconds)[:2]
-            named = ", ".join(f"{s.name.replace('_', ' ')} {s.seconds - s.floor:.2f} s" for s in rest)
-            scaled = f" ({found.steps} of {found.whole_steps} steps)" if found.whole_steps > found.steps else ""
-            line = f"| {network}, {len(bench.groups)} groups | {fidelity.rung}{scaled} | {found.seconds:.2f} s |"
-            lines.append(f"{line} {found.floor:.2f} s | **{found.ratio:.2f}** | {GOALS[fidelity.rung]} | {named} |")
-            print(lines[-1], flush=True)
-    return lines
+def kept(key: str, measure: Callable[[], str], options: argparse.Namespace) -> str:
+    """Returns a row of a table: the one of an earlier run where there is one, else a new one, which is kept."""
+    path = HOME / "rows.json"
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if key not in rows or options.fresh:
+        rows[key] = measure()
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        print(rows[key], flush=True)
+    return str(rows[key])
 
 
-def growth(options: argparse.Namespace) -> list[str]:
-    """Returns the table of what grows: image size and groups of a network, and candidates of a search."""
-    lines = [
-        "| network, random images | groups | trace | torch.export alone | learning | screen trial | ratio |"
-        " bookkeeping a candidate, of 20 | of 80 |",
-        "|---|---|---|---|---|---|---|---|---|",
+def ratio_row(network: str, rung: str, options: argparse.Namespace) -> str:
+    """Returns a trial beside its bare passes, as a row."""
+    space, ingredients = synthetic("vit", 32) if network == "vit" else trained(network)
+    bench, policy, _ = prepared(space, ingredients)
+    fidelity = next(f for f in fidelities(space, options.images) if f.rung == rung)
+    found = profiling.profile_trial(bench, policy, fidelity, repeats=options.repeats, steps=options.steps)
+    rest = sorted(found.stages, key=lambda stage: stage.floor - stage.seconds)[:2]
+    named = ", ".join(f"{s.name.replace('_', ' ')} {s.seconds - s.floor:.2f} s" for s in rest)
+    scaled = f" ({found.steps} of {found.whole_steps} steps)" if found.whole_steps > found.steps else ""
+    cells = [
+        f"{network}, {len(bench.groups)} groups",
+        f"{rung}{scaled}",
+        f"{options.images:,}",
+        f"{options.repeats}",
+        f"{found.seconds:.2f} s",
+        f"{found.floor:.2f} s",
+        f"**{found.ratio:.2f}**",
+        f"{GOALS[rung]}",
+        named,
     ]
-    for network, size in options.growth:
-        space, ingredients = synthetic(network, size, 1024)
-        bench, policy, took = prepared(space, ingredients)
-        screen = replace(fidelities(space, 200)[0])
-        found = profiling.profile_trial(bench, policy, screen, repeats=1)
-        problem = pipeline.problem_of(bench.network, bench.groups, space)
-        around = [bookkeeping_seconds(space, bench, problem, policy, candidates=count) for count in (20, 80)]
-        times = f"{took['trace']:.2f} s | {took['export']:.2f} s | {took['learning']:.2f} s | {found.seconds:.2f} s"
-        shown = " | ".join(f"{1000 * seconds:.0f} ms" for seconds in around)
-        lines.append(f"| {network}, {size} px | {len(bench.groups)} | {times} | {found.ratio:.2f} | {shown} |")
-        print(lines[-1], flush=True)
-    return lines
+    return f"| {' | '.join(cells)} |"
+
+
+def growth_row(network: str, size: int) -> str:
+    """Returns what a network of random weights costs at an image size, as a row."""
+    space, ingredients = synthetic(network, size, 1024)
+    bench, policy, took = prepared(space, ingredients)
+    found = profiling.profile_trial(bench, policy, fidelities(space, 200)[0], repeats=1)
+    problem = pipeline.problem_of(bench.network, bench.groups, space)
+    around = [bookkeeping_seconds(space, bench, problem, policy, candidates=count) for count in (20, 80)]
+    seconds = [*took.values(), found.seconds]
+    cells = [f"{network}, {size} px", f"{len(bench.groups)}", *(f"{value:.2f} s" for value in seconds)]
+    cells += [f"{found.ratio:.2f}", *(f"{1000 * value:.0f} ms" for value in around)]
+    return f"| {' | '.join(cells)} |"
 
 
 def machine() -> str:
@@ -142,30 +150,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run has measured")
     parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/bench-speed.md"))
     options = parser.parse_args()
-    options.growth = [("resnet20", 32), ("resnet20", 64), ("resnet56", 32), ("vit", 32)]
     if "AUTOPRUNE_DATA" not in os.environ:
         raise SystemExit("AUTOPRUNE_DATA must name the folder with cifar10-jpeg.tar.xz and the weights")
     HOME.mkdir(parents=True, exist_ok=True)
-    load = os.getloadavg()[0]
     text = [
         "# How near a trial comes to its bare passes (`make bench-speed`)",
         "",
         machine(),
         "",
-        f"Processor time (on a GPU: elapsed time); medians of {options.repeats} trials and as many bare loops in turn; "
-        f"{options.images:,} validation images, 512 calibration images; half of every group's channels removed, by l1. "
-        f"Of a training {options.steps} steps are run and scaled. Load of the machine when it began: {load:.1f}.",
+        "Processor time (on a GPU: elapsed time) of whole trials and of bare loops in turn, the medians of n; half of "
+        "every group's channels removed, by l1; 512 calibration images. Of a training some steps are run, and scaled.",
         "",
-        *ratios(options.networks, options),
+        "| network | rung | validation images | n | trial | passes alone | ratio | goal | beyond its passes |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(
+            kept(f"{network} {rung}", partial(ratio_row, network, rung, options), options)
+            for network in options.networks
+            for rung in GOALS
+        ),
         "",
-        "What grows (one repeat, 200 validation images, 256 calibration images; learning without any cache):",
+        "What grows (random weights and images, n = 1, 200 validation and 205 calibration images; nothing is cached):",
         "",
-        *growth(options),
-        "",
-        f"Peak resident size of all of this in one process: "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB.",
+        "| network | groups | trace | torch.export alone | learning | screen trial | ratio |"
+        " around a candidate, of 20 | of 80 |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(kept(f"{network} {size}", partial(growth_row, network, size), options) for network, size in GROWTH),
         "",
     ]
     options.output.write_text("\n".join(text), encoding="utf-8")

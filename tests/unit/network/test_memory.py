@@ -1,0 +1,91 @@
+"""Memory: neither many trials nor many epochs of streamed images may add up."""
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoprune.network import folders
+from autoprune.network.data import DataSettings, load_data
+from autoprune.network.samples import StreamSplit
+from autoprune.policy import uniform_policy
+from autoprune.results import Fidelity
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident size is read from /proc"),
+]
+MIB = 2**20
+
+
+def resident() -> int:
+    """Returns the bytes of this process that are in memory now."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_five_hundred_trials_do_not_grow_the_process(bench):
+    """A copy of the model, or its moments, that stayed behind would show; a leak of 20 kB a trial does."""
+
+    def trials(count: int) -> None:
+        for number in range(count):
+            policy = uniform_policy(bench.groups, 0.2 + 0.6 * (number % 7) / 7, "l2")
+            bench.evaluate(policy, Fidelity("screen") if number % 5 else Fidelity("tune", epochs=0.2))
+
+    trials(100)
+    before = resident()
+    trials(400)
+    assert resident() - before < 8 * MIB
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder as ImageNet has it, of JPEG files of different sizes."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 8)):
+        for name in ("n01440764", "n01443537"):
+            folder = tmp_path / "imagenet" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = (int(side) for side in rng.integers(240, 320, 2))
+                pixels = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((width, height)).save(folder / f"{number}.JPEG")
+    return tmp_path / "imagenet"
+
+
+def test_streamed_epochs_read_every_image_and_do_not_grow_the_process(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "MEMORY_LIMIT", MIB)
+    settings = DataSettings(name="imagefolder", path=str(photographs), size=224, calibration=4, flip=True)
+    splits = load_data(settings, seed=0, cache_dir=tmp_path / "cache")
+    train = splits.train
+    assert isinstance(train, StreamSplit)
+    order = torch.Generator().manual_seed(0)
+
+    def epoch() -> int:
+        seen = 0
+        for x, y in train.batches(16, shuffle=order, augment=True):
+            assert x.shape[1:] == (3, 224, 224)
+            assert x.dtype == torch.float32
+            seen += len(y)
+        return seen
+
+    assert [epoch() for _ in range(6)] == [len(train)] * 6
+    before = resident()
+    for _ in range(6):
+        epoch()
+    assert resident() - before < 8 * MIB  # an epoch is 20 MiB of pixels in float32
+
+
+def test_the_same_validation_images_are_scored_at_each_pass_over_a_stream(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "MEMORY_LIMIT", MIB)
+    settings = DataSettings(name="imagefolder", path=str(photographs), size=64, calibration=4)
+    val = load_data(settings, seed=0, cache_dir=tmp_path / "cache").val
+    passes = [torch.cat([x for x, _ in val.batches(2, limit=5)]) for _ in range(2)]
+    assert len(passes[0]) == 5
+    assert torch.equal(passes[0], passes[1])
