@@ -29,7 +29,7 @@ more."""
 def verified(network: Network) -> Network:
     """Returns the network with every group frozen that does not survive pruning, with the reason.
 
-    Groups that must equal their masked twin are compared with it first, then all are tried together, where that is more.
+    Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all.
     """
     shapes = on_meta(network)
     exact = [group.name for group in network.groups if not group.approximate]
