@@ -379,25 +379,30 @@ def faults(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def document(result: dict[str, Any]) -> str:
-    """Returns the result as Markdown."""
+def document(results: list[dict[str, Any]]) -> str:
+    """Returns the results as Markdown, one column a run."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "mlflow", "psycopg", "sqlalchemy"))
+    first = results[0]
+    rows = {name: [_word(result[name]) for result in results] for name in first if name not in ("postgres", "seed")}
     lines = [
         "# A search whose processes are killed",
         "",
-        f"`make chaos`: {result['trials']} quick trials on 2 workers, {result['kills']} times `kill -9`, seed"
-        f" {result['seed']}.",
-        "What each kill is, when they come, and why the sampler is `random`: the head of `tests/benchmarks/chaos.py`.",
+        f"`make chaos`: {first['trials']} quick trials on 2 workers, {first['kills']} times `kill -9`. What each kill",
+        "is, when they come, and why the sampler is `random`: the head of `tests/benchmarks/chaos.py`.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in result.items() if name not in ("postgres", "seed")),
+        f"| | {' | '.join('seed ' + str(result['seed']) for result in results)} |",
+        "|---" * (len(results) + 1) + "|",
+        *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items()),
         "",
         f"{len(os.sched_getaffinity(0))} cores of {processor()} (shared with other work), Python"
-        f" {platform.python_version()}, {versions}, {result['postgres']}.",
+        f" {platform.python_version()}, {versions}, {first['postgres']}.",
         "",
     ]
-    return "\n".join(lines).replace("| True |", "| yes |").replace("| False |", "| **no** |")
+    return "\n".join(lines)
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "**no**"}[value] if isinstance(value, bool) else str(value)
 
 
 def processor() -> str:
@@ -425,16 +430,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="a run for each")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     chosen = parser.parse_args()
-    result = measure(chosen.trials, chosen.kills, chosen.seed)
-    print(json.dumps(result, indent=1))
+    results = []
+    for seed in chosen.seeds:
+        results.append(measure(chosen.trials, chosen.kills, seed))
+        print(json.dumps(results[-1], indent=1), flush=True)
+        for fault in faults(results[-1]):
+            print(f"FAULT {fault}", file=sys.stderr)
     if chosen.output:
-        chosen.output.write_text(document(result), encoding="utf-8")
-    for fault in faults(result):
-        print(f"FAULT {fault}", file=sys.stderr)
-    return 1 if faults(result) else 0
+        chosen.output.write_text(document(results), encoding="utf-8")
+    return 1 if any(faults(result) for result in results) else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def test_a_search_whose_processes_are_killed_ends_as_one_that_ran_alone(postgres
     assert spec is not None
     assert spec.loader is not None
     chaos = importlib.util.module_from_spec(spec)
+    sys.modules["chaos"] = chaos  # its dataclasses look there
     spec.loader.exec_module(chaos)
     result = chaos.measure(40, 10, 3)
     assert chaos.faults(result) == []
