@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from autoprune.cli.disk import disk_fault, with_hint
 from autoprune.errors import AutopruneError
 from autoprune.redaction import hide_secrets
 
@@ -93,7 +94,7 @@ def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
                 command(*args, **kwargs)
             sys.stdout.flush()
         except AutopruneError as error:
-            typer.echo(f"autoprune: {hide_secrets(str(error))}", err=True)
+            typer.echo(f"autoprune: {with_hint(hide_secrets(str(error)))}", err=True)
             raise typer.Exit(error.status) from error
         except KeyboardInterrupt as error:
             resumes = "; the same command resumes where it stopped" if command.__name__ == "search" else ""
@@ -103,6 +104,14 @@ def guarded(command: Callable[Params, None]) -> Callable[Params, None]:
         except BrokenPipeError as error:  # `autoprune front NAME | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
+        except OSError as error:
+            fault = disk_fault(error)
+            if fault is None:
+                raise
+            if error.filename is None:  # stdout itself: what it still holds cannot be written at the end either
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"autoprune: {fault[0]}", err=True)
+            raise typer.Exit(fault[1]) from error
 
     if "home" in signature.parameters:
         option = inspect.Parameter("storage", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=StorageOption)

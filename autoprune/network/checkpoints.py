@@ -33,7 +33,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     counters `num_batches_tracked`, which old checkpoints lack, may be missing.
 
     Raises:
-        CheckpointError: There is no such file; it cannot be read; it holds no state dict; names or shapes differ.
+        CheckpointError: There is no such file; it cannot be read; it holds no state dict; names or shapes differ; a
+            number is not finite.
     """
     path = Path(path)
     state = read_state(path)
@@ -56,7 +57,19 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
                 [f"the checkpoint {path} does not fit the model:", *(_fault(*fault) for fault in faults if fault[1])]
             )
         )
+    for name, value in expected.items():
+        if name in state:
+            _check_numbers(name, state[name], value, path)
     model.load_state_dict({**{name: expected[name] for name in optional}, **state}, strict=True)
+
+
+def _check_numbers(name: str, value: Tensor, expected: Tensor, path: Path) -> None:
+    """Refuses weights that no trained model has: of another kind than the model's, or not finite."""
+    if expected.is_floating_point() and not value.is_floating_point():
+        kind = str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(f"the checkpoint {path} holds {kind} numbers in {name}, where the model has real ones")
+    if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+        raise CheckpointError(f"the checkpoint {path} holds NaN or infinity in {name}: its training diverged")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -83,7 +96,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             "unpickling it could run code: save the model's state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint {path} cannot be read: {error}") from error
+        reason = "it is cut off" if isinstance(error, EOFError) else str(error).partition(". ")[0]
+        if isinstance(error, KeyError):
+            reason = "it is no file that torch.save has written"
+        raise CheckpointError(f"the checkpoint {path} cannot be read: {reason}") from error
     for key in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

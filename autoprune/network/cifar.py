@@ -49,8 +49,7 @@ def read_cifar(builder: str, path: str, *, download: bool) -> Source:
         if download:
             files.download()
         if not files._check_integrity():
-            hint = "" if download else "; download: true would fetch it"
-            raise DataError(f"{builder} cannot be read from {path}: files are missing or damaged{hint}")
+            raise OSError(f"files are missing or damaged{'' if download else '; download: true would fetch it'}")
         folder = Path(path) / files.base_folder
         batches = [[_batch(folder / name) for name, _ in listed] for listed in (files.train_list, files.test_list)]
         classes = _batch(folder / files.meta["filename"])[files.meta["key"]]

@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -87,6 +87,8 @@ def read_image_folder(path: Path, *, size: int | None, cache_dir: Path) -> Sourc
     try:
         save_file({"images": samples}, temporary, metadata=metadata)
         os.replace(temporary, cached)
+    except SafetensorError as error:  # a full disk, for which it has no kind of its own
+        raise DataError(f"the decoded images cannot be kept in {cache_dir}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return _source(samples, files)
@@ -138,7 +140,8 @@ def _list_archive(path: Path) -> Iterator[_File]:
                 empty[f"{part}/{name.split('/')[0]}"] = False
                 yield _File(part, name)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"{path} is not a tar archive that can be read: {error}") from error
+        reason = str(error).splitlines()[0].removesuffix(":") if str(error) else type(error).__name__
+        raise DataError(f"{path} is not a tar archive that can be read: {reason}") from error
     for folder, is_empty in empty.items():
         if is_empty:
             raise DataError(f"class {folder.split('/')[1]!r} has no image in {folder} of {path}")

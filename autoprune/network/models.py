@@ -130,6 +130,8 @@ class Mlp(nn.Module):
     def __init__(self, *, in_features: int, hidden: Sequence[int] = (64, 64), num_classes: int = 10) -> None:
         super().__init__()
         widths = [in_features, *hidden]
+        if not all(isinstance(width, int) and width > 0 for width in widths):
+            raise InputError(f"in_features and hidden are positive whole numbers, got {widths}")
         self.hidden = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -333,9 +335,16 @@ def _call(builder: Callable[..., Any], label: str, keywords: Mapping[str, Any]) 
     try:
         return builder(**keywords)
     except TypeError as error:
-        if "unexpected keyword argument" in str(error):  # a builder that passes **kwargs on
+        if "unexpected keyword argument" in str(error) or ":" not in label:  # a builder that passes **kwargs on
             raise InputError(f"model {label} does not take these arguments: {error}") from error
         raise
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if ":" in label or keywords.get("weights") is not None:  # a factory, whose errors are its author's
+            raise
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"model {label} cannot be built with {dict(keywords)}: {reason}") from error
 
 
 def _hint(builder: Callable[..., Any], keywords: Mapping[str, Any]) -> str:

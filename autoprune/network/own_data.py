@@ -50,6 +50,11 @@ def read_mapping(data: Any) -> Source:
     samples, targets = _join(list(pieces.values()))
     classes: tuple[str, ...] = ()
     if len(targets) and _are_classes(targets):
+        if int(targets.max()) >= len(targets):
+            raise DataError(
+                f"the largest class is {int(targets.max())}, and there are only {len(targets)} samples: classes are"
+                " numbered from 0 up without gaps"
+            )
         classes = tuple(str(number) for number in range(int(targets.max()) + 1))
     return Source(samples=samples, targets=targets, parts=parts, classes=classes, as_is=True)
 

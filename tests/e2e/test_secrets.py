@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,8 +102,8 @@ def server(tmp_path: Path) -> Iterator[int]:
                 time.sleep(0.1)
         yield port
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(20)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 @pytest.mark.slow
