@@ -78,7 +78,7 @@ status: $(READY) ## show the searches, the queue and the service: NAME=
 	@$(RUN) status $(NAME)
 
 mlflow-ui: $(READY) ## MLflow UI on 127.0.0.1:5000, as mlflow/server.env says
-	set -a; b="$$MLFLOW_BACKEND_STORE_URI"; . ./mlflow/server.env; MLFLOW_BACKEND_STORE_URI="$${b:-$$MLFLOW_BACKEND_STORE_URI}"; exec .venv/bin/mlflow server
+	$(RUN) mlflow-ui
 
 techniques: $(READY) ## compare pruning techniques side by side: tests/benchmarks/results/techniques.md (10 to 20 minutes)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/techniques.py --output tests/benchmarks/results/techniques.md

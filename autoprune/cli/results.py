@@ -91,3 +91,18 @@ def dashboard(
         os.execvp(command[0], command)
     except FileNotFoundError as error:
         raise MissingExtraError(f"{command[0]} is not installed; pip install optuna-dashboard") from error
+
+
+@app.command("mlflow-ui")
+@guarded
+def mlflow_ui(home: HomeOption = HOME) -> None:
+    """Open the MLflow UI on the searches of this folder, as `mlflow/server.env` and the environment say.
+
+    An interface that other machines reach is refused unless people must log in.
+    """
+    from autoprune.coordinator import mlflow_command
+
+    command, env, address = mlflow_command(home)
+    typer.echo(f"MLflow: {address} (Ctrl-C ends it)", err=True)
+    sys.stdout.flush()
+    os.execvpe(command[0], command, env)

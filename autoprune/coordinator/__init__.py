@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoprune.coordinator.commands import dashboard_command as dashboard_command
     from autoprune.coordinator.commands import inspect_space as inspect_space
     from autoprune.coordinator.commands import latency_space as latency_space
+    from autoprune.coordinator.commands import mlflow_command as mlflow_command
     from autoprune.coordinator.commands import show_front as show_front
     from autoprune.coordinator.explaining import compare_trials as compare_trials
     from autoprune.coordinator.explaining import explain_trial as explain_trial
@@ -51,6 +52,7 @@ _HOMES = {
     "finetune_model": "finetuning",
     "inspect_space": "commands",
     "latency_space": "commands",
+    "mlflow_command": "commands",
     "log_lines": "overview",
     "pick": "picking",
     "profile_space": "profiling",
@@ -80,6 +82,7 @@ __all__ = [
     "inspect_space",
     "latency_space",
     "log_lines",
+    "mlflow_command",
     "pick",
     "profile_space",
     "reproduce_run",

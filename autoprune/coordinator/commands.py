@@ -118,3 +118,16 @@ def dashboard_command(home: Path, port: int) -> list[str]:
     beside = Path(sys.executable).with_name("optuna-dashboard")
     program = str(beside) if beside.is_file() else "optuna-dashboard"
     return [program, url, "--host", "127.0.0.1", "--port", str(port)]
+
+
+def mlflow_command(home: Path) -> tuple[list[str], dict[str, str], str]:
+    """Returns the command that serves MLflow's pages, its environment, and their address.
+
+    Raises:
+        InputError: Other machines could come in without a login, or a setting is wrong.
+        TrackingError: `mlflow/server.env` cannot be read.
+    """
+    from autoprune import tracking
+
+    plan = tracking.server_plan(home, os.environ)
+    return list(plan.command), dict(plan.env), plan.address

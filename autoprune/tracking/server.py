@@ -67,8 +67,8 @@ def server_plan(home: Path, env: Mapping[str, str], *, directory: Path | None = 
         directory: Where `mlflow/server.env` is looked for; by default the working directory.
 
     Raises:
-        InputError: The port is none, the login app is unknown, or other machines could reach the server without a
-            login.
+        InputError: The port is none, the login app is unknown, other machines could reach the server without a login,
+            or its checks of host and origin are turned off.
         MissingExtraError: Logins are asked for and the package that they need is not installed.
         TrackingError: `mlflow/server.env` cannot be read.
     """
@@ -80,6 +80,11 @@ def server_plan(home: Path, env: Mapping[str, str], *, directory: Path | None = 
         raise InputError(
             f"MLFLOW_HOST={host} would let other machines in without a login: set {AUTH}=basic-auth with"
             f" {' and '.join(_NEEDED)} in the environment, or keep 127.0.0.1 and use an SSH tunnel"
+        )
+    if settings.get("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", "").strip().lower() in ("true", "1"):
+        raise InputError(
+            "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE turns off MLflow's checks of host and origin, and any web page"
+            " could then use the server: take it out, and name hosts in MLFLOW_SERVER_ALLOWED_HOSTS"
         )
     direct = {name: value for name, value in settings.items() if name != "MLFLOW_TRACKING_URI"}
     uri = resolve_uri(home, {"MLFLOW_TRACKING_URI": settings.get("MLFLOW_BACKEND_STORE_URI", "")}, directory=directory)

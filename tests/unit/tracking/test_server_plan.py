@@ -108,3 +108,9 @@ def test_a_new_store_has_its_tables_before_the_server_begins(tmp_path: Path) -> 
     subprocess.run([sys.executable, "-c", code, f"sqlite:///{path}"], check=True)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("select count(*) from experiments").fetchone() is not None
+
+
+@pytest.mark.parametrize("value", ["true", "TRUE", "1"])
+def test_the_checks_of_host_and_origin_stay_on(tmp_path: Path, value: str) -> None:
+    with pytest.raises(InputError, match="turns off MLflow's checks of host and origin"):
+        plan(tmp_path, MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE=value)
