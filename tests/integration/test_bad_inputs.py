@@ -219,8 +219,9 @@ def unseen(): return pair([0, 1] * 20, test=(torch.rand(3, 4), torch.tensor([0, 
     ],
 )
 def test_data_of_the_users_own_that_cannot_be_used_is_told(work: Path, name: str, words: str) -> None:
-    (work / "own_bad_data.py").write_text(OWN)
-    assert words in told_of_space(work, BASE.replace("{name: iris}", f"{{factory: 'own_bad_data:{name}'}}"))
+    module = f"own_bad_data_{name}"  # a name of its own: an imported module is that of an earlier directory
+    (work / f"{module}.py").write_text(OWN)
+    assert words in told_of_space(work, BASE.replace("{name: iris}", f"{{factory: '{module}:{name}'}}"))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_data_of_the_users_own_that_cannot_be_used_is_told(work: Path, name: str
     [
         ("mlp", "mpl", "unknown model 'mpl'"),
         ("hidden", "hiden", "did you mean 'hidden'?"),
-        ("[6]", "six", "does not take these arguments"),
+        ("[6]", "six", "positive whole numbers"),
         ("[6]", "[-6]", "positive whole numbers, got [4, -6]"),
         ("[6]", "[0]", "positive whole numbers, got [4, 0]"),
         ("[6]", "[6.5]", "positive whole numbers"),
@@ -249,7 +250,8 @@ def test_a_model_or_setting_that_does_not_fit_is_told(work: Path, before: str, a
     "arguments",
     [
         "search --trials 0", "search --trials many", "search --workers -1", "search --timeout soon",
-        "search --timeout 0", "search --trials", "search --set seed", "search --set seed=x", "search --set nonsense.key=1",
+        "search --timeout 0", "search --trials", "search --set seed", "search --set seed=x",
+        "search --set nonsense.key=1",
         "search --name A/B",
         "search --name ../up", "search a b", "validate --no-such", "inspect --json=yes", "front", "front absent",
         "front ../../etc", "front absent --layers -1", "export absent", "export absent --format exe",
