@@ -47,7 +47,7 @@ ALIASES = frozenset(
         "to",
     ]
 )
-
+"""Operators whose result is their input, or a view of it."""
 
 _COMPUTED = 40
 """A convolution's weight that is computed by more operators than this is taken for an activation."""

@@ -14,34 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoprune.network.graph import ALIASES
 from autoprune.network.labels import Labels
 from autoprune.network.rules import operator_name
 
-_MOVES = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "contiguous",
-        "clone",
-        "alias",
-        "dropout",
-        "to",
-    ]
-)
+_MOVES = ALIASES | {"unbind", "clone"}
 
 
 def query_rows(node: torch.fx.Node, names: dict[str, str]) -> tuple[str, str | None, Labels] | None:

@@ -235,10 +235,6 @@ class Registry:
             runs = list(self._client.search_runs([found.experiment_id], text, max_results=_PAGE))
         return [run for run in runs if str(run.data.tags[records.PICK_TAG]).strip().lower() == "true"]
 
-    def link(self, number: str) -> str:
-        """Returns the address of a version's page after the server's own."""
-        return f"/#/models/{self.name}/versions/{number}"
-
     def _create(self, member: Member, tags: dict[str, str], loader: str) -> str:
         files = model_files(member.folder)
         with (

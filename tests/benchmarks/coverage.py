@@ -2,9 +2,9 @@
 
     python tests/benchmarks/coverage.py [--models GLOB] [--resume] [--retry] [--skip-onnx] [--skip-torch-pruning]
 
-Each attempt is a process of its own, with one thread and a limit of processor time: a crash or a hang is a row too.
-Rows are written as they come to `results/coverage.json` and `results/coverage.md`. `--resume` runs only what is missing
-there, `--retry` only our own attempts that are missing or did not reach half of the MACs.
+Each attempt is a process of its own, with one thread and limits of processor time and memory: a crash or a hang is a
+row too. Rows are written as they come to `results/coverage.json` and `results/coverage.md`. `--resume` runs only what
+is missing there, `--retry` only our own attempts that are missing or did not reach half of the MACs.
 Decides what is run and in which order. What is tried on a model is in `coverage_attempts.py`, how a row reads in
 `coverage_table.py`.
 """
@@ -64,13 +64,13 @@ def install_peer(folder: Path) -> Path:
     return folder
 
 
-def attempt(function: str, model: Model, options: dict[str, Any], limit: int) -> dict[str, Any]:
+def attempt(function: str, model: Model, options: dict[str, Any], limit: int, gib: float) -> dict[str, Any]:
     """Runs `coverage_attempts.<function>` in a process of its own; returns what it wrote, and how it ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["coverage_attempts"])
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "row.json"
-        process = context.Process(target=_child, args=(function, asdict(model), options, str(target), limit))
+        process = context.Process(target=_child, args=(function, asdict(model), options, str(target), (limit, gib)))
         process.start()
         process.join(PATIENCE * limit)
         late = process.is_alive()
@@ -87,8 +87,12 @@ def attempt(function: str, model: Model, options: dict[str, Any], limit: int) ->
     return row
 
 
-def _child(function: str, model: dict[str, Any], options: dict[str, Any], target: str, limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+def _child(
+    function: str, model: dict[str, Any], options: dict[str, Any], target: str, limits: tuple[int, float]
+) -> None:
+    seconds, gib = limits
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30), int(gib * 2**30)))
     import coverage_attempts
 
     path = Path(target)
@@ -147,6 +151,7 @@ def main() -> None:
     parser.add_argument("--skip-onnx", action="store_true")
     parser.add_argument("--skip-torch-pruning", action="store_true")
     parser.add_argument("--limit", type=int, default=300, help="seconds of processor time an attempt")
+    parser.add_argument("--memory", type=float, default=9, help="GiB of address space an attempt")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--peer", type=Path, default=Path(".autoprune/torch-pruning"))
     options = parser.parse_args()
@@ -168,11 +173,11 @@ def main() -> None:
             known = rows.get(model.key, {}) if options.resume or options.retry else {}
             row = {**rows.get(model.key, {}), "pixels": model.pixels}
             for function in missing(known, options):
-                row[function] = attempt(function, model, settings, options.limit)
+                row[function] = attempt(function, model, settings, options.limit, options.memory)
                 shown = {k: v for k, v in row[function].items() if k not in ("reasons", "step")}
                 print(f"[{number}/{len(chosen)}] {model.key} {function}: {shown}", flush=True)
                 rows[model.key] = row
-                ordered = {m.key: rows[m.key] for m in models if m.key in rows}
+                ordered = {m.key: rows[m.key] for m in models if m.key in rows} | rows
                 document = {"schema": 1, "environment": environment(), "rows": ordered}
                 path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
                 (options.results / "coverage.md").write_text(render(document, len(models)), encoding="utf-8")
