@@ -95,8 +95,8 @@ def _parsed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call |
     if name.startswith("split"):
         return (0, list(args[1]), lambda sizes: func(x, sizes, *args[2:], **kwargs)) if listed else None
     sizes = list(args[1]) if listed else list(args[1:])
-    if not all(isinstance(n, (int, torch.SymInt)) for n in sizes):
-        return None  # another type, not another shape
+    if not all(isinstance(n, (int, torch.SymInt, Tensor)) for n in sizes):
+        return None  # another type, not another shape; `torch.jit.trace` makes tensors of sizes
     return 0, sizes, lambda sizes: func(x, sizes, **kwargs)
 
 

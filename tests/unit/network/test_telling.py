@@ -119,6 +119,13 @@ def test_it_is_pickled_copied_and_exported_like_any_other_module(network: Networ
     assert torch.allclose(program.module()(x), small(x), atol=1e-6)
 
 
+def test_it_is_compiled(network: Network) -> None:
+    small = cut(network, selection(network))
+    compiled = torch.compile(small, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(X), small(X))
+
+
 def test_it_is_read_back_by_its_class(network: Network, tmp_path: Path) -> None:
     chosen = selection(network)
     small = cut(network, chosen)
