@@ -15,7 +15,6 @@ from autoprune.cli.shared import (
     SetOption,
     SpaceArgument,
     app,
-    default_workers,
     guarded,
     load_settings,
     path_of,
@@ -71,15 +70,31 @@ def search(
     name: Annotated[str | None, typer.Option(help="Name of the search, instead of the space's.")] = None,
     summary: Annotated[bool, typer.Option("--summary", help="Also show before and after, layer by layer.")] = False,
     allow_code: CodeOption = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|ADDRESS",
+            help="Evaluate on a Ray cluster: a new one here, the one that was started here, or ray://host:port.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_trial: Annotated[float, typer.Option(help="Processors that a trial takes on the Ray cluster.")] = 1.0,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(
+            help="GPUs that a trial takes there; 0.5: two share one. Default: 1 on a GPU.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Search for a Pareto front of accuracy against complexity. Run again, it resumes."""
     renamed = [f"name={json.dumps(name)}"] if name is not None else []
     loaded = load_settings(space, [*(overrides or []), *renamed], check_files=True, allow_code=allow_code)
-    from autoprune.coordinator import run_search
+    from autoprune.coordinator import OnRay, run_search
 
-    outcome = run_search(
-        loaded, home=home, workers=workers or default_workers(loaded), timeout=timeout, trials=trials, summary=summary
-    )
+    if ray is None and (cpus_per_trial != 1.0 or gpus_per_trial is not None):
+        raise typer.BadParameter("--cpus-per-trial and --gpus-per-trial belong to --ray")
+    place = workers if ray is None else OnRay(ray, workers, cpus_per_trial, gpus_per_trial)
+    outcome = run_search(loaded, home=home, workers=place, timeout=timeout, trials=trials, summary=summary)
     typer.echo(outcome.text)
 
 

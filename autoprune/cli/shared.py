@@ -198,14 +198,6 @@ def load_settings(
     return load_space(path_of(space), overrides=given, env=os.environ, check_files=check_files, allow_code=allow_code)
 
 
-def default_workers(space: Space) -> int:
-    """Returns one worker a core, at most four: every worker holds a torch of its own; one where a GPU was named."""
-    if space.device.startswith("cuda"):
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)
-
-
 def note(text: str) -> None:
     """Tells what is going on, on stderr."""
     typer.echo(text, err=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autoprune.coordinator.overview import submit_space as submit_space
     from autoprune.coordinator.picking import Wish as Wish
     from autoprune.coordinator.picking import pick as pick
+    from autoprune.coordinator.placing import OnRay as OnRay
     from autoprune.coordinator.profiling import profile_space as profile_space
     from autoprune.coordinator.reporting import write_report as write_report
     from autoprune.coordinator.reproducing import reproduce_run as reproduce_run
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ExportWish": "exporting",
+    "OnRay": "placing",
     "SearchOutcome": "session",
     "ServeOptions": "serving",
     "Wanted": "overview",
@@ -69,6 +71,7 @@ _HOMES = {
 }
 __all__ = [
     "ExportWish",
+    "OnRay",
     "SearchOutcome",
     "ServeOptions",
     "Wanted",

@@ -25,6 +25,7 @@ from autoprune.coordinator.controls import controls_plan, scratch_plan
 from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
+from autoprune.coordinator.placing import Workers, executor_of, threads
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
@@ -38,7 +39,7 @@ from autoprune.coordinator.views import (
     view_of,
 )
 from autoprune.errors import DataError, LeaseError, StudyError
-from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor
+from autoprune.executors import Executor, Limits
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
 from autoprune.network.devices import latency_table
@@ -87,14 +88,15 @@ class SearchOutcome:
 
 
 def run_search(
-    space: Space, *, home: Path, workers: int, timeout: float | None, trials: int | None, summary: bool
+    space: Space, *, home: Path, workers: Workers, timeout: float | None, trials: int | None, summary: bool
 ) -> SearchOutcome:
     """Searches as a space file says; shows its progress on stderr.
 
     Args:
         space: The settings.
         home: Folder of the studies, models and caches.
-        workers: Evaluations in parallel; more than one are processes.
+        workers: Evaluations in parallel; more than one are processes. None: as many as suit the device. Or the Ray
+            cluster that runs them.
         timeout: Seconds after which nothing more is started.
         trials: Candidates on the first rung, instead of the space's.
         summary: Whether the outcome's text shows the knee's layers before and after.
@@ -155,24 +157,27 @@ class Session:
             space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
         )
 
-    def run(self, *, workers: int, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
+    def run(self, *, workers: Workers, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
-        plan = self._plan(workers, trials or self.space.search.trials)
-        self.background = self._background(workers)
         say = self.progress.note
-        records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
         begun = time.monotonic()
-        try:
-            with self._executor(workers) as executor:
+        limits = Limits(self.space.search.trial_timeout, self.space.search.hang_timeout)
+        with executor_of(self.bench, workers, limits=limits, cache=self.home / "cache") as executor:
+            plan = self._plan(executor.workers, trials or self.space.search.trials)
+            self.background = self._background(executor.workers, threads(workers, executor.workers))
+            records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
+            try:
                 self._log_start(executor)
                 complete = self._climb(plan, executor, records, deadline)
-        except LeaseError:
-            records.close(0.0)  # what is left is the other process's to record
-            raise
-        except BaseException as error:
-            records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            records.close(10.0)
-            raise
+            except LeaseError:
+                executor.close()
+                records.close(0.0)  # what is left is the other process's to record
+                raise
+            except BaseException as error:
+                executor.close()
+                records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                records.close(10.0)
+                raise
         stored = read_search(self.space.name, home=self.home)
         if measured := measure_front(self.bench, stored):
             study = studies.load_rung(self.storage, self.space.name, stored.order[0])
@@ -233,7 +238,7 @@ class Session:
             tables=self.bench.knowledge.tables or None,
         )
 
-    def _background(self, workers: int) -> Background:
+    def _background(self, workers: int, threads: int) -> Background:
         """Returns what is kept of this call; the setup's `facts` hold what its space leaves open and a number depends
         on.
         """
@@ -245,7 +250,7 @@ class Session:
             "device": bench.device,
             "seed": str(self.space.seed),
             "workers": str(workers),
-            "threads": str(pipeline.threads_of(workers)),
+            "threads": str(threads),
             **{name: precision_text(precision) for name, precision in formats.items()},
             "at_hand": str(at_hand).lower(),
         }
@@ -263,13 +268,6 @@ class Session:
             environment=tracking.environment_tags(),
             began=datetime.datetime.now().astimezone(),
         )
-
-    def _executor(self, workers: int) -> Executor:
-        limits = Limits(self.space.search.trial_timeout, self.space.search.hang_timeout)
-        if workers == 1:
-            return InlineExecutor(pipeline.WorkerFactory(self.bench), limits)
-        threads = pipeline.threads_per_worker(workers)
-        return ProcessExecutor(pipeline.WorkerFactory(self.bench, threads), workers, limits=limits)
 
     def _log_start(self, executor: Executor) -> None:
         kind = type(executor).__name__.removesuffix("Executor").lower()

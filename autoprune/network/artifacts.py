@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,20 @@ def _input_row(x: Tensor, batch: int) -> dict[str, Any]:
 
 def save_model(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> Path:
     """Writes a pruned model's weights and document into `folder`, which is replaced as a whole."""
+    with replace_folder(folder) as work:
+        save_state(model, work / WEIGHTS, {"format": "pt", "autoprune_schema": str(SCHEMA)})
+        (work / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which takes the place of `folder` at the end; after an error it is gone."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     old = work.with_name(f"{work.name}.old")
     try:
-        save_state(model, work / WEIGHTS, {"format": "pt", "autoprune_schema": str(SCHEMA)})
-        (work / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        yield work
         os.chmod(work, 0o755)
         if folder.exists():  # moved as a whole: killed while deleting it, half of a model would be left
             os.replace(folder, old)
@@ -118,7 +127,6 @@ def save_model(folder: Path, model: nn.Module, document: Mapping[str, Any]) -> P
     finally:
         for left in (work, old):
             shutil.rmtree(left, ignore_errors=True)
-    return folder
 
 
 def read_document(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -38,7 +37,6 @@ from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, R
 from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network, trace
-from autoprune.network.watching import watched
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
@@ -379,29 +377,3 @@ def splits_digest(splits: Splits) -> str:
         x, y = next(iter(split.batches(min(64, len(split)))))
         total.update(x.contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())
     return total.hexdigest()[:16]
-
-
-def threads_per_worker(workers: int) -> int:
-    """Returns each worker's share of the cores, at least one: processes that each use all of them are far slower."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // workers)
-
-
-def threads_of(workers: int) -> int:
-    """Returns the threads with which each evaluation runs; sums, and so results, can depend on them."""
-    return torch.get_num_threads() if workers == 1 else threads_per_worker(workers)
-
-
-class WorkerFactory:
-    """Builds the evaluation function where it is used; `threads` is a worker process's share of the cores."""
-
-    def __init__(self, workbench: Workbench, threads: int | None = None) -> None:
-        self.workbench = workbench
-        self.threads = threads
-
-    def __call__(self, beat: Callable[[], None]) -> Callable[..., Any]:
-        """Returns `Workbench.evaluate`, which calls `beat` with every batch and between its steps."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        bench = self.workbench
-        return replace(bench, splits=watched(bench.splits, beat), beat=beat).evaluate

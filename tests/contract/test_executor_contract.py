@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from autoprune.errors import AutopruneError, TrialError
-from autoprune.executors import Beat, Executor, InlineExecutor, Limits, ProcessExecutor
+from autoprune.executors import Beat, Executor, InlineExecutor, Limits, ProcessExecutor, RayExecutor
 
 LIMIT = 1.0
 
@@ -31,14 +31,20 @@ def factory(beat: Beat) -> Callable[..., int]:
     return partial(work, beat)
 
 
+KINDS = ["inline", "processes", pytest.param("ray", marks=pytest.mark.slow)]
+
+
 def make(kind: str) -> Executor:
     limits = Limits(timeout=LIMIT, silence=60.0)
+    if kind == "ray":
+        pytest.importorskip("ray")
+        return RayExecutor(factory, "local", workers=2, limits=limits)
     if kind == "inline":
         return InlineExecutor(factory, limits)
     return ProcessExecutor(factory, 2, limits=limits)
 
 
-@pytest.fixture(scope="module", params=["inline", "processes"])
+@pytest.fixture(scope="module", params=KINDS)
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
     with make(request.param) as made:
         yield made
@@ -70,7 +76,7 @@ def test_the_number_of_workers_is_told(executor: Executor) -> None:
     assert executor.workers in (1, 2)
 
 
-@pytest.mark.parametrize("kind", ["inline", "processes"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_closed_executor_refuses_tasks_and_may_be_closed_again(kind: str) -> None:
     made = make(kind)
     made.close()

@@ -38,6 +38,7 @@ def run_search(space, *, home, workers, timeout, trials, summary):
     return Outcome
 
 fake.run_search = run_search
+fake.OnRay = lambda *place: f"ray{place}"
 fake.show_front = lambda name, *, home, layers: (f"{name} {home} {layers}", {"name": name, "error": float("nan")})
 fake.inspect_space = lambda space, *, home: (f"groups of {space.name}", {"groups": [1, float("inf")]})
 fake.ExportWish = lambda *wish: " ".join(map(str, wish))
@@ -185,7 +186,16 @@ def test_search_without_options_uses_the_spaces_and_the_machines(tmp_path: Path)
     assert done.stdout.startswith("digits-resnet20 home=elsewhere workers=")
     assert "timeout=None trials=None summary=False" in done.stdout
     on_gpu = run_composed("search", space_file(tmp_path, "device: cuda\n"), cwd=tmp_path)
-    assert on_gpu.stdout.startswith("t home=.autoprune workers=1 ")
+    assert on_gpu.stdout.startswith("t home=.autoprune workers=None ")
+
+
+def test_search_hands_the_cluster_to_the_coordinator(tmp_path: Path) -> None:
+    options = ["--ray", "ray://head:10001", "--workers", "8", "--gpus-per-trial", "0.5"]
+    done = run_composed("search", space_file(tmp_path), *options, cwd=tmp_path)
+    assert "workers=ray('ray://head:10001', 8, 1.0, 0.5) " in done.stdout
+    alone = run_composed("search", space_file(tmp_path), "--gpus-per-trial", "0.5", cwd=tmp_path)
+    assert alone.returncode == 2
+    assert "belong to --ray" in alone.stderr
 
 
 def test_a_name_that_looks_like_yaml_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from torch import nn
 from autoprune.errors import InputError, TrialError
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.failures import described, out_of_memory
-from autoprune.network.pipeline import WorkerFactory
 from autoprune.network.recipe import Recipe, fine_tune
 from autoprune.network.timing import one_at_a_time
 from autoprune.network.watching import watched
+from autoprune.network.workers import WorkerFactory
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 

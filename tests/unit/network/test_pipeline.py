@@ -1,6 +1,5 @@
 """From settings to a workbench."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from autoprune.errors import BudgetError, DataError, InputError
 from autoprune.network import pipeline
 from autoprune.network.learning import learn
 from autoprune.network.pipeline import (
-    WorkerFactory,
     choose_precision,
     data_settings,
     ingredients_of,
@@ -22,7 +20,6 @@ from autoprune.network.pipeline import (
     resolve_device,
     searchable_groups,
     splits_digest,
-    threads_per_worker,
     trace_ingredients,
     train_baseline,
     workbench_of,
@@ -184,19 +181,6 @@ def test_a_gpu_that_is_missing_is_an_error_and_auto_takes_what_is_there(monkeypa
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(InputError, match="device 'cuda:1' was asked for, and 0 CUDA devices are usable"):
         resolve_device("cuda:1")
-
-
-def test_cores_are_divided_among_workers(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
-    assert [threads_per_worker(n) for n in (1, 2, 4, 9)] == [6, 3, 1, 1]
-
-
-def test_a_worker_takes_its_share_of_the_cores_and_gives_the_evaluation(bench, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    evaluate = WorkerFactory(bench, 3)()
-    assert asked == [3]
-    assert evaluate == bench.evaluate
 
 
 def test_settings_arrive_under_their_own_names(make_space):
