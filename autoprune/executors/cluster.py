@@ -96,6 +96,7 @@ class RayExecutor:
         self._connected = _connect(self._ray, address)
         self._lock = threading.Lock()
         self._closed = False
+        self._asked: Any = None
         self._tasks: set[_Task] = set()
         self._ended: queue.SimpleQueue[tuple[_Task, Any] | None] = queue.SimpleQueue()
         try:
@@ -243,10 +244,16 @@ class RayExecutor:
     def _look(self) -> None:
         """Kills tasks that run for too long, or hang."""
         assert self._heard is not None
+        if self._asked is None:
+            self._asked = self._heard.ages.remote()
+            return
+        if not self._ray.wait([self._asked], timeout=0)[0]:  # the actor is on its way: results must not wait for it
+            return
+        asked, self._asked = self._asked, None
         try:
-            heard = self._ray.get(self._heard.ages.remote(), timeout=_PATIENCE)
+            heard = self._ray.get(asked)
         except self._ray.exceptions.RayError:
-            return  # the node of this actor was lost: Ray starts another one
+            return  # its node was lost: Ray starts another one
         limits = self._limits
         for task in list(self._tasks):
             if task.killed or task.token not in heard:  # it waits for a place

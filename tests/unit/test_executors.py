@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.errors import AutopruneError, CheckpointError, TrialError
-from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor
+from autoprune.errors import AutopruneError, CheckpointError, InputError, MissingExtraError, TrialError
+from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share
 
 WAIT = 30
 
@@ -182,6 +182,18 @@ def test_each_process_sees_the_environment_of_its_own_slot_even_after_a_restart(
     with ProcessExecutor(factory, 1, environments=own) as executor:
         assert executor.submit("environment", "AUTOPRUNE_SLOT").result(timeout=WAIT) == "one"
     assert "AUTOPRUNE_SLOT" not in os.environ
+
+
+def test_without_ray_its_executor_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'autoprune\[ray\]'"):
+        RayExecutor(factory, "local")
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(0.0, 0.0), (-1.0, 0.0), (1.0, -0.5), (1.0, 1.5), (float("nan"), 0.0)])
+def test_a_share_of_a_node_without_sense_is_refused(cpus: float, gpus: float) -> None:
+    with pytest.raises(InputError, match=r"needs processors|a fraction of one or a whole number"):
+        Share(cpus, gpus)
 
 
 def test_an_error_of_the_factory_comes_out_of_every_task_with_its_cause() -> None:

@@ -1,0 +1,134 @@
+"""A search on a Ray cluster of two nodes, one of which is killed; and tasks that die or hang there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoprune.coordinator.views import read_search
+from autoprune.errors import InputError, TrialError
+from autoprune.executors import Beat, Limits, RayExecutor, Share
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WAIT = 300
+SPACE = """\
+schema: 1
+name: quick
+model: {name: mlp, arguments: {in_features: 4, hidden: [24, 16]}}
+data: {name: iris, validation: {source: train, fraction: 0.3}, calibration: 32}
+budget: {macs: 0.6}
+criteria: {choices: [l2, obs]}
+recipe: {batch_size: 16, lr: 0.02, precision: float32, baseline: {epochs: 40, lr: 0.05}}
+search:
+  trials: 24
+  controls: 0
+  ladder:
+    - {rung: screen, epochs: 0}
+    - {rung: final, epochs: 20, trials: 6, test: true}
+device: cpu
+"""
+
+
+def act(beat: Beat, kind: str, path: str = "") -> object:
+    if path:
+        with Path(path).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+    if kind == "die":
+        os._exit(7)
+    if kind == "hang":
+        time.sleep(1000)
+    return kind
+
+
+def factory(beat: Beat) -> Callable[..., object]:
+    return partial(act, beat)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two nodes of one processor each on this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        made.add_node(num_cpus=1)
+        yield made
+    finally:
+        made.shutdown()
+
+
+def test_a_search_on_two_nodes_ends_whole_after_one_of_them_is_killed(cluster: Any, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE)
+    command = [sys.executable, "-m", "autoprune", "search", "space.yaml", "--ray", cluster.address]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOPRUNE_", "MLFLOW_"))}
+    with (tmp_path / "err").open("w") as err:
+        search = subprocess.Popen(command, cwd=tmp_path, env=kept, stderr=err, stdout=subprocess.DEVNULL)
+        try:
+            wait_for_trials(tmp_path / ".autoprune", 3, search)
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+            status = search.wait(WAIT)
+        finally:
+            search.kill()
+    assert status == 0, (tmp_path / "err").read_text()
+    stored = read_search("quick", home=tmp_path / ".autoprune")
+    states = Counter((rung, trial.state) for rung in stored.order for trial in stored.rungs[rung])
+    assert states["screen", "complete"] >= 24
+    assert states["final", "complete"] == 6
+    assert {state for _, state in states} == {"complete"}
+    for trial in stored.rungs["final"]:
+        assert trial.result is not None
+        assert json.loads((Path(str(trial.result.model_path)) / "policy.json").read_text())["policy"]
+
+
+def wait_for_trials(home: Path, count: int, search: subprocess.Popen[bytes]) -> None:
+    import sqlite3
+
+    for _ in range(20 * WAIT):
+        assert search.poll() is None, (home.parent / "err").read_text()
+        if (home / "optuna.db").exists():
+            try:
+                with sqlite3.connect(home / "optuna.db") as connection:
+                    (found,) = connection.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()
+            except sqlite3.OperationalError:  # its tables are being made
+                found = 0
+            if found >= count:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the search did not begin")
+
+
+def test_a_task_that_dies_or_hangs_twice_on_the_cluster_fails_alone(cluster: Any, tmp_path: Path) -> None:
+    died, hung = tmp_path / "died", tmp_path / "hung"
+    with RayExecutor(factory, cluster.address, limits=Limits(silence=5.0)) as executor:
+        assert executor.workers == 2
+        deadly, hanging = executor.submit("die", str(died)), executor.submit("hang", str(hung))
+        with pytest.raises(TrialError, match="died 2 times"):
+            deadly.result(timeout=WAIT)
+        with pytest.raises(TrialError, match="no progress for 5 s, 2 times"):
+            hanging.result(timeout=WAIT)
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+    assert [len(path.read_text().splitlines()) for path in (died, hung)] == [2, 2]
+
+
+def test_a_cluster_without_room_for_one_task_is_refused(cluster: Any) -> None:
+    with pytest.raises(InputError, match=r"2 processors and 0 GPUs: no room for an evaluation, which takes 1 and 0\.5"):
+        RayExecutor(factory, cluster.address, share=Share(gpus=0.5))
+
+
+def test_an_address_without_a_cluster_is_refused_with_what_to_do() -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="no Ray cluster was found here: start one by `ray start --head`"):
+        RayExecutor(factory, "auto")
+    with pytest.raises(InputError, match=r"the Ray cluster at '127\.0\.0\.1:9' cannot be reached"):
+        RayExecutor(factory, "127.0.0.1:9")
