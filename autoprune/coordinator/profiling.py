@@ -20,6 +20,7 @@ from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline, profiling
 from autoprune.network.timing import device_name
 from autoprune.network.workbench import Workbench
+from autoprune.network.workers import threads_of
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem, TrialResult
 from autoprune.search import LadderPlan, RungPlan
@@ -74,7 +75,7 @@ def profile_space(space: Space, *, home: Path, repeats: int, steps: int) -> tupl
     paths = [str(trace_path(home, space, fidelity)) for fidelity in _kinds(space)]
     data = {
         "device": device_name(bench.device),
-        "threads": pipeline.threads_of(1),
+        "threads": threads_of(1),
         "groups": len(bench.groups),
         "preparation": [
             {"stage": name, "seconds": took, "floor": floor} for name, (took, floor) in preparation.items()
