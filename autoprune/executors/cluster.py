@@ -355,6 +355,7 @@ def _connect(ray: Any, address: str) -> bool:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options["include_dashboard"] = False
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves evaluations beside any other work
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,8 +57,9 @@ def factory(beat: Beat) -> Callable[..., object]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Two nodes of one processor each on this machine."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's own 15 starves them beside other work
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -80,6 +83,7 @@ def test_a_search_on_two_nodes_ends_whole_after_one_of_them_is_killed(cluster: A
             status = search.wait(WAIT)
         finally:
             search.kill()
+            search.wait()
     assert status == 0, (tmp_path / "err").read_text()
     stored = read_search("quick", home=tmp_path / ".autoprune")
     states = Counter((rung, trial.state) for rung in stored.order for trial in stored.rungs[rung])
@@ -92,13 +96,11 @@ def test_a_search_on_two_nodes_ends_whole_after_one_of_them_is_killed(cluster: A
 
 
 def wait_for_trials(home: Path, count: int, search: subprocess.Popen[bytes]) -> None:
-    import sqlite3
-
     for _ in range(20 * WAIT):
         assert search.poll() is None, (home.parent / "err").read_text()
         if (home / "optuna.db").exists():
             try:
-                with sqlite3.connect(home / "optuna.db") as connection:
+                with closing(sqlite3.connect(home / "optuna.db")) as connection:
                     (found,) = connection.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()
             except sqlite3.OperationalError:  # its tables are being made
                 found = 0
