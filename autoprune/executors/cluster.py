@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import queue
+import socket
 import threading
 import time
 import uuid
@@ -352,6 +353,8 @@ def _connect(ray: Any, address: str) -> bool:
     """Joins the cluster at `address`; returns whether it is to be left at the end."""
     if ray.is_initialized():
         return False
+    if address not in ("local", "auto"):
+        _reach(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         options["include_dashboard"] = False
@@ -366,6 +369,17 @@ def _connect(ray: Any, address: str) -> bool:
             raise AutopruneError(f"Ray could not be started here: {_line(error)}") from error
         raise InputError(f"the Ray cluster at {address!r} cannot be reached: {_line(error)}") from error
     return True
+
+
+def _reach(address: str) -> None:
+    """Refuses an address at which nobody answers: Ray itself would try for minutes, and may then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"a Ray cluster's address is local, auto, HOST:PORT or ray://HOST:PORT, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"the Ray cluster at {address!r} cannot be reached: {error}") from error
 
 
 def _room(resources: dict[str, float], share: Share) -> int:

@@ -92,7 +92,7 @@ def test_a_search_on_two_nodes_ends_whole_after_one_of_them_is_killed(cluster: A
     assert {state for _, state in states} == {"complete"}
     for trial in stored.rungs["final"]:
         assert trial.result is not None
-        assert json.loads((Path(str(trial.result.model_path)) / "policy.json").read_text())["policy"]
+        assert json.loads((tmp_path / str(trial.result.model_path) / "policy.json").read_text())["policy"]
 
 
 def wait_for_trials(home: Path, count: int, search: subprocess.Popen[bytes]) -> None:
@@ -132,5 +132,7 @@ def test_an_address_without_a_cluster_is_refused_with_what_to_do() -> None:
     pytest.importorskip("ray")
     with pytest.raises(InputError, match="no Ray cluster was found here: start one by `ray start --head`"):
         RayExecutor(factory, "auto")
+    with pytest.raises(InputError, match="HOST:PORT or ray://HOST:PORT, got 'somewhere'"):
+        RayExecutor(factory, "somewhere")
     with pytest.raises(InputError, match=r"the Ray cluster at '127\.0\.0\.1:9' cannot be reached"):
         RayExecutor(factory, "127.0.0.1:9")
