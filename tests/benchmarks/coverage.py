@@ -92,7 +92,9 @@ def _child(
 ) -> None:
     seconds, gib = limits
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    resource.setrlimit(resource.RLIMIT_AS, (int(gib * 2**30), int(gib * 2**30)))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # of this process, which cannot be raised again
+    space = int(gib * 2**30) if most == resource.RLIM_INFINITY else min(int(gib * 2**30), most)
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
     import coverage_attempts
 
     path = Path(target)

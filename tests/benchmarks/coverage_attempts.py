@@ -125,14 +125,21 @@ def autoprune(model: Model, options: dict[str, Any], write: Write) -> None:
         write(step="exporting to ONNX", reload=relative_error(back(x), output))
     del back, network, dense
     if options["onnx"]:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                inputs = Inputs((tuple(x.shape[1:]),), (x.dtype,), (True,), (2,))
-                export_onnx(Path(folder), small, inputs, Path(folder))
-                write(onnx="equal")
-            except Exception as error:  # whatever the exporter and the runtime raise is what the table tells
-                write(onnx=f"{type(error).__name__}: {_first_line(error)}")
+        fault = _onnx_fault(small, x)
+        if fault is not None and _onnx_fault(build(model), x) is not None:
+            fault += " (and so does the dense model)"
+        write(onnx=fault or "equal")
     write(step="done")
+
+
+def _onnx_fault(model: nn.Module, x: Tensor) -> str | None:
+    """Returns what is wrong with a model's ONNX export, or None where it gives the model's output."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_onnx(Path(folder), model, Inputs((tuple(x.shape[1:]),), (x.dtype,), (True,), (2,)), Path(folder))
+        except Exception as error:  # whatever the exporter and the runtime raise is what the table tells
+            return f"{type(error).__name__}: {_first_line(error)}".replace("\x1b[96m", "").replace("\x1b[0m", "")
+    return None
 
 
 def torch_pruning(model: Model, options: dict[str, Any], write: Write) -> None:
