@@ -104,6 +104,9 @@ chaos: $(READY) ## kill a search's processes 50 times at random and count what i
 storage-cost: $(READY) ## what a trial costs the coordinator at 100 to 5,000 trials, on SQLite and PostgreSQL
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/storage_cost.py --output tests/benchmarks/results/storage-cost.md
 
+busy-workers: $(READY) ## how busy one coordinator keeps 64 workers of 1-second trials
+	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/busy_workers.py --output tests/benchmarks/results/busy-workers.md
+
 bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py --quick $(BENCH)
 

@@ -55,7 +55,7 @@ class LadderPlan:
     `fingerprint` and `settings` (by section) stand for everything that decides a result: a stored study that was made
     from others is refused. `warm_starts` are tried first, in their order. With `sampler` None nothing but the warm
     starts is measured; with `auto` and error `tables` the learned additive model makes three of four proposals and TPE
-    the fourth. `workers` evaluations are kept in flight.
+    the fourth. `workers` evaluations (of many workers an eighth more) are kept in flight.
     """
 
     name: str

@@ -36,6 +36,8 @@ REPEATS_BEFORE_END = 25
 """So many repeated proposals in a row mean that the space is exhausted."""
 OPENING = 8
 """Results after which the proposer takes turns with what is queued: the least that its model is fitted to."""
+AHEAD = 8
+"""For so many workers one more evaluation is asked for than there are workers; fewer wait milliseconds at most."""
 SAMPLER = "sampler"
 """Origin of the sampler's own proposals."""
 LEARNED = "learned"
@@ -51,6 +53,11 @@ class Work:
     on_event: Callable[[Event], None]
     workers: int
     deadline: float | None = None
+
+    @property
+    def flights(self) -> int:
+        """How many evaluations are asked for at once: of many workers none shall wait for the next proposal."""
+        return self.workers + self.workers // AHEAD
 
     @property
     def expired(self) -> bool:
@@ -166,6 +173,7 @@ class Rung:
             done, _ = wait(self._flights, return_when=FIRST_COMPLETED)
             for future in [flight for flight in self._flights if flight in done]:
                 self._land(work, future, total)
+                self._fill(work, total)  # before the next result is stored: a worker waits for it
 
     @property
     def _exhausted(self) -> bool:
@@ -174,7 +182,7 @@ class Rung:
 
     def _fill(self, work: Work, total: int) -> None:
         """Starts evaluations while there is room and something to try."""
-        while len(self._flights) < work.workers and len(self._known) + len(self._flights) < total and not work.expired:
+        while len(self._flights) < work.flights and len(self._known) + len(self._flights) < total and not work.expired:
             ticket = self._next(work)
             if ticket is None:
                 return
