@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from autoprune.errors import CheckpointError as CheckpointError
     from autoprune.errors import DataError as DataError
     from autoprune.errors import InputError as InputError
+    from autoprune.errors import LeaseError as LeaseError
     from autoprune.errors import MissingExtraError as MissingExtraError
     from autoprune.errors import PolicyError as PolicyError
     from autoprune.errors import SpaceError as SpaceError
+    from autoprune.errors import StorageError as StorageError
     from autoprune.errors import StudyError as StudyError
     from autoprune.errors import TraceError as TraceError
     from autoprune.errors import TrackingError as TrackingError
@@ -41,9 +43,11 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "InputError",
+    "LeaseError",
     "MissingExtraError",
     "PolicyError",
     "SpaceError",
+    "StorageError",
     "StudyError",
     "TraceError",
     "TrackingError",

@@ -180,6 +180,9 @@ class FakeTracker:
         self.said.append(("trial", record))
         return f"run-{record.key}"
 
+    def keep_one_run_each(self, search: str) -> int:
+        return 0
+
     def mark_front(self, search: str, keys: Any) -> None:
         self.said.append(("front", list(keys)))
 

@@ -18,8 +18,8 @@ from autoprune.cli import shared
 
 @shared.guarded
 def search() -> None:
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("tidying up", flush=True)

@@ -102,7 +102,7 @@ def test_a_sampler_is_told_what_was_measured_and_told_again_on_resume(make_chain
     problem = timed(make_chain(4), {"latency": 0.8})
     study = open_study(InMemoryStorage(), "s.tune", problem, fingerprint="f", settings={})
     mirror = Mirror(problem, study, sampler="tpe", seed=0)
-    _, trial = mirror.propose()
+    _, trial, _ = mirror.propose()
     mirror.tell(trial, (0.5, 0.5), {"latency_measured": 0.25})
     assert mirror._study.trials[-1].constraints == {"latency_measured": 0.25}
     study.add_trial(
