@@ -12,10 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autoprune.errors import PolicyError, nearest
-from autoprune.network.compensation import entries_of, layer_moments
 from autoprune.network.evidence import (
     PRODUCERS,
     Criterion,
@@ -29,8 +27,9 @@ from autoprune.network.evidence import Scores as Scores
 from autoprune.network.evidence import gather_fisher as gather_fisher
 from autoprune.network.evidence import gather_gradients as gather_gradients
 from autoprune.network.evidence import gather_ranks as gather_ranks
-from autoprune.network.groups import Links, PruningGroup
+from autoprune.network.groups import PruningGroup
 from autoprune.network.own_criteria import own_criterion
+from autoprune.network.surgeon import block_errors, removal_costs
 
 
 def _norms(evidence: Evidence, group: PruningGroup, power: int) -> Scores:
@@ -144,31 +143,19 @@ def obs(evidence: Evidence, group: PruningGroup) -> Scores:
     total = np.zeros(group.size)
     for links in consumers:
         assert links.inputs is not None
-        inside = np.flatnonzero(is_inside(links.inputs, group))
-        increase, power = _block_errors(evidence, links, inside)
-        values = torch.zeros(len(links.inputs), dtype=torch.float64)
-        values[torch.from_numpy(inside)] = increase / power
-        total += by_unit(values, links.inputs, group)
+        total += by_unit(block_errors(evidence, links, group), links.inputs, group)
     return relative(total)
 
 
-def _block_errors(evidence: Evidence, links: Links, channels: np.ndarray) -> tuple[Tensor, float]:
-    """Returns the error increase of each channel `(m,)` and the output power, summed over convolution groups."""
-    moments = evidence.statistics[links.module]
-    matrix = layer_moments(moments, links).double()
-    groups, d = matrix.shape[0], matrix.shape[1]
-    weight = evidence.parameter(links.layer.weight)
-    flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)  # (G, N/G, d)
-    power = float(torch.einsum("gnd,gde,gne->", flat, matrix, flat).clamp_min(1e-12))
-    scale = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(d, dtype=torch.float64, device=matrix.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + 1e-3 * scale.view(-1, 1, 1) * eye))
-    k = moments.kernel
-    entries = entries_of(channels, k).to(matrix.device).reshape(-1, k)  # (m, k)
-    blocks = inverse[:, entries.unsqueeze(2), entries.unsqueeze(1)]  # (G, m, k, k)
-    columns = flat[:, :, entries].permute(0, 2, 3, 1)  # (G, m, k, N/G)
-    solved = torch.linalg.solve(blocks, columns)
-    return (columns * solved).sum((0, 2, 3)).cpu(), power
+def obs_greedy(evidence: Evidence, group: PruningGroup) -> Scores:
+    """The same when channels go one after another, each the one that then costs least; `l2` without consumers.
+
+    The score rises in the order of removal, so a channel that others could replace counts once they have gone. In
+    groups of more than 128 channels several go a step (see `surgeon`).
+
+    Source: Frantar & Alistarh, Optimal Brain Compression, NeurIPS 2022.
+    """
+    return relative(removal_costs(evidence, group)) if evidence.consumers(group) else l2(evidence, group)
 
 
 def hessian(evidence: Evidence, group: PruningGroup) -> Scores:
@@ -220,11 +207,12 @@ CRITERIA: dict[str, Criterion] = {
     "taylor": taylor,
     "activation": activation,
     "obs": obs,
+    "obs_greedy": obs_greedy,
     "hessian": hessian,
     "hrank": hrank,
     "random": random,
 }
-NEEDS_STATISTICS = frozenset({"activation", "obs", "hrank"})
+NEEDS_STATISTICS = frozenset({"activation", "obs", "obs_greedy", "hrank"})
 NEEDS_GRADIENTS = frozenset({"taylor"})
 NEEDS_FISHER = frozenset({"hessian"})
 NEEDS_RANKS = frozenset({"hrank"})

@@ -20,6 +20,7 @@ DEFAULT_STEP = 0.05
 _WHOLE = {
     "bn_scale": "bn_scale reads the scale of a whole channel's batch norm, which says nothing about single weights",
     "fpgm": "fpgm compares whole filters with each other, which says nothing about single weights",
+    "obs_greedy": "obs_greedy removes whole channels one after another; for single weights take obs",
     "hessian": "hessian adds up what all weights of a channel matter; for single weights it is what taylor is",
     "hrank": "hrank reads the feature map of a whole channel, which says nothing about single weights",
 }

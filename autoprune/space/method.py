@@ -17,7 +17,9 @@ from autoprune.errors import BudgetError, nearest
 from autoprune.space.masking import DEFAULT_STEP
 from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Duration, Found, Globs, Section, as_tuple, number
 
-CRITERIA = ("l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "hessian", "hrank", "random")
+CRITERIA = (
+    "l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "obs_greedy", "hessian", "hrank", "random",
+)  # fmt: skip
 
 
 def _criterion(value: Any) -> Any:
@@ -212,8 +214,9 @@ class CriteriaSettings(Section):
         min_length=1,
         description="l1, l2: norm of a channel's weights; bn_scale: BatchNorm scale; fpgm: distance to the geometric "
         "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
-        "obs: error increase under refit; hessian: optimal brain damage with Fisher's diagonal; hrank: rank of feature "
-        "maps; random; package.module:function: your own, see autoprune.network.own_criteria.",
+        "obs: error increase under refit; obs_greedy: the same, one channel after another; hessian: optimal brain "
+        "damage with Fisher's diagonal; hrank: rank of feature maps; random; package.module:function: your own, see "
+        "autoprune.network.own_criteria.",
     )
     scope: Literal["model", "stage", "layer"] = Field(
         default="model",

@@ -205,7 +205,7 @@ def test_prune_of_2_to_4_takes_one_half_or_nothing(model: nn.Module) -> None:
         autoprune.prune(net, 0.5, round_to=8)
     with pytest.raises(PolicyError, match="needs calibration batches"):
         autoprune.prune(net, 0.5, criterion="obs")
-    for criterion in ("fpgm", "hessian", "hrank", "mine.scores:norms"):
+    for criterion in ("fpgm", "obs_greedy", "hessian", "hrank", "mine.scores:norms"):
         with pytest.raises(PolicyError, match=f"'{criterion}' does not rank single weights"):
             autoprune.prune(net, 0.5, criterion=criterion)
     with pytest.raises(PolicyError, match="masks keep at least one weight of 'outer'"):

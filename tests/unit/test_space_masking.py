@@ -32,6 +32,7 @@ def test_pruning_is_by_channel_where_nothing_is_said_and_2_to_4_needs_no_quotes(
         ("pruning: 2:4\ncriteria: {choices: [bn_scale]}", "criteria.choices[0]", "batch norm"),
         ("pruning: unstructured\ncriteria: {choices: [l1, obs, l2]}", "criteria.choices[2]", "alike"),
         ("pruning: unstructured\ncriteria: {choices: [l2, hessian]}", "criteria.choices[1]", "what taylor is"),
+        ("pruning: unstructured\ncriteria: {choices: [obs_greedy]}", "criteria.choices[0]", "take obs"),
         ("pruning: unstructured\ncriteria: {choices: [hrank]}", "criteria.choices[0]", "feature map"),
         ("pruning: 2:4\ncriteria: {choices: [mine.scores:norms]}", "criteria.choices[0]", "whole channels"),
         ("pruning: unstructured\ngroups: {blocks: true}", "groups.blocks", "keeps every layer"),

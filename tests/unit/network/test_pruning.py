@@ -58,7 +58,7 @@ def test_batches_of_inputs_and_targets_serve_as_well(network):
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("criterion", ["activation", "obs", "taylor", "hessian", "hrank"])
+@pytest.mark.parametrize("criterion", ["activation", "obs", "obs_greedy", "taylor", "hessian", "hrank"])
 def test_criteria_that_need_batches_work_with_them_and_say_so_without(network, criterion):
     assert widths(autoprune.prune(network, 0.5, criterion=criterion, calibration=[(X, Y)])) == (6, 4)
     with pytest.raises(PolicyError, match=f"the criterion {criterion} needs calibration batches"):

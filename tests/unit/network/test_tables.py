@@ -27,7 +27,7 @@ def lost(x, y, groups=1):
     return float(np.square(rest).sum() / np.square(y - y.mean(0)).sum())
 
 
-@pytest.mark.parametrize("criterion", ["l2", "obs", "random"])
+@pytest.mark.parametrize("criterion", ["l2", "obs", "obs_greedy", "random"])
 def test_a_table_holds_the_error_of_the_best_refit_at_every_width(criterion):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
