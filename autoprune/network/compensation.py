@@ -86,6 +86,23 @@ def layer_moments(moments: Moments, links: Links, *, recalibrated: bool = True) 
     return moments.covariance() if _centred(links, recalibrated) else moments.gram
 
 
+def regular_factor(matrix: Tensor, ridge: float) -> Tensor:
+    """Returns the lower Cholesky factor `(G, d, d)` of `matrix + λI` with λ = `ridge` times the mean of the diagonal.
+
+    Moments are float32: where thousands of inputs follow from a few, rounding can outweigh a small λ, which is then
+    raised tenfold until the matrix is positive definite.
+    """
+    scale = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-12)
+    while True:
+        regular = matrix.clone()
+        regular.diagonal(dim1=1, dim2=2).add_(ridge * scale)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(regular, check_errors=ridge > 1.0)
+        if not bool(failed.any()):
+            return factor
+        ridge *= 10.0
+
+
 def refit(
     weight: Tensor, moments: Moments, stay: Labels, *, ridge: float = 1e-3, centred: bool = True
 ) -> tuple[Tensor, Tensor]:

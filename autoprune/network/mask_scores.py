@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoprune.errors import DataError, PolicyError, nearest
 from autoprune.network.calibration import Moments
-from autoprune.network.compensation import layer_moments
+from autoprune.network.compensation import layer_moments, regular_factor
 from autoprune.network.criteria import Evidence, Scores
 from autoprune.network.groups import Links
 from autoprune.network.mask_compensation import refit_masked
@@ -95,9 +95,7 @@ def obs(evidence: Evidence, weight: MaskWeight) -> Tensor:
         return _share(evidence, weight)
     matrix = layer_moments(moments, _links(evidence, weight)).double()
     flat, power = _flat(evidence, weight, moments, matrix)
-    scale = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix + 1e-3 * scale.view(-1, 1, 1) * eye))
+    inverse = torch.cholesky_inverse(regular_factor(matrix, 1e-3))
     return (flat.square() / inverse.diagonal(dim1=1, dim2=2).unsqueeze(1) / power).reshape(weight.shape)
 
 

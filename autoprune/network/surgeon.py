@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.network.compensation import entries_of, layer_moments
+from autoprune.network.compensation import entries_of, layer_moments, regular_factor
 from autoprune.network.evidence import Evidence, Scores, is_inside
 from autoprune.network.groups import Links, PruningGroup, positions_in
 
@@ -57,8 +57,8 @@ def removal_costs(evidence: Evidence, group: PruningGroup) -> Scores:
     channel adds when its turn comes, or that of the dearest one before it where that is more.
 
     In float64. Each consumer holds its inverse, `(G, d, d)`: 8·G·d² bytes, two to three times that for a moment. Time
-    grows with d³ as that of an inversion does. For 512 channels of a 3x3 convolution (d = 4608): 170 MB and four
-    channels a step.
+    grows with d³ as that of an inversion does. For 512 channels of a 3x3 convolution (d = 4608), four channels a step:
+    170 MB, and 9 s of one core where one-shot obs takes 5 s.
     """
     consumers = [_Consumer.of(evidence, links, group) for links in evidence.consumers(group)]
     step = -(-group.size // MAX_STEPS)
@@ -96,7 +96,7 @@ def _in_turn(
 
 
 class _Consumer:
-    """The weight `(G, N/G, d)` and the inverse `(G, d, d)` of one consumer as the channels of a group go.
+    """The weight `(G, d, N/G)` and the inverse `(G, d, d)` of one consumer as the channels of a group go.
 
     `entries` `(n, e)` are the positions in the inverse of each of the group's channels, the first `lengths` `(n,)` of
     each row: a channel may stand at several inputs, or at none of this consumer.
@@ -133,9 +133,9 @@ class _Consumer:
     def without(self, gone: np.ndarray, left: np.ndarray) -> _Consumer:
         """Removes channels in place and refits the rest; returns what holds the channels that are left."""
         taken = self._of_channels(gone)
-        rows = self._inverse.index_select(1, taken)  # (G, e, d)
-        gain = torch.linalg.solve(rows.index_select(2, taken), rows)  # (G, e, d)
-        self._weight.baddbmm_(self._weight.index_select(2, taken), gain, alpha=-1)
+        rows = self._inverse[:, taken]  # (G, e, d)
+        gain = torch.linalg.solve(rows[:, :, taken], rows)  # (G, e, d)
+        self._weight.baddbmm_(gain.transpose(1, 2), self._weight[:, taken], alpha=-1)
         self._inverse.baddbmm_(rows.transpose(1, 2), gain, alpha=-1)
         return self.restricted(left) if self._lengths[left].sum() <= _COMPACT * self._inverse.shape[1] else self
 
@@ -146,8 +146,8 @@ class _Consumer:
         place[picked.cpu().numpy()] = np.arange(len(picked))
         known = np.zeros(len(self._lengths), dtype=bool)
         known[channels] = True
-        weight = self._weight.index_select(2, picked)
-        inverse = self._inverse.index_select(1, picked).index_select(2, picked)
+        weight = self._weight[:, picked]
+        inverse = self._inverse[:, picked.unsqueeze(1), picked]  # index_select took five times as long
         return _Consumer(weight, inverse, place[self._entries], np.where(known, self._lengths, 0))
 
     def _of_channels(self, channels: np.ndarray) -> Tensor:
@@ -157,24 +157,23 @@ class _Consumer:
 
 
 def _inverted(evidence: Evidence, links: Links) -> tuple[Tensor, Tensor]:
-    """Returns a consumer's weight `(G, N/G, d)`, scaled to an output power of one, and the inverse of the regularised
+    """Returns a consumer's weight `(G, d, N/G)`, scaled to an output power of one, and the inverse of the regularised
     moments of its input `(G, d, d)`, both float64.
     """
-    matrix = layer_moments(evidence.statistics[links.module], links).to(torch.float64, copy=True)
+    matrix = layer_moments(evidence.statistics[links.module], links).double()
     groups = matrix.shape[0]
     weight = evidence.parameter(links.layer.weight)
     flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)
     power = ((flat @ matrix) * flat).sum().clamp_min(1e-12)
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-12)
-    return flat / power.sqrt(), torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    inverse = torch.cholesky_inverse(regular_factor(matrix, RIDGE))
+    return (flat / power.sqrt()).transpose(1, 2).contiguous(), inverse
 
 
 def _costs(weight: Tensor, inverse: Tensor, entries: Tensor) -> Tensor:
     """Returns `tr(W_c ([C⁻¹]_cc)⁻¹ W_cᵀ)` of each block of `entries` `(m, e)`, over all convolution groups, `(m,)`."""
     entries = entries.to(inverse.device)
     blocks = inverse[:, entries.unsqueeze(2), entries.unsqueeze(1)]  # (G, m, e, e)
-    columns = weight[:, :, entries].permute(0, 2, 3, 1)  # (G, m, e, N/G)
+    columns = weight[:, entries]  # (G, m, e, N/G)
     solved = torch.linalg.solve(blocks, columns @ columns.transpose(2, 3))  # (G, m, e, e)
     costs: Tensor = solved.diagonal(dim1=2, dim2=3).sum((0, 2)).clamp_min(0.0)
     return costs

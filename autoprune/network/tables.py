@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
-from autoprune.network.compensation import entries_of, layer_moments
+from autoprune.network.compensation import entries_of, layer_moments, regular_factor
 from autoprune.network.criteria import Evidence, Scores
 from autoprune.network.groups import Links, PruningGroup, positions_in
 
@@ -59,12 +58,10 @@ def _consumer_curve(evidence: Evidence, links: Links, group: PruningGroup, order
     k = moments.kernel
     permutation = entries_of(np.concatenate([others, own]), k)
     matrix = layer_moments(moments, links).double()[:, permutation][:, :, permutation]
-    groups, d = matrix.shape[0], matrix.shape[1]
+    groups = matrix.shape[0]
     weight = evidence.parameter(links.layer.weight)
     flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)[:, :, permutation]
-    scale = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12).view(-1, 1, 1)
-    factor = torch.linalg.cholesky(matrix + 1e-4 * scale * torch.eye(d, dtype=torch.float64, device=matrix.device))
-    columns = (flat @ factor).square().sum((0, 1)).cpu().numpy()  # (d,)
+    columns = (flat @ regular_factor(matrix, 1e-4)).square().sum((0, 1)).cpu().numpy()  # (d,)
     power = max(float(columns.sum()), 1e-30)
     lost = columns[len(others) * k :].reshape(len(own), k).sum(1)
     # A channel may stand at several inputs (a flattened map): add up what its entries carry.

@@ -30,7 +30,6 @@ from autoprune.network.calibration import gather, sample_patches
 from autoprune.network.criteria import choose, score
 from autoprune.network.evaluation import evaluate
 from autoprune.network.evidence import Evidence
-from autoprune.network.groups import positions_in
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.trace import Network
 from autoprune.search.warmstart import additive, uniform
@@ -219,64 +218,15 @@ WAYS: dict[str, Way] = {
 # --- ways of choosing ---------------------------------------------------------------------------------------------
 
 
-def greedy_obs(evidence: Evidence, group: Any) -> np.ndarray:
-    """Returns the order in which channels go, `(n,)`, when each is the one that then costs least under optimal refit.
-
-    After each removal the others' costs are those of the network without it (one-shot OBS looks at all at once).
-    """
-    states = []
-    for links in evidence.consumers(group):
-        moments = evidence.statistics[links.module]
-        matrix = compensation.layer_moments(moments, links).double()[0]
-        scale = matrix.diagonal().mean()
-        inverse = torch.linalg.inv(matrix + 1e-3 * scale * torch.eye(len(matrix), dtype=torch.float64))
-        weight = evidence.parameter(links.layer.weight)
-        flat = weight.reshape(weight.shape[0], -1).double().clone()
-        power = float(torch.einsum("nd,de,ne->", flat, matrix, flat))
-        position = positions_in(links.inputs, group)
-        states.append([flat, inverse, position, moments.kernel, power])
-    left, order = list(range(group.size)), []
-    while left:
-        costs = torch.zeros(len(left), dtype=torch.float64)
-        for flat, inverse, position, kernel, power in states:
-            entries = torch.from_numpy(np.stack([_entries(position, c, kernel) for c in left]))  # (m, k)
-            blocks = inverse[entries.unsqueeze(2), entries.unsqueeze(1)]  # (m, k, k)
-            columns = flat[:, entries].permute(1, 2, 0)  # (m, k, N)
-            costs += (columns * torch.linalg.solve(blocks, columns)).sum((1, 2)) / power
-        gone = left.pop(int(costs.argmin()))
-        order.append(gone)
-        for state in states:
-            flat, inverse, position, kernel, _ = state
-            e = torch.from_numpy(_entries(position, gone, kernel))
-            gain = torch.linalg.solve(inverse[e][:, e], inverse[e])  # (k, d)
-            state[0] = flat - flat[:, e] @ gain
-            state[1] = inverse - inverse[:, e] @ gain
-            state[0][:, e] = 0.0
-            # What went takes no part any more; the unit block keeps the matrix regular.
-            state[1][e], state[1][:, e] = 0.0, 0.0
-            state[1][e, e] = 1.0
-    ranks = np.empty(group.size)
-    ranks[order] = np.arange(group.size)
-    return ranks
-
-
-def _entries(position: np.ndarray, channel: int, kernel: int) -> np.ndarray:
-    at = np.flatnonzero(position == channel)
-    return (at[:, None] * kernel + np.arange(kernel)[None, :]).reshape(-1)
-
-
 def chosen(case: Case, criterion: str, widths: dict[str, int]) -> Selection:
     """Returns the channels that a criterion keeps."""
     groups = {group.name: group for group in case.network.groups}
     narrowed = {name: width for name, width in widths.items() if width < groups[name].size}
-    if criterion == "greedy obs":
-        scores = {name: greedy_obs(case.evidence, groups[name]) for name in narrowed}
-    else:
-        scores = score(case.evidence, [criterion])[criterion]
+    scores = score(case.evidence, [criterion])[criterion]
     return {name: choose(scores[name], width) for name, width in narrowed.items()}
 
 
-CHOICES = {f"channels by {name}": name for name in ("l1", "l2", "obs", "greedy obs")}
+CHOICES = {f"channels by {name}": name for name in ("l1", "l2", "obs", "obs_greedy")}
 """Ways of choosing the channels; all are repaired by the default way."""
 
 

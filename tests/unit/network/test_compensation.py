@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoprune.network.calibration import Moments, gather
-from autoprune.network.compensation import compensated_tensors, entries_of, layer_moments, refit
+from autoprune.network.compensation import compensated_tensors, entries_of, layer_moments, refit, regular_factor
 from autoprune.network.surgery import cut
 from autoprune.network.trace import trace
 
@@ -261,3 +261,21 @@ def test_the_constant_part_of_a_removed_channel_goes_into_the_bias_or_is_left_to
         return
     lost = 3.0 * model[2].weight[:, 5].sum((1, 2))
     torch.testing.assert_close(tensors["2.bias"], (model[2].bias + lost).detach(), atol=2e-3, rtol=0)
+
+
+def test_a_ridge_that_rounding_outweighs_is_raised_until_the_moments_factor():
+    """Forty inputs that are all the same one, and errors beneath: 1e-4 of the diagonal is too little."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 1e-3 * torch.randn(40, 40, generator=generator, dtype=torch.float64)
+    matrix = torch.stack([torch.ones(40, 40) + (noise + noise.T) / 2, torch.eye(40)]).double()
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(matrix + 1e-4 * torch.eye(40))
+    factor = regular_factor(matrix, 1e-4)
+    added = factor @ factor.mT - matrix
+    ridge = float(added[0, 0, 0]) / float(matrix[0].diagonal().mean())
+    assert ridge in (pytest.approx(1e-3), pytest.approx(1e-2))
+    torch.testing.assert_close(added[1], ridge * torch.eye(40, dtype=torch.float64))
+    easy = regular_factor(matrix[1:], 1e-4)
+    torch.testing.assert_close(easy @ easy.mT, 1.0001 * matrix[1:])
+    with pytest.raises(torch.linalg.LinAlgError):
+        regular_factor(torch.full((1, 3, 3), float("nan")), 1e-4)

@@ -172,6 +172,26 @@ def test_a_group_without_refittable_consumers_falls_back_to_l2_as_obs_does():
     np.testing.assert_array_equal(scores["obs"]["0"], scores["l2"]["0"])
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Linear(5, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.embed(x))[0])
+
+
+def test_recurrent_consumers_count_as_little_as_for_obs_and_hidden_units_by_the_layers_that_read_them():
+    torch.manual_seed(0)
+    evidence = evidence_of(Recurrent(), X.view(80, 5, 5))
+    scores = score(evidence, ["l2", "obs", "obs_greedy"])
+    np.testing.assert_array_equal(scores["obs"]["embed"], scores["l2"]["embed"])
+    np.testing.assert_array_equal(scores["obs_greedy"]["embed"], scores["l2"]["embed"])
+    (hidden,) = (group for group in evidence.network.groups if group.size == 4)
+    order, _ = brute_order(evidence, hidden)
+    assert np.argsort(scores["obs_greedy"][hidden.name]).tolist() == order
+
+
 def test_weights_that_are_not_finite_are_refused_by_name():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with torch.no_grad():
