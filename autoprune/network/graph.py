@@ -7,11 +7,13 @@ alive together. Knows nothing of pruning groups.
 from __future__ import annotations
 
 import io
+import logging
 import operator
 import re
 import sys
 import warnings
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -49,6 +51,8 @@ ALIASES = frozenset(
 )
 """Operators whose result is their input, or a view of it."""
 
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.export")
+"""What torch logs here as an error, with a traceback, it also raises."""
 _COMPUTED = 40
 """A convolution's weight that is computed by more operators than this is taken for an activation."""
 
@@ -62,7 +66,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     printed = io.StringIO()
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
-        with torch.no_grad(), redirect_stderr(printed), warnings.catch_warnings():
+        with torch.no_grad(), _unlogged(), redirect_stderr(printed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
@@ -70,6 +74,20 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     sys.stderr.write(printed.getvalue())
     _drop_unused(program)
     return program
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps torch from logging what it raises; its handlers write to the terminal past `redirect_stderr`."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _why(model: nn.Module, error: Exception, graph: str) -> str:

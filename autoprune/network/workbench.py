@@ -199,7 +199,6 @@ class Workbench:
             model = self._pruned(selection).to(self.device)
             replace_activations(model, self.replaced(policy))
         if fidelity.scratch:
-            forget(model, self.seed)
             model, metrics, curves = self._tuned(model, selection, fidelity, clock)
             return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
         if fidelity.epochs > 0:
@@ -352,6 +351,8 @@ class Workbench:
         masks = mask_tensors(self.network, selection) if self.network.masked else {}
         for number in range(fidelity.seeds):
             model = copy.deepcopy(start) if fidelity.seeds > 1 else start
+            if fidelity.scratch:
+                forget(model, self.seed + number)  # each seed its own initial weights, as its own order of images
             with clock("fine_tuning"), zeros_kept(model, masks):
                 history = self._fine_tuned(model, fidelity, number, stage=Stage(), seed=self.seed + number)
             with clock("evaluation"):

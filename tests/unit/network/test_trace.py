@@ -1,6 +1,7 @@
 """Tracing: what is found, what is refused, and that the model is left alone."""
 
 import copy
+import logging
 import pickle
 import sys
 
@@ -136,6 +137,20 @@ def test_what_the_model_itself_prints_is_not_swallowed(capsys):
 def test_an_input_of_the_wrong_shape_is_told_with_the_models_own_words():
     with pytest.raises(TraceError, match=r"cannot be exported.*channels"):
         trace(cnn(), torch.zeros(2, 4, 8, 8))
+
+
+def test_a_model_whose_sizes_do_not_fit_its_input_is_one_error_and_nothing_is_logged():
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    seen, level = [], logger.level
+    handler = logging.Handler()
+    handler.emit = seen.append
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(TraceError, match=r"Sequential cannot be exported: RuntimeError: .*192.*100"):
+            trace(nn.Sequential(nn.Flatten(), nn.Linear(100, 10), nn.ReLU(), nn.Linear(10, 3)), X[:, :3])
+    finally:
+        logger.removeHandler(handler)
+    assert (seen, logger.level) == ([], level)
 
 
 @pytest.mark.parametrize("inputs", [(), ("text",), torch.tensor(1.0)], ids=["none", "text", "scalar"])
