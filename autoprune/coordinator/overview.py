@@ -18,7 +18,7 @@ from autoprune import report
 from autoprune.coordinator import logs
 from autoprune.coordinator.commands import terminal
 from autoprune.coordinator.supervising import read_service
-from autoprune.coordinator.views import CONTROLS, make_home, open_existing, storage_path
+from autoprune.coordinator.views import CONTROLS, SCRATCH, make_home, open_existing, storage_path
 from autoprune.errors import StudyError, nearest
 from autoprune.search import Job, Queue, Request
 from autoprune.space import Space
@@ -96,7 +96,7 @@ def status_of(home: Path, name: str | None = None) -> dict[str, Any]:
     wanted = [found for found in known if name is None or found == name]
     if name is not None and not wanted and not jobs:
         raise StudyError(f"there is no search {name!r}{nearest(name, {*known, *(job.name for job in queue.jobs())})}")
-    searches = [studies.search_state(storage, found, side=(CONTROLS,)).to_json() for found in wanted]
+    searches = [studies.search_state(storage, found, side=(CONTROLS, SCRATCH)).to_json() for found in wanted]
     return {
         "schema": 1,
         "home": str(home.resolve()),

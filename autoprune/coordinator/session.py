@@ -158,26 +158,35 @@ class Session:
         )
 
     def run(self, *, workers: Workers, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
-        """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments."""
-        say = self.progress.note
-        begun = time.monotonic()
+        """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments.
+
+        The lease of the search is held throughout, so that no other process takes one that measures its front, or waits
+        for MLflow, for stopped.
+        """
         limits = Limits(self.space.search.trial_timeout, self.space.search.hang_timeout)
         with executor_of(self.bench, workers, limits=limits, cache=self.home / "cache") as executor:
             plan = self._plan(executor.workers, trials or self.space.search.trials)
             self.background = self._background(executor.workers, threads(workers, executor.workers))
-            records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
-            try:
-                self._log_start(executor)
-                complete = self._climb(plan, executor, records, deadline)
-            except LeaseError:
-                executor.close()
-                records.close(0.0)  # what is left is the other process's to record
-                raise
-            except BaseException as error:
-                executor.close()
-                records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                records.close(10.0)
-                raise
+            with studies.hold_search(self.storage, plan):
+                return self._run(plan, executor, deadline, summary=summary)
+
+    def _run(self, plan: LadderPlan, executor: Executor, deadline: float | None, *, summary: bool) -> SearchOutcome:
+        begun = time.monotonic()
+        say = self.progress.note
+        records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
+        try:
+            self._log_start(executor)
+            complete = self._climb(plan, executor, records, deadline)
+        except LeaseError:
+            executor.close()
+            records.close(0.0)  # what is left is the other process's to record
+            raise
+        except BaseException as error:
+            executor.close()
+            records.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            records.close(10.0)
+            raise
+        executor.close()  # nothing runs beside the measurements
         stored = read_search(self.space.name, home=self.home)
         if measured := measure_front(self.bench, stored):
             study = studies.load_rung(self.storage, self.space.name, stored.order[0])
@@ -310,24 +319,32 @@ class Session:
         def submit(policy: Any, fidelity: Fidelity) -> Any:
             return executor.submit(policy, fidelity)
 
-        outcome = studies.run_ladder(
-            self.storage, plan, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
-        )
-        if not outcome.complete:
+        def run(ladder: LadderPlan) -> bool:
+            return studies.run_ladder(
+                self.storage,
+                ladder,
+                submit=submit,
+                identity=self.bench.identity,
+                on_event=told,
+                deadline=deadline,
+                held=True,
+            ).complete
+
+        if not run(plan):
             return False
         complete = True
         for beside in (self._controls, self._from_scratch):
             ladder = beside(plan)
             if ladder is not None:
-                complete &= studies.run_ladder(
-                    self.storage, ladder, submit=submit, identity=self.bench.identity, on_event=told, deadline=deadline
-                ).complete
+                complete &= run(ladder)
         return complete
 
     def _mark(self, event: RungStarted) -> None:
         """Stores what `autoprune status` tells of a search that runs."""
         studies.write_total(self._study(event.rung), event.total)
-        studies.write_complete(self._study(self.space.search.ladder[0].rung), False)
+        first = self._study(self.space.search.ladder[0].rung)
+        studies.write_current(first, event.rung)
+        studies.write_complete(first, False)
 
     def _controls(self, plan: LadderPlan) -> LadderPlan | None:
         return controls_plan(plan, self.bench, count=self.space.search.controls)

@@ -8,7 +8,7 @@ from autoprune.search.audit import Audit, audit, kendall_tau
 from autoprune.search.background import read_background, write_background
 from autoprune.search.events import Event, RungFinished, RungStarted, TrialFinished
 from autoprune.search.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, UNFINISHED, Job, Queue, Request
-from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, promoted, run_ladder
+from autoprune.search.ladder import LadderOutcome, LadderPlan, RungPlan, hold_search, promoted, run_ladder
 from autoprune.search.lasting import LastingStorage
 from autoprune.search.lease import hold, is_running
 from autoprune.search.notes import (
@@ -38,6 +38,7 @@ from autoprune.search.state import (
     search_holder,
     search_state,
     write_complete,
+    write_current,
     write_total,
 )
 from autoprune.search.storage import open_storage, quiet_optuna, same_database, split_password
@@ -82,6 +83,7 @@ __all__ = [
     "distinct",
     "finished_trials",
     "hold",
+    "hold_search",
     "is_running",
     "kendall_tau",
     "load_rung",
@@ -114,6 +116,7 @@ __all__ = [
     "study_summary",
     "write_background",
     "write_complete",
+    "write_current",
     "write_facts",
     "write_measured",
     "write_notes",

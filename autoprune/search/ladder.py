@@ -6,7 +6,8 @@ Decides what is promoted and in which order rungs run. Knows neither how a polic
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,6 +90,23 @@ class LadderOutcome:
     complete: bool
 
 
+@contextmanager
+def hold_search(storage: BaseStorage, plan: LadderPlan) -> Iterator[None]:
+    """Holds the lease of a whole search, its controls and its recording included; `run_ladder(held=True)` within it.
+
+    The lease is on the study of the plan's first rung, which is made where there is none. See `hold`.
+
+    Raises:
+        StudyError: A stored study belongs to other settings.
+        LeaseError: Another process runs this search.
+    """
+    with quiet_optuna():
+        begun = _open_begun(storage, plan)
+        first = begun.get(_name(plan.rungs[0])) or _open(storage, plan, plan.rungs[0])
+    with hold(first):
+        yield
+
+
 def run_ladder(
     storage: BaseStorage,
     plan: LadderPlan,
@@ -97,6 +115,7 @@ def run_ladder(
     identity: Callable[[Policy], str],
     on_event: Callable[[Event], None] = lambda event: None,
     deadline: float | None = None,
+    held: bool = False,
 ) -> LadderOutcome:
     """Runs a search, or goes on with it where it was stopped.
 
@@ -115,6 +134,7 @@ def run_ladder(
         on_event: Is told what happens, in this thread.
         deadline: `time.monotonic()` after which nothing more is started. The time up to it is shared among the rungs,
             so that a search that is cut short still measures its best candidates by the last rung's recipe.
+        held: The caller holds the lease already, by `hold_search`.
 
     Raises:
         StudyError: A stored study belongs to other settings, or another process runs this search.
@@ -124,12 +144,8 @@ def run_ladder(
         Exception: Whatever else a future raised.
     """
     work = Work(submit, identity, on_event, plan.workers, deadline)
-    with quiet_optuna():
-        studies = _open_begun(storage, plan)
-        first = _name(plan.rungs[0])
-        studies[first] = studies.get(first) or _open(storage, plan, plan.rungs[0])
-        with hold(studies[first]):
-            return _climb(storage, plan, studies, work)
+    with quiet_optuna(), nullcontext() if held else hold_search(storage, plan):
+        return _climb(storage, plan, _open_begun(storage, plan), work)
 
 
 def _climb(storage: BaseStorage, plan: LadderPlan, studies: Mapping[str, Study], work: Work) -> LadderOutcome:

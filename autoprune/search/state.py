@@ -1,6 +1,6 @@
 """How far a search is: who runs it, on which rung, how many trials are done, and when the rung may end.
 
-Decides what is read from the studies for that, and which two attributes a running search leaves for it. Needs no
+Decides what is read from the studies for that, and which attributes a running search leaves for it. Needs no
 settings and no models.
 """
 
@@ -21,6 +21,7 @@ from autoprune.search.study import RUNG, load_rung, rung_names, search_names
 
 TOTAL = "autoprune.total"
 COMPLETE = "autoprune.complete"
+CURRENT = "autoprune.current_rung"
 _PACE = 20
 """Trials whose pace tells when a rung may end."""
 
@@ -58,6 +59,12 @@ def write_total(study: Study, total: int) -> None:
         study.set_user_attr(TOTAL, total)
 
 
+def write_current(first: Study, rung: str) -> None:
+    """Stores with the first rung which one is being measured."""
+    if first.user_attrs.get(CURRENT) != rung:
+        first.set_user_attr(CURRENT, rung)
+
+
 def write_complete(study: Study, complete: bool) -> None:
     """Stores with the first rung whether the search went through to its end."""
     if study.user_attrs.get(COMPLETE) != complete:
@@ -70,19 +77,20 @@ def search_state(storage: BaseStorage, search: str, *, side: Sequence[str] = ())
     Args:
         storage: Where its studies are.
         search: Its name.
-        side: Rungs that belong to no ladder, such as that of the controls: they are told of only while they run.
+        side: Rungs that belong to no ladder, such as that of the controls: they are told of only while they run, or
+            while the search records itself after them.
 
     Raises:
         StudyError: The storage holds no such search.
     """
     opened = [load_rung(storage, search, rung) for rung in rung_names(storage, search)]
     trials = [study.get_trials(deepcopy=False) for study in opened]
-    holders = [_holder(study) for study in opened]
-    holder = next((found for found in holders if found is not None), None)
+    holder = _holder(opened[0])
     rungs = [study.user_attrs[RUNG] for study in opened]
-    told = [i for i, rung in enumerate(rungs) if rung not in side or holders[i] is not None]
+    current = opened[0].user_attrs.get(CURRENT) if holder is not None else None
+    told = [i for i, rung in enumerate(rungs) if rung not in side]
     begun = [i for i in told if trials[i] or TOTAL in opened[i].user_attrs]
-    last = begun[-1] if begun else 0
+    last = rungs.index(current) if current in rungs else begun[-1] if begun else 0
     complete = [trial for trial in trials[last] if trial.state == TrialState.COMPLETE]
     done = len({trial.user_attrs[records.IDENTITY] for trial in complete})
     total = opened[last].user_attrs.get(TOTAL)
@@ -103,8 +111,8 @@ def search_state(storage: BaseStorage, search: str, *, side: Sequence[str] = ())
 
 def search_holder(storage: BaseStorage, search: str) -> str | None:
     """Returns which living process runs a search; None where nobody does or there is no such search."""
-    found = [load_rung(storage, search, rung) for rung in _rungs(storage, search)]
-    return next((holder for study in found if (holder := _holder(study)) is not None), None)
+    first = _rungs(storage, search)[:1]  # which holds the lease of them all
+    return _holder(load_rung(storage, search, first[0])) if first else None
 
 
 def finished_trials(storage: BaseStorage, search: str) -> int:

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
+import autoprune.search as studies
+from autoprune.coordinator import session
+from autoprune.coordinator.logs import SearchLog
+from autoprune.coordinator.noting import write_notes
+from autoprune.coordinator.syncing import sync_search
+from autoprune.network import workbench
+from autoprune.network.scratch import forget
 
 LADDER = [
     {"rung": "screen", "epochs": 0},
@@ -80,6 +87,56 @@ def test_scratch_trains_points_of_the_front_anew_and_shows_what_their_weights_we
     assert [(c.origin, c.val_accuracy) for c in again.view.controls] == [
         (c.origin, c.val_accuracy) for c in result.view.controls
     ]
+
+
+def test_every_seed_of_a_scratch_run_begins_with_weights_of_its_own(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, Tensor]] = []
+
+    def seen(network: nn.Module, seed: int) -> None:
+        forget(network, seed)
+        drawn.append((seed, next(network.parameters()).detach().clone()))
+
+    monkeypatch.setattr(workbench, "forget", seen)
+    ladder = [LADDER[0], {**LADDER[1], "trials": 2, "seeds": 3}]
+    result = search(model, tmp_path, search={"controls": 0, "scratch": 1, "ladder": ladder}, seed=5)
+    assert [seed for seed, _ in drawn] == [5, 6, 7]
+    assert len({weights.flatten()[0].item() for _, weights in drawn}) == 3
+    fresh = next(control for control in result.view.controls if control.origin.endswith("from scratch"))
+    assert fresh.metrics["val_accuracy_spread"] > 0
+
+
+def test_the_search_is_held_from_its_first_trial_until_it_is_recorded(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, str | None] = {}
+    told = SearchLog.told
+
+    def watch(where: str) -> None:
+        storage = studies.open_storage(tmp_path / "optuna.db", create=False)
+        held[where] = studies.search_holder(storage, "model")
+        with pytest.raises(autoprune.StudyError, match="a process is running the search"):
+            sync_search("model", home=tmp_path, say=print)
+
+    def seen(log: SearchLog, event: Any) -> None:
+        told(log, event)
+        if isinstance(event, studies.TrialFinished):
+            watch(event.rung)
+
+    def noted(*args: Any) -> None:
+        watch("recording")
+        write_notes(*args)
+
+    monkeypatch.setattr(SearchLog, "told", seen)
+    monkeypatch.setattr(session, "write_notes", noted)
+    search(model, tmp_path, search={"controls": 1, "scratch": 1, "ladder": LADDER}, name="model")
+    assert set(held) == {"screen", "final", "controls", "scratch", "recording"}
+    assert None not in held.values()
+    storage = studies.open_storage(tmp_path / "optuna.db", create=False)
+    assert studies.search_holder(storage, "model") is None
+    state = studies.search_state(storage, "model", side=("controls", "scratch"))
+    assert (state.state, state.rung) == ("finished", "final")
 
 
 @pytest.mark.parametrize(

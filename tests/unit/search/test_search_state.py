@@ -11,7 +11,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from autoprune.errors import StudyError
-from autoprune.search import finished_trials, lease, search_holder, search_state, write_complete, write_total
+from autoprune.search import finished_trials, lease, search_holder, search_state, write_complete
+from autoprune.search.state import write_current, write_total
 from autoprune.search.study import FINGERPRINT, RUNG, SEARCH
 
 BEGUN = datetime.datetime(2026, 1, 1, 12, 0, 0)
@@ -67,11 +68,14 @@ def test_a_search_that_nobody_runs_is_stopped_until_it_went_through_to_its_end(s
 
 
 def test_a_rung_beside_the_ladder_is_told_of_only_while_it_runs(storage: Any) -> None:
-    rung(storage, "final", errors=(0.2,))
-    controls = rung(storage, "controls", errors=(0.5,))
+    first = rung(storage, "final", errors=(0.2,))
+    rung(storage, "controls", errors=(0.5,))
+    write_current(first, "controls")
     assert search_state(storage, "one", side=("controls",)).rung == "final"
-    with lease.hold(controls):
+    with lease.hold(first):
         assert search_state(storage, "one", side=("controls",)).rung == "controls"
+        write_current(first, "final")  # the search was given more trials and is on its ladder again
+        assert search_state(storage, "one", side=("controls",)).rung == "final"
 
 
 def test_repeated_policies_count_once(storage: Any) -> None:
