@@ -7,6 +7,7 @@ what is evaluated.
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
 import os
 import pickle
@@ -24,16 +25,20 @@ from typing import Any, Self
 
 from autoprune.errors import AutopruneError, TrialError
 from autoprune.executors.base import Factory, Limits, over
-from autoprune.executors.worker import BEAT, work
+from autoprune.executors.worker import BEAT, NO_MEMORY, work
 
 ATTEMPTS = 2
 """How often a task may take its process down with it, or hang, before it fails."""
+PAUSES = (5.0, 60.0)
+"""Seconds before a process is started anew that was killed, or for which there was no memory, before it was ready: a
+machine that is short of memory for a minute ends no search. One more such death ends what it was started for."""
 START = 600.0
 """Seconds that a process has to become ready: it imports, and reads what it evaluates."""
 GRACE = 3.0
 """Seconds beyond its time limit that a task has to end by itself before its process is killed."""
 _PATIENCE = 5.0
 """Seconds that a process has to end before it is killed."""
+_AT_ONCE = (0.0,) * (ATTEMPTS - 1)
 _ENVIRONMENT = threading.Lock()
 
 
@@ -41,7 +46,6 @@ _ENVIRONMENT = threading.Lock()
 class _Task:
     args: bytes
     future: Future[Any] = field(default_factory=Future)
-    attempts: int = 0
 
 
 class ProcessExecutor:
@@ -52,9 +56,11 @@ class ProcessExecutor:
     pool and takes the tasks of all others with it, an error of the initialiser is lost, and workers outlive a parent
     that was killed.
 
-    A task whose process dies, or makes no progress for `limits.silence` seconds, is given to a new process once, then
-    its future raises `TrialError`; one that runs for longer than `limits.timeout` seconds fails at once. An error of
-    the factory comes out of every future as it is. The processes ignore Ctrl-C, which is the parent's to handle, and
+    A process that dies before it is ready is started again: after each of `PAUSES` where the system killed it or had
+    no memory for it, immediately and once where it ended by itself; then the future raises `AutopruneError`. A task
+    whose process dies, or makes no progress for `limits.silence` seconds, is given to a new process once, then its
+    future raises `TrialError`; one that runs for longer than `limits.timeout` seconds fails at once. An error of the
+    factory comes out of every future as it is. The processes ignore Ctrl-C, which is the parent's to handle, and
     end with the parent however it ends. They are no daemons, so that a data loader may start processes of its own.
     `environments` holds what each process sees beside the parent's environment from its very start on, such as which
     GPU is its own; where there are fewer than processes, they are dealt in turn.
@@ -139,13 +145,15 @@ class _Start:
 class _LostError(Exception):
     """The process at the other end of the pipe is gone or had to be killed, with what it was working on.
 
-    `error` is what the task fails with where it is not repeated; `again` says whether it may be.
+    `error` is what the task fails with once it was repeated after each of `pauses`, in seconds. `ready` is False where
+    the process had not begun with it; such losses are counted for themselves.
     """
 
-    def __init__(self, error: AutopruneError, *, again: bool = True) -> None:
+    def __init__(self, error: AutopruneError, *, pauses: Sequence[float] = (), ready: bool = True) -> None:
         super().__init__(str(error))
         self.error = error
-        self.again = again
+        self.pauses = pauses
+        self.ready = ready
 
 
 class _SilentError(Exception):
@@ -200,16 +208,19 @@ class _Slot:
         self._discard()
 
     def _run(self, task: _Task) -> None:
+        losses = {True: 0, False: 0}
         while not self._closing.is_set():
             try:
                 done, value = self._call(task.args)
             except _LostError as lost:
                 if self._closing.is_set():
                     return
-                task.attempts += 1
-                if task.attempts >= ATTEMPTS or not lost.again:
+                count = losses[lost.ready]
+                if count >= len(lost.pauses):
                     task.future.set_exception(lost.error)
                     return
+                self._closing.wait(lost.pauses[count])
+                losses[lost.ready] += 1
                 continue
             if self._closing.is_set() and task.future.done():
                 return
@@ -230,7 +241,8 @@ class _Slot:
                 self._start()
             except OSError as error:
                 text = f"a worker process could not be started: {error}"
-                raise _LostError(AutopruneError(text), again=False) from error
+                pauses = PAUSES if error.errno in (errno.ENOMEM, errno.EAGAIN) else ()
+                raise _LostError(AutopruneError(text), pauses=pauses, ready=False) from error
         pipe, process, limits = self._pipe, self._process, self._limits
         if pipe is None or process is None:  # closed meanwhile
             raise _LostError(AutopruneError("the executor is closed"))
@@ -249,12 +261,14 @@ class _Slot:
             self._discard()
             if late:
                 raise _overdue(limits, ready=ready) from error
-            raise _LostError(_last_death(_death(code), ready=ready)) from error
+            wanting = not ready and code is not None and (code < 0 or code == NO_MEMORY)
+            pauses = PAUSES if wanting else _AT_ONCE
+            raise _LostError(_last_death(_death(code), ready=ready), pauses=pauses, ready=ready) from error
         except _SilentError as error:
             process.kill()
             self._discard()
             text = f"the evaluation made no progress for {limits.silence:g} s, {ATTEMPTS} times"
-            raise _LostError(TrialError(text)) from error
+            raise _LostError(TrialError(text), pauses=_AT_ONCE) from error
         done, value = pickle.loads(reply)
         return bool(done), value
 
@@ -334,8 +348,8 @@ def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess, lim
 
 def _overdue(limits: Limits, *, ready: bool) -> _LostError:
     if ready and limits.timeout is not None:
-        return _LostError(over(limits.timeout), again=False)
-    return _LostError(AutopruneError(f"a worker process was not ready after {START:g} s"), again=False)
+        return _LostError(over(limits.timeout))
+    return _LostError(AutopruneError(f"a worker process was not ready after {START:g} s"))
 
 
 def _last_death(how: str, *, ready: bool) -> AutopruneError:
@@ -352,4 +366,4 @@ def _death(code: int | None) -> str:
         name = signal.Signals(-code).name
         hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
         return f"ended by {name}{hint}"
-    return f"exit status {code}"
+    return "no memory left" if code == NO_MEMORY else f"exit status {code}"

@@ -18,6 +18,8 @@ from typing import Any
 from autoprune.errors import AutopruneError, TrialError
 from autoprune.executors.base import Pulse
 
+NO_MEMORY = 112
+"""Exit status of a process that found no memory before it was ready."""
 READY = b"ready"
 BEAT = b"beat"
 """A sign of progress; every other message is the pickled reply to a task."""
@@ -32,6 +34,8 @@ def work(pipe: Connection, factory: bytes, timeout: float | None) -> None:
     failure: Exception | None = None
     try:
         function = pickle.loads(factory)(pulse)
+    except MemoryError:
+        raise SystemExit(NO_MEMORY) from None  # another start may find some
     except Exception as error:
         failure = start_error(error)
     pipe.send_bytes(READY)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/recipes.py [--epochs 0.2] [--budgets 0.5 0.35] [--seeds 1] [--journal FILE] [--output FILE]
 
-Needs AUTOPRUNE_DATA. The additive solutions for ResNet-20 at the budgets are cut and repaired as in a search, then
-trained for the same epochs by every recipe, which differ in one setting from the default, and scored on all 5,000
-validation images. Averages of the weights are taken during the default's training, so that they cost no run.
+`make recipes` calls it. Needs AUTOPRUNE_DATA. The additive solutions for ResNet-20 at the budgets are cut and repaired
+as in a search, then trained for the same epochs by every recipe, which differ in one setting from the default, and
+scored on all 5,000 validation images. Averages of the weights are taken during the default's training, so that they
+cost no run.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace) -> dict[tuple[str, float], list[dict[str, f
 def render(table: Mapping[tuple[str, float], list[dict[str, float]]], options: argparse.Namespace) -> str:
     """Returns the comparison as Markdown."""
     lines = [
-        "# Recipes in few epochs (`python tests/benchmarks/recipes.py`)",
+        "# Recipes in few epochs (`make recipes`)",
         "",
         f"ResNet-20, CIFAR-10 (JPEG), additive solutions repaired as in a search and trained for {options.epochs:g}",
         f"epochs, batch {options.batch_size}; accuracy in % on 5,000 validation images (standard error 0.5, all see",

@@ -1,8 +1,9 @@
 """Which sampler to trust with how many groups and candidates: whole screens on a surrogate that costs no network.
 
-    python tests/benchmarks/samplers.py [--groups 9 27 60] [--candidates 30 100 300] [--seeds 3] [--output FILE]
+    python tests/benchmarks/samplers.py [--whole] [--groups 9 27 60] [--candidates 30 100] [--seeds 3] [--output FILE]
 
-`make samplers` calls it. The surrogate is made of measured parts: the error curves of the inner groups of ResNet-20 and
+`make samplers` calls it; `--whole` adds 300 candidates, and the Gaussian process where its asks are slow (hours). The
+surrogate is made of measured parts: the error curves of the inner groups of ResNet-20 and
 ResNet-56, the weights with which they add up to ResNet-20's loss, and what 360 measured policies leave unexplained:
 half of it as products of two groups' errors, half as noise. 60 groups are those of a ResNet with 20 blocks a stage, its
 curves taken from ResNet-56. Every contender goes through the real ladder: warm starts, projection, mirror, storage.
@@ -47,6 +48,9 @@ CONTENDERS: Mapping[str, tuple[str | None, bool]] = {
 """Name → sampler, and whether the warm starts go first."""
 WARM_STARTS = 24
 """The most that a search tries, as in `coordinator.session`."""
+CANDIDATES, WHOLE = (30, 100), (30, 100, 300)
+SLOW, SMALL = "GP", (9, 30)
+"""The contender that is left out beyond so many groups and candidates, unless the whole comparison is asked for."""
 PATIENCE = 1.0
 """Processor seconds of a screen trial: where a shorter run asked longer than that, longer runs are not tried."""
 LOSS = (0.343, 0.838, 0.127)
@@ -225,7 +229,7 @@ def compare(options: argparse.Namespace) -> dict[tuple[int, int], dict[str, list
         for candidates in options.candidates:
             rows: dict[str, list[Run]] = {}
             for name in options.contenders:
-                if name in slow:
+                if name in slow or (name == SLOW and not options.whole and (groups, candidates) > SMALL):
                     continue
                 rows[name] = [journal.run(name, groups, candidates, seed=seed) for seed in range(options.seeds)]
                 if median(run.ask for run in rows[name]) > options.patience:
@@ -246,7 +250,13 @@ def render(table: Mapping[tuple[int, int], Mapping[str, list[Run]]], options: ar
         f"ResNet-20 shows. Mean and standard deviation over {options.seeds} seeds; each seed is another network. In "
         "brackets the seconds of an ask, late in the run, with storing.",
         "",
-        f"optuna {optuna.__version__}, numpy {np.__version__}. Not tried: an ask of the shorter run took more than "
+        f"optuna {optuna.__version__}, numpy {np.__version__}. Not tried: "
+        + (
+            ""
+            if options.whole
+            else f"{SLOW} beyond {SMALL[0]} groups and {SMALL[1]} candidates (`--whole`), and where "
+        )
+        + f"an ask of the shorter run took more than "
         f"{options.patience:g} s, what a screen trial takes.",
     ]
     for groups in options.groups:
@@ -272,13 +282,15 @@ def main() -> None:
     """Runs the comparison and writes its table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--groups", nargs="+", type=int, default=[9, 27, 60])
-    parser.add_argument("--candidates", nargs="+", type=int, default=[30, 100, 300])
+    parser.add_argument("--candidates", nargs="+", type=int, help="default: 30 and 100")
+    parser.add_argument("--whole", action="store_true", help="also 300 candidates, and GP at every size (hours)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=PATIENCE)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--journal", type=Path, help="a file of finished runs: they are not repeated")
     options = parser.parse_args()
+    options.candidates = options.candidates or list(WHOLE if options.whole else CANDIDATES)
     text = render(compare(options), options)
     print(text)
     if options.output:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from autoprune.errors import AutopruneError, CheckpointError, InputError, MissingExtraError, TrialError
-from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share
+from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share, processes
 
 WAIT = 30
 
@@ -80,6 +80,17 @@ def factory_without_checkpoint(beat: Beat) -> Callable[..., object]:
 
 def factory_that_dies(beat: Beat) -> Callable[..., object]:
     os._exit(9)
+
+
+def factory_that_is_short(path: str, how: str, times: int, beat: Beat) -> Callable[..., object]:
+    with Path(path).open("a+") as file:
+        file.write("start\n")
+        file.seek(0)
+        if len(file.readlines()) <= times:
+            if how == "memory":
+                raise MemoryError
+            os.kill(os.getpid(), signal.SIGKILL)
+    return partial(act, beat)
 
 
 def gone(pid: int) -> bool:
@@ -217,6 +228,42 @@ def test_a_process_that_dies_while_starting_stops_the_search_and_not_only_a_tria
     assert isinstance(error, AutopruneError)
     assert not isinstance(error, TrialError)
     assert "ended before it was ready (exit status 9)" in str(error)
+
+
+@pytest.mark.parametrize("how", ["kill", "memory"])
+def test_a_start_that_finds_no_memory_is_repeated_until_there_is_some(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PAUSES", (0.01, 0.02))
+    with ProcessExecutor(partial(factory_that_is_short, str(tmp_path / "starts"), how, 2), 1) as executor:
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+        with pytest.raises(TrialError, match="died 2 times"):  # its own deaths are counted for themselves
+            executor.submit("die").result(timeout=WAIT)
+    assert (tmp_path / "starts").read_text().count("start") >= 4
+
+
+def test_a_machine_that_stays_short_of_memory_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PAUSES", (0.01, 0.02))
+    with ProcessExecutor(partial(factory_that_is_short, str(tmp_path / "starts"), "memory", 9), 1) as executor:
+        error = executor.submit("fine").exception(timeout=WAIT)
+    assert isinstance(error, AutopruneError)
+    assert not isinstance(error, TrialError)
+    assert "ended before it was ready (no memory left)" in str(error)
+    assert (tmp_path / "starts").read_text() == "start\n" * 3
+
+
+def test_an_executor_that_waits_for_memory_closes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PAUSES", (3600.0, 3600.0))
+    executor = ProcessExecutor(partial(factory_that_is_short, str(tmp_path / "starts"), "kill", 9), 1)
+    waiting = executor.submit("fine")
+    slot = executor._slots[0]
+    for _ in range(1000):
+        if (tmp_path / "starts").exists() and slot._pipe is None:  # its first process is dead: it waits
+            break
+        time.sleep(0.02)
+    executor.close()
+    assert waiting.done()
+    assert not slot._thread.is_alive()
 
 
 @pytest.mark.parametrize(("kind", "words"), [("unpicklable result", "function"), ("unpicklable error", "one and two")])

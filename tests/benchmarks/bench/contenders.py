@@ -13,6 +13,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoprune": {},
     "autoprune without learned weights": {"search.sampler": "tpe"},
-    "autoprune, warm starts alone": {"search.sampler": "tpe", "warm_only": True},
+    "autoprune, warm starts alone": {"warm_only": True},
     "autoprune, sampler alone": {"search.sampler": "tpe", "search.warm_starts": "false"},
     "autoprune, NSGA-II": {"search.sampler": "nsga2"},
     "autoprune, random": {"search.sampler": "random"},
@@ -33,16 +34,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
-    """Our search with a single rung that trains nothing; the pick of a budget is the best candidate within it."""
+    """Our search with a single rung that trains nothing; the pick of a budget is the best candidate within it.
+
+    `warm_only`: it ends with the warm starts, of which there are as many as in a search without end.
+    """
     from autoprune import search as studies
     from autoprune.coordinator.logs import SearchLog
     from autoprune.coordinator.session import Session
     from autoprune.network.pipeline import trace_ingredients, workbench_of
     from autoprune.report import Progress
 
+    class WarmStartsAlone(Session):
+        def _plan(self, workers: int, trials: int) -> studies.LadderPlan:
+            plan = super()._plan(workers, trials)
+            rung = replace(plan.rungs[0], trials=len(plan.warm_starts))
+            return replace(plan, rungs=(rung,), sampler=None)
+
     changes = dict(VARIANTS[variant])
     warm_only = changes.pop("warm_only", False)
-    candidates = 60 if warm_only else 100_000
+    candidates = 100_000
     section = task.space.search.model_copy(
         update={
             "trials": candidates,
@@ -56,7 +66,9 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     home = journal.folder / "home"
     with SearchLog(home, space.name) as log, Progress() as progress:
         sections = space.fingerprint_sections()
-        session = Session(space, task.ingredients, sections=sections, home=home, progress=progress, log=log)
+        session = (WarmStartsAlone if warm_only else Session)(
+            space, task.ingredients, sections=sections, home=home, progress=progress, log=log
+        )
         deadline = journal.started + seconds
         session.run(workers=1, deadline=deadline, trials=candidates, summary=False)
     study = studies.load_rung(studies.open_storage(home / "optuna.db"), space.name, space.search.ladder[0].rung)
