@@ -39,9 +39,14 @@ def submit_space(space: Space, wanted: Wanted, *, home: Path) -> Job:
     """Adds a search to the queue of a home folder; the working directory is where it will run.
 
     Raises:
-        StudyError: A search of that name waits or runs already, or the home folder cannot be written.
+        StudyError: A search of that name waits or runs already or belongs to other settings, or the home folder cannot
+            be written.
     """
     make_home(home)
+    storage = studies.open_storage(storage_path(home))
+    # A checkpoint counts by its bytes, and a latency table is measured: the search itself compares them.
+    unknown = ("latency_table", *(("checkpoint",) if space.checkpoint is not None else ()))
+    studies.check_settings(storage, space.name, space.fingerprint_sections(), unknown=unknown)
     request = Request(
         name=space.name,
         space=space.model_dump(mode="json", by_alias=True),
@@ -52,7 +57,7 @@ def submit_space(space: Space, wanted: Wanted, *, home: Path) -> Job:
         workers=wanted.workers,
         extra=wanted.extra,
     )
-    return Queue(studies.open_storage(storage_path(home))).submit(request, now=time.time())
+    return Queue(storage).submit(request, now=time.time())
 
 
 def cancel_search(name: str, *, home: Path) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 import autoprune.search as studies
 from autoprune import report, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
-from autoprune.coordinator.commands import layer_rows, terminal
 from autoprune.coordinator.controls import controls_plan, scratch_plan
+from autoprune.coordinator.ending import ending_text
 from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
@@ -29,7 +28,6 @@ from autoprune.coordinator.placing import Workers, executor_of, threads
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
-    HOME,
     StoredSearch,
     facts_of,
     make_home,
@@ -50,7 +48,6 @@ from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 from autoprune.policy import digest
-from autoprune.redaction import hide_secrets
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, Problem, WarmStart
 from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
@@ -201,7 +198,7 @@ class Session:
             records.stop("FINISHED")
         left = records.close(_PATIENCE)
         write_notes(self.storage, stored, view, records)
-        text = self._text(stored, view, records, left=left, summary=summary)
+        text = ending_text(stored, view, records, left=left, origin=self.bench.origin, layers=summary)
         if not complete:
             text += "\n\nThe time limit ended the search before its end; the same command goes on."
         self.progress.note(f"done in {time.monotonic() - begun:.0f} s")
@@ -413,44 +410,6 @@ class Session:
         for folder in self.models.iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _text(self, stored: StoredSearch, view: SearchView, records: Records, *, left: int, summary: bool) -> str:
-        width, color = terminal()
-        lines = [report.render_front(view, console_width=width, color=color).rstrip("\n")]
-        knee = view.knee or (view.front[-1] if view.front else None)
-        number = knee.trial if knee is not None else None
-        if summary and number is not None:
-            rows = layer_rows(stored, number)
-            lines.append(report.render_layers(view, number, rows, console_width=width, color=color).rstrip("\n"))
-        if left:
-            lines.append(f"MLflow is away: {left} records wait; the same command writes them once it is back.")
-        commands = self._next_commands(stored, records, number)
-        length = max(len(command) for command, _ in commands)
-        lines.append("\n".join(["Next:", *(f"  {command:<{length}}  # {what}" for command, what in commands)]))
-        return "\n\n".join(lines)
-
-    def _next_commands(self, stored: StoredSearch, records: Records, number: int | None) -> list[tuple[str, str]]:
-        """Returns what to type next and what it is for; they find this home folder, and `make` only where it does."""
-        name, usual = self.space.name, Path(os.environ.get("AUTOPRUNE_HOME") or HOME)
-        make = Path("mlflow/server.env").is_file() and self.home.resolve() == usual.resolve()
-        at = "" if self.home.resolve() == usual.resolve() else f" --home {shlex.quote(str(self.home))}"
-        commands = [(f"make front NAME={name}" if make else f"autoprune front {name}{at}", "this table again")]
-        if number is not None and not (self.bench.origin.get("name") or self.bench.origin.get("factory")):
-            call = f"autoprune.load({str(stored.model_path(number))!r}, factory)"
-            commands.append((call, "in Python: a model of the front, given what builds the dense one"))
-        elif number is not None:
-            export = f"autoprune export {name} --trial {number} --format onnx{at}"
-            make_export = f"make export NAME={name} TRIAL={number} FORMAT=onnx"
-            commands.append((make_export if make else export, "a model of the front as a file"))
-        ours = Path("mlflow/server.env").is_file() and "MLFLOW_TRACKING_URI" not in os.environ
-        ui = "make mlflow-ui" if ours else f"mlflow server --backend-store-uri {shlex.quote(hide_secrets(records.uri))}"
-        charts = f"{records.address}{records.charts or ''}"
-        if records.uri.startswith(("http://", "https://")) or "AUTOPRUNE_MLFLOW" in os.environ:
-            commands.append((charts, "the charts in MLflow"))
-        else:
-            commands.append((ui, charts))
-        board = "make dashboard" if make else f"autoprune dashboard{at}"
-        return [*commands, (board, "Optuna dashboard: http://127.0.0.1:8080")]
 
 
 def _check_apart(home: Path) -> None:

@@ -44,6 +44,7 @@ from autoprune.search.state import (
 from autoprune.search.storage import open_storage, quiet_optuna, same_database, split_password
 from autoprune.search.study import (
     StudySummary,
+    check_settings,
     load_rung,
     open_study,
     reference_point,
@@ -80,6 +81,7 @@ __all__ = [
     "StudySummary",
     "TrialFinished",
     "audit",
+    "check_settings",
     "distinct",
     "finished_trials",
     "hold",

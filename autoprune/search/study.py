@@ -7,7 +7,7 @@ trials come about.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -130,11 +130,36 @@ def _check(name: str, attrs: Mapping[str, Any], fingerprint: str, sections: Mapp
     differing = sorted(key for key in {*stored, *sections} if stored.get(key) != sections.get(key))
     if attrs[FINGERPRINT] == fingerprint and stored.get(NETWORK) == sections[NETWORK]:
         return
-    what = ", ".join(differing) or "the fingerprint"
-    raise StudyError(
-        f"the study {name!r} belongs to another space: it differs in {what};"
+    raise _another_space(name, differing or ["the fingerprint"])
+
+
+def _another_space(name: str, differing: Sequence[str]) -> StudyError:
+    return StudyError(
+        f"the study {name!r} belongs to another space: it differs in {', '.join(differing)};"
         " search under another name, or undo the change"
     )
+
+
+def check_settings(storage: BaseStorage, search: str, settings: Mapping[str, Any], *, unknown: Sequence[str]) -> None:
+    """Refuses settings that differ from those of a stored search, as `open_study` will, before a model is at hand.
+
+    Args:
+        storage: Where the search may be.
+        search: Its name.
+        settings: By section, as `open_study` takes them.
+        unknown: Sections beside these whose values only the search finds out.
+
+    Raises:
+        StudyError: There is such a search, and it belongs to other settings.
+    """
+    if search not in search_names(storage):
+        return
+    first = load_rung(storage, search, rung_names(storage, search)[0])
+    stored = first.user_attrs.get(SECTIONS, {})
+    known = {section: digest(value) for section, value in settings.items() if section not in unknown}
+    compared = {*stored, *known} - {NETWORK, *unknown}
+    if differing := sorted(section for section in compared if stored.get(section) != known.get(section)):
+        raise _another_space(first.study_name, differing)
 
 
 def _network_digest(problem: Problem) -> str:

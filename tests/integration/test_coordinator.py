@@ -16,10 +16,11 @@ import pytest
 
 from autoprune import report
 from autoprune.coordinator.commands import dashboard_command, show_front
+from autoprune.coordinator.ending import next_commands
 from autoprune.coordinator.exporting import ExportWish, export_models
 from autoprune.coordinator.recording import Records, run_name
-from autoprune.coordinator.session import Session
 from autoprune.coordinator.setup import Setup
+from autoprune.coordinator.supervising import STATE, service_folder, serving, write_whole
 from autoprune.coordinator.views import CONTROLS, StoredSearch, make_home, read_search, view_of
 from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError, TrackingError
@@ -315,14 +316,11 @@ def test_a_store_that_is_away_leaves_the_records_undone_and_raises_nothing(
 # --- commands ---
 
 
-def next_commands(home: Path, search: StoredSearch, **changes: Any) -> list[str]:
-    session: Any = SimpleNamespace(
-        space=SimpleNamespace(name="s"), home=home, bench=SimpleNamespace(origin={"name": "mlp", "factory": None})
-    )
+def commands_after(search: StoredSearch, *, named: bool = True, **changes: Any) -> list[str]:
     records: Any = SimpleNamespace(uri="sqlite:////x/m.db", address="http://127.0.0.1:5000", charts="/#/c")
     for key, value in changes.items():
-        setattr(session.bench if key == "origin" else records, key, value)
-    return [f"{command}  # {what}" for command, what in Session._next_commands(session, search, records, 1)]
+        setattr(records, key, value)
+    return [f"{command}  # {what}" for command, what in next_commands(search, records, 1, named=named)]
 
 
 def test_the_next_commands_find_what_was_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,29 +328,46 @@ def test_the_next_commands_find_what_was_searched(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("AUTOPRUNE_HOME", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     usual, other = Path(".autoprune"), tmp_path / "my searches"
-    assert next_commands(usual, stored(usual)) == [
+    assert commands_after(stored(usual)) == [
         "autoprune front s  # this table again",
         "autoprune export s --trial 1 --format onnx  # a model of the front as a file",
         "mlflow server --backend-store-uri sqlite:////x/m.db  # http://127.0.0.1:5000/#/c",
         "autoprune dashboard  # Optuna dashboard: http://127.0.0.1:8080",
     ]
-    found = next_commands(other, stored(other))
+    found = commands_after(stored(other))
     assert sum(f"--home '{other}'" in line for line in found) == 3
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow/server.env").write_text("")
-    found = next_commands(usual, stored(usual))
+    found = commands_after(stored(usual))
     assert [line.split()[0:2] for line in found] == [
         ["make", "front"],
         ["make", "export"],
         ["make", "mlflow-ui"],
         ["make", "dashboard"],
     ]
-    assert next_commands(other, stored(other))[0].startswith("autoprune front s --home")
+    assert commands_after(stored(other))[0].startswith("autoprune front s --home")
     (other / "models/s/final-width-2").mkdir(parents=True)
-    own = next_commands(other, stored(other, tune=TUNED, final=FINALS), origin={"class": "my.Net"})
+    own = commands_after(stored(other, tune=TUNED, final=FINALS), named=False)
     assert own[1].startswith(f"autoprune.load('{other}/models/s/final-width-2', factory)")
-    remote = next_commands(usual, stored(usual), uri="http://server:5000", address="http://server:5000")
+    remote = commands_after(stored(usual), uri="http://server:5000", address="http://server:5000")
     assert remote[2].startswith("http://server:5000/#/c")
+
+
+def test_pages_that_a_service_of_this_home_serves_are_named_by_their_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow, board = "http://127.0.0.1:5050", "http://127.0.0.1:8081"
+    addresses = {"mlflow": mlflow, "dashboard": board, "runner": None}
+    services = [{"name": name, "address": address} for name, address in addresses.items()]
+    with serving(tmp_path):
+        write_whole(service_folder(tmp_path) / STATE, json.dumps({"token": "t", "services": services}))
+        found = commands_after(stored(tmp_path))
+        assert found[2:] == [f"{mlflow}/#/c  # the charts in MLflow", f"{board}  # Optuna dashboard"]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////elsewhere.db")  # not what the service serves
+        assert commands_after(stored(tmp_path))[2].startswith("mlflow server")
+    assert commands_after(stored(tmp_path))[3].startswith("autoprune dashboard")
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
