@@ -83,13 +83,13 @@ mlflow-ui: $(READY) ## MLflow UI on 127.0.0.1:5000, as mlflow/server.env says
 techniques: $(READY) ## compare pruning techniques side by side: tests/benchmarks/results/techniques.md (10 to 20 minutes)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/techniques.py --output tests/benchmarks/results/techniques.md
 
-samplers: $(READY) ## compare samplers on a surrogate that costs no network (SAMPLERS_TIME; hours with BENCH=--whole)
+samplers: $(READY) ## compare samplers on a surrogate that costs no network (5 minutes of one core; hours with BENCH=--whole)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/samplers.py --journal .autoprune/samplers.jsonl --output tests/benchmarks/results/samplers.md $(BENCH)
 
-compensation: $(READY) ## compare ways of repairing ResNet-20 (COMP_TIME; resumes; needs AUTOPRUNE_DATA)
+compensation: $(READY) ## compare ways of repairing ResNet-20 (15 minutes of one core; resumes; needs AUTOPRUNE_DATA)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/compensation.py --journal .autoprune/compensation.json --output tests/benchmarks/results/compensation.md $(BENCH)
 
-recipes: $(READY) ## compare recipes on ResNet-20 (REC_TIME; resumes; needs AUTOPRUNE_DATA)
+recipes: $(READY) ## compare recipes on ResNet-20 (10 minutes of one core; resumes; needs AUTOPRUNE_DATA)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/benchmarks/recipes.py --journal .autoprune/recipes.json --output tests/benchmarks/results/recipes.md $(BENCH)
 
 test: $(READY) ## run the default tests

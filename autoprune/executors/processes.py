@@ -241,7 +241,7 @@ class _Slot:
                 self._start()
             except OSError as error:
                 text = f"a worker process could not be started: {error}"
-                pauses = PAUSES if error.errno in (errno.ENOMEM, errno.EAGAIN) else ()
+                pauses: Sequence[float] = PAUSES if error.errno in (errno.ENOMEM, errno.EAGAIN) else ()
                 raise _LostError(AutopruneError(text), pauses=pauses, ready=False) from error
         pipe, process, limits = self._pipe, self._process, self._limits
         if pipe is None or process is None:  # closed meanwhile
