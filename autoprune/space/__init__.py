@@ -1,6 +1,6 @@
 """The space file: what a user may ask for.
 
-`settings` holds the whole, `inputs` and `method` its sections, whose descriptions are the reference documentation;
+`settings` holds the whole; `inputs`, `method` and `recipe` its sections, whose descriptions are the reference;
 `section` what sections share, `file` how YAML is read with its lines, `faults` how findings are said in plain words.
 Decides which settings exist and which values are valid; must not know how anything is carried out. The sole owner of
 pydantic and PyYAML.
@@ -9,17 +9,19 @@ pydantic and PyYAML.
 from autoprune.space.inputs import DataSettings, ModelSettings, PreprocessingSettings, ValidationSettings
 from autoprune.space.method import (
     CRITERIA,
-    BaselineSettings,
     BudgetSettings,
     CriteriaSettings,
-    DistillationSettings,
     GroupSettings,
-    IterativeSettings,
     LatencySettings,
-    RecipeSettings,
-    RegularisationSettings,
     RungSettings,
     SearchSettings,
+)
+from autoprune.space.recipe import (
+    BaselineSettings,
+    DistillationSettings,
+    IterativeSettings,
+    RecipeSettings,
+    RegularisationSettings,
 )
 from autoprune.space.settings import DEFAULT_SPACE, Space, default_space_path, json_schema, load_space, parse_space
 

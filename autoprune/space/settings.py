@@ -26,9 +26,9 @@ from autoprune.space.method import (
     CriteriaSettings,
     GroupSettings,
     LatencySettings,
-    RecipeSettings,
     SearchSettings,
 )
+from autoprune.space.recipe import RecipeSettings
 from autoprune.space.section import NAME_PATTERN, Found, Section
 
 SCHEMA = 1
