@@ -95,7 +95,7 @@ QUICK = tuple(part for setting in QUICK for part in ("--set", setting))
 def test_a_search_on_two_workers_survives_models_that_die_raise_and_give_nan(
     folder: Path, commands: Any, store_of: Any
 ) -> None:
-    done = search(commands, folder, "raise nan fine die", "--workers", "2", *QUICK)
+    done = search(commands, folder, "raise nan fine fine fine die", "--workers", "2", *QUICK)
     assert done.status == 0, done.err
     check(store_of(folder), {"raise", "die", "nan"})
 
