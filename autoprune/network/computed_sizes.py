@@ -62,7 +62,11 @@ _Shapes = list[tuple[tuple[int, ...], ...]]
 
 
 def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Shapes]:
-    """Returns what the calls that are told sizes give in the first forward pass of each module, in their order."""
+    """Returns what the calls that are told sizes give in the first forward pass of each module, in their order.
+
+    A module whose second forward pass makes other calls, for it keeps something of the first, is left out: its calls
+    cannot be told apart by their number.
+    """
     model = copy.deepcopy(network.model)
     modules = dict(model.named_modules())
     seen: dict[str, _Shapes] = {}
@@ -80,7 +84,10 @@ def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Shapes]:
         module.forward = watching
     with evaluating(model), torch.no_grad():
         model(*network.example_inputs)
-    return seen
+        first = dict(seen)
+        seen.clear()
+        model(*network.example_inputs)
+    return {path: shapes for path, shapes in first.items() if seen.get(path) == shapes}
 
 
 def _matched(path: str, seen: _Shapes, sizes: Sequence[Size]) -> list[Told]:

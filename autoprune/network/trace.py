@@ -249,7 +249,7 @@ def walk(
             tensor = state.get(name) if name is not None else None
             # A tied parameter may come under each of its names: it is one tensor, known by the first.
             env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
-            if node in kernels and name is not None and isinstance(tensor, nn.Parameter):
+            if node in kernels and name in parameters and isinstance(tensor, nn.Parameter):
                 env[node] = _without_kernel(env[node], name, parameters)
             if tensor is not None:
                 tied[id(tensor)] = env[node]

@@ -130,6 +130,30 @@ class Speech(nn.Module):
         return self.head(torch.einsum("bto,btc->bc", weights, y))
 
 
+class Positioned(nn.Module):
+    """A convolution over what a depthwise one, which other blocks share, has added positions to."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions, self.mix = positions, nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.mix(x + self.positions(x))
+
+
+class Shared(nn.Module):
+    """Two blocks with one and the same depthwise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        positions = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), Positioned(positions), Positioned(positions)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.stem(x))))
+
+
 NETWORKS = {
     "unet with transposed convolutions": (lambda: UNet("transposed"), [(2, 3, 16, 16)], 12),
     "unet with resizing": (lambda: UNet("bilinear"), [(2, 3, 16, 16)], 12),
@@ -139,6 +163,7 @@ NETWORKS = {
     "a table with embeddings": (Tabular, [(2, 3), (2, 5)], 5),
     "super-resolution": (SuperResolution, [(2, 3, 8, 8)], 2),
     "speech": (Speech, [(2, 4, 9)], 3),
+    "one convolution in two blocks": (Shared, [(2, 3, 8, 8)], 2),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.errors import CheckpointError
+from autoprune.errors import CheckpointError, TraceError
 from autoprune.network.artifacts import load, model_document, read_document, save_model
 from autoprune.network.complexity import count_macs
 from autoprune.network.surgery import cut, masked_twin
@@ -48,6 +48,19 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return self.head((x + self.attn(x)).mean(1))
+
+
+class Keeping(Attention):
+    """The same attention, whose first forward pass makes calls that later ones need not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.zeros(1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions.shape[1] != x.shape[1]:
+            self.positions = torch.arange(x.shape[1]).view(1, -1, 1).expand(1, -1, 1).float()
+        return super().forward(x + self.positions)
 
 
 class Parts(nn.Module):
@@ -163,6 +176,13 @@ def test_a_list_of_widths_follows_without_a_new_class(tmp_path: Path) -> None:
     assert difference(network, chosen) < 1e-5
     save_model(tmp_path / "m", small, model_document(network, None, chosen, {}, {}))
     assert torch.equal(load(tmp_path / "m", lambda: built(Listed))(X), small(X))
+
+
+def test_a_module_whose_first_pass_makes_other_calls_is_frozen() -> None:
+    model = built(Block)
+    model.attn = Keeping()
+    with pytest.raises(TraceError, match="its code has a width that does not follow"):
+        trace(model.eval(), X)
 
 
 def test_sizes_for_a_module_that_the_model_does_not_have_are_refused() -> None:
