@@ -56,6 +56,8 @@ from autoprune.space import Space
 
 _WARM_STARTS = 24
 """Most warm starts, 15 of them additive solutions: more only delay what is learned from them (`make samplers`)."""
+_FIRST = 5
+"""Candidates that are screened before the dense network is scored: a front comes first, on 5,000 images by 6 s."""
 _PATIENCE = 120.0
 """Seconds that the end of a search waits for MLflow."""
 
@@ -283,17 +285,22 @@ class Session:
     # --- during ---
 
     def _climb(self, plan: LadderPlan, executor: Executor, records: Records, deadline: float | None) -> bool:
-        known: dict[str, bool] = {}
         dense: dict[str, float] = {}
+        finished: list[int] = []
+
+        def score_dense() -> None:
+            if not dense:
+                dense.update(self._write_facts(plan))
 
         def told(event: studies.Event) -> None:
             self.log.told(event)
             if isinstance(event, RungStarted):
                 self.progress.rung_started(event.rung, total=event.total, done=event.done)
                 self._mark(event)
-                if not known:
-                    dense.update(self._write_facts(plan))
-                known[event.rung] = True
+                if not dense:
+                    self._write_background(plan)
+                if event.done or plan.rungs[0].fidelity.epochs > 0:  # whose latencies are compared with the dense one
+                    score_dense()
                 for trial in self._trials(event.rung):
                     records.trial(event.rung, trial, dense_metrics=dense)
                     if trial.result is not None and trial.reused is None:
@@ -303,6 +310,7 @@ class Session:
                             known=True,
                         )
             elif isinstance(event, TrialFinished):
+                finished.append(event.number)
                 accuracy = event.result.metrics["val_accuracy"] if event.result else None
                 cost = self._cost(event.result.costs) if event.result else None
                 if event.reused is None:
@@ -310,8 +318,11 @@ class Session:
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}", passed_on=False)
                 records.trial(event.rung, self._trial(event), dense_metrics=dense)
+                if event.result is None or len(finished) >= _FIRST:
+                    score_dense()
             else:
                 self.progress.rung_finished()
+                score_dense()
 
         def submit(policy: Any, fidelity: Fidelity) -> Any:
             return executor.submit(policy, fidelity)
@@ -327,7 +338,9 @@ class Session:
                 held=True,
             ).complete
 
-        if not run(plan):
+        done = run(plan)
+        score_dense()
+        if not done:
             return False
         complete = True
         for beside in (self._controls, self._from_scratch):
@@ -368,11 +381,13 @@ class Session:
             self._studies[rung] = studies.load_rung(self.storage, self.space.name, rung)
         return self._studies[rung]
 
+    def _write_background(self, plan: LadderPlan) -> None:
+        study = self._study(plan.rungs[0].fidelity.rung)
+        studies.write_background(study, pack(self.background, before=studies.read_background(study)))
+
     def _write_facts(self, plan: LadderPlan) -> dict[str, float]:
         """Stores what readers need to know, once; returns the dense network's metrics."""
-        study = studies.load_rung(self.storage, self.space.name, plan.rungs[0].fidelity.rung)
-        packed = pack(self.background, before=studies.read_background(study))
-        studies.write_background(study, packed)
+        study = self._study(plan.rungs[0].fidelity.rung)
         stored = studies.read_facts(study)
         if stored is not None:
             return dict(stored["dense_metrics"])

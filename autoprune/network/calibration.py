@@ -7,7 +7,7 @@ patches `x` of `d` entries these are the mean of `x` and the Gram matrix, the me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from autoprune.network.trace import Network, evaluating
 MAX_ENTRIES = 8192
 """Largest `d`: a Gram matrix of this size takes 256 MiB in float32. A layer above it is not refitted."""
 
+PATCH_BYTES = 256 * 2**20
+"""Bound on the patches that are held at once while moments are gathered; their Gram matrices are added up."""
 _STRIPS_FROM = 256
 """Entries from which a Gram matrix is computed in strips."""
 
@@ -73,42 +75,45 @@ def gather(
     seed: int = 0,
     device: torch.device | str = "cpu",
     layers: Mapping[str, Links] | None = None,
+    number: int | None = None,
 ) -> Statistics:
     """Runs `batches` of inputs `(B, ...)` through the dense network and returns the moments of every refittable layer.
 
     At most about `max_rows` patches a layer are used, drawn evenly over the batches. `layers` names other
-    layers than the refittable ones, by module path.
+    layers than the refittable ones, by module path. Where the `number` of batches is given, one is held at a time.
 
     Raises:
         DataError: There is no batch, or an activation is not finite.
     """
-    inputs = [batch.to(device) for batch in batches]
-    if not inputs:
+    if number is None:
+        batches = list(batches)
+        number = len(batches)
+    if not number:
         raise DataError("there are no calibration images")
     layers = refittable(network) if layers is None else layers
     modules = dict(network.model.named_modules())
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-    share = -(-max_rows // len(inputs))
+    share = -(-max_rows // number)
 
     def hook(path: str) -> object:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = sample_patches(module, args[0], share, generator)  # (G, rows, d)
-            gram = products(rows)
-            total = rows.sum(1)
-            if path in sums:
-                old_gram, old_total, count = sums[path]
-                sums[path] = (old_gram.add_(gram), old_total.add_(total), count + rows.shape[1])
-            else:
-                sums[path] = (gram, total, rows.shape[1])
+            for rows in _patches(module, args[0], share, generator, most=PATCH_BYTES):  # (G, rows, d)
+                gram = products(rows)
+                total = rows.sum(1)
+                if path in sums:
+                    old_gram, old_total, count = sums[path]
+                    sums[path] = (old_gram.add_(gram), old_total.add_(total), count + rows.shape[1])
+                else:
+                    sums[path] = (gram, total, rows.shape[1])
 
         return modules[path].register_forward_pre_hook(record)
 
     handles = [hook(path) for path in layers]
     try:
         with evaluating(network.model), torch.no_grad():
-            for batch in inputs:
-                network.model(batch)
+            for batch in batches:
+                network.model(batch.to(device))
     finally:
         for handle in handles:
             handle.remove()  # type: ignore[attr-defined]
@@ -116,7 +121,7 @@ def gather(
     for path, (gram, total, rows) in sums.items():
         module = modules[path]
         kernel = module.weight[0, 0].numel() if isinstance(module, nn.modules.conv._ConvNd) else 1
-        moments = Moments(gram / rows, total / rows, rows, kernel)
+        moments = Moments(gram.div_(rows), total.div_(rows), rows, kernel)
         if not bool(torch.isfinite(moments.gram).all()):
             raise DataError(f"the input of {path} is not finite on the calibration images")
         statistics[path] = moments
@@ -129,12 +134,21 @@ def sample_patches(module: nn.Module, x: Tensor, limit: int, generator: torch.Ge
     Only the drawn patches are read, channel by channel where the input is channels-last in memory: unfolding the input
     and picking from it took five times as long.
     """
+    return next(_patches(module, x, limit, generator))
+
+
+def _patches(
+    module: nn.Module, x: Tensor, limit: int, generator: torch.Generator, *, most: int | None = None
+) -> Iterator[Tensor]:
+    """Yields what `sample_patches` returns, in parts of at most `most` bytes where that is given."""
     x = x.detach()
     if isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # (B * ..., K)
         if rows.shape[0] > limit:
             rows = rows[torch.randperm(rows.shape[0], generator=generator)[:limit].to(x.device)]
-        return rows.float().unsqueeze(0)
+        for part in rows.split(len(rows) if most is None else max(1, most // (4 * x.shape[-1]))):
+            yield part.float().unsqueeze(0)
+        return
     assert isinstance(module, nn.modules.conv._ConvNd)
     rank = len(module.kernel_size)
     padding = list(module._reversed_padding_repeated_twice[2 * rank - 2 :: -2])  # what comes before each axis
@@ -150,7 +164,17 @@ def sample_patches(module: nn.Module, x: Tensor, limit: int, generator: torch.Ge
     ]
     total = math.prod(sizes)
     drawn = torch.arange(total) if total <= limit else torch.randperm(total, generator=generator)[:limit]
-    place = torch.unravel_index(drawn.to(x.device), sizes)
+    patch_bytes = 4 * x.shape[1] * math.prod(module.kernel_size)
+    step = len(drawn) if most is None else max(1, most // patch_bytes)
+    for part in drawn.to(x.device).split(max(1, step)):
+        yield _read_patches(module, x, torch.unravel_index(part, sizes), padding)
+
+
+def _read_patches(
+    module: nn.modules.conv._ConvNd, x: Tensor, place: Sequence[Tensor], padding: Sequence[int]
+) -> Tensor:
+    """Returns the patches `(G, rows, d)` of a convolution's outputs at `place`: its index along each axis."""
+    rank, space = len(module.kernel_size), x.shape[2:]
     index = place[0].unsqueeze(1)  # (rows, taps): positions in the flattened batch and space
     inside = torch.ones_like(index, dtype=torch.bool)
     for axis in range(rank):
@@ -161,7 +185,7 @@ def sample_patches(module: nn.Module, x: Tensor, limit: int, generator: torch.Ge
         index = (index.unsqueeze(2) * space[axis] + at.unsqueeze(1)).flatten(1)
     picked = x.movedim(1, -1).reshape(-1, x.shape[1]).index_select(0, index.flatten())  # (rows * taps, C)
     picked.index_fill_(0, (~inside).flatten().nonzero().squeeze(1), 0.0)
-    by_group = picked.view(len(drawn), -1, module.groups, x.shape[1] // module.groups).permute(2, 0, 3, 1)
+    by_group = picked.view(len(index), -1, module.groups, x.shape[1] // module.groups).permute(2, 0, 3, 1)
     patches = torch.empty(by_group.shape, dtype=torch.float32, device=x.device)  # converted and laid out in one pass
     return patches.copy_(by_group).flatten(2)  # channel-major
 

@@ -57,7 +57,8 @@ def read_knowledge(path: Path, *, device: str) -> Knowledge | None:
     if metadata.get("schema") != str(SCHEMA):
         return None
     # Memory of their own: those of a file lie at any address, where kernels may add up in another order.
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name in list(tensors):  # one after the other: all twice would be gigabytes
+        tensors[name] = tensors[name].clone()
     about = json.loads(metadata["about"])
     scores: dict[str, dict[str, np.ndarray]] = {}
     tables: Tables = {}

@@ -27,11 +27,12 @@ from autoprune.network.criteria import (
 )
 from autoprune.network.evaluation import Loss, logits_of
 from autoprune.network.samples import Split
-from autoprune.network.sequential import gather_targets
+from autoprune.network.sequential import gather_targets, target_images
 from autoprune.network.tables import error_tables
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Knowledge
 
+_BATCH = 64
 _FISHER_BATCH = 8
 """Samples whose gradients are squared together: 512 calibration images take 64 passes."""
 
@@ -60,17 +61,19 @@ def learn(
         PolicyError: A criterion gives scores that are not finite.
     """
     mean = mean_loss(loss)
-    batches = [x for x, _ in calibration.batches(64, device=device)]
-    if not batches:
+    count = len(calibration)
+    if not count:
         raise DataError("there are no calibration images")
-    statistics = gather(network, batches, seed=seed, device=device)
+    batches = (x for x, _ in calibration.batches(_BATCH, device=device))
+    statistics = gather(network, batches, seed=seed, device=device, number=-(-count // _BATCH))
     gradients: dict[str, tuple[Tensor, ...]] = {}
     if NEEDS_GRADIENTS & set(criteria):
-        gradients = gather_gradients(network, calibration.batches(64, device=device), mean, device=device)
+        gradients = gather_gradients(network, calibration.batches(_BATCH, device=device), mean, device=device)
     fisher: dict[str, Tensor] = {}
     if NEEDS_FISHER & set(criteria):
         fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean, device=device)
-    images = torch.cat(batches)
+    few = calibration.batches(_BATCH, limit=target_images(network, count), device=device)
+    images = torch.cat([x for x, _ in few])
     ranks = gather_ranks(network, images, device=device) if NEEDS_RANKS & set(criteria) else {}
     evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
     scores = score(evidence, criteria)

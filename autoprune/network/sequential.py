@@ -73,14 +73,19 @@ def refittable_layers(network: Network) -> dict[str, Links]:
     return found
 
 
+def target_images(network: Network, count: int) -> int:
+    """Returns how many of `count` images targets are gathered on, so that activations stay within `IMAGE_BYTES`."""
+    memory = max(1, network.cost_model.dense()["activation_bytes"])
+    return max(8, min(count, IMAGE_BYTES // memory))
+
+
 def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: int = 0) -> Targets:
     """Runs `images` `(B, ...)` through the dense network and keeps what its layers give at drawn positions.
 
     Fewer images or rows are used where activations or targets would exceed `IMAGE_BYTES` or `TARGET_BYTES`.
     """
     layers = refittable_layers(network)
-    memory = max(1, network.cost_model.dense()["activation_bytes"])
-    images = images[: max(8, min(len(images), IMAGE_BYTES // memory))]
+    images = images[: target_images(network, len(images))]
     outputs = sum(network.model.get_parameter(links.layer.weight).shape[0] for links in layers.values())
     rows = max(512, min(rows, TARGET_BYTES // max(1, 4 * outputs)))
     modules = dict(network.model.named_modules())

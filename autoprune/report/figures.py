@@ -48,6 +48,7 @@ def front_figure(view: SearchView, *, links: Mapping[int, str] | None = None) ->
         view: The search.
         links: Where a click on a trial leads, by its number: addresses after the server's own, for `figure_html`.
     """
+    import pandas  # noqa: F401 - plotly asks for it, and MLflow's thread may be in the middle of importing it
     import plotly.graph_objects as go
 
     front = view.front
@@ -92,6 +93,7 @@ def front_figure(view: SearchView, *, links: Mapping[int, str] | None = None) ->
 
 def widths_figure(view: SearchView) -> go.Figure:
     """Returns the interactive heat map of what the front's points keep: a row a group, a column a point."""
+    import pandas  # noqa: F401 - plotly asks for it, and MLflow's thread may be in the middle of importing it
     import plotly.graph_objects as go
 
     names, columns, kept = _kept(view)

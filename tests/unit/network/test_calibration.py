@@ -130,3 +130,31 @@ def test_activations_that_are_not_finite_are_refused_by_the_name_of_the_layer():
     x[0, 0, 0, 0] = np.inf
     with pytest.raises(DataError, match="the input of 3 is not finite"):
         gather(trace(net(), images(2)), [x])
+
+
+def test_batches_that_come_one_at_a_time_give_the_same_moments_as_a_list():
+    network, x = trace(net(), images(2)), images()
+    listed = gather(network, [x[:5], x[5:10], x[10:]], max_rows=90)
+    streamed = gather(network, (part for part in (x[:5], x[5:10], x[10:])), max_rows=90, number=3)
+    assert listed.keys() == streamed.keys()
+    assert all(torch.equal(listed[path].gram, streamed[path].gram) for path in listed)
+
+
+def test_patches_are_read_in_parts_that_keep_the_bound_and_add_up_to_the_same(monkeypatch):
+    network = trace(net(), images(2))
+    whole = gather(network, [images()])
+    held = []
+
+    def counted(rows):
+        held.append(rows.nbytes)
+        return products(rows)
+
+    monkeypatch.setattr("autoprune.network.calibration.PATCH_BYTES", 5000)
+    monkeypatch.setattr("autoprune.network.calibration.products", counted)
+    parts = gather(network, [images()])
+    assert len(held) > 3 * len(parts)
+    assert max(held) <= 5000
+    for path, moments in whole.items():
+        assert parts[path].rows == moments.rows
+        torch.testing.assert_close(parts[path].gram, moments.gram)
+        torch.testing.assert_close(parts[path].mean, moments.mean)

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from autoprune.network import folders
-from autoprune.network.data import DataSettings, load_data
+from autoprune.network import folders, sequential
+from autoprune.network.data import DataSettings, as_splits, load_data
+from autoprune.network.learning import learn
 from autoprune.network.samples import StreamSplit
+from autoprune.network.trace import trace
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 
@@ -40,6 +43,35 @@ def test_five_hundred_trials_do_not_grow_the_process(bench):
     before = resident()
     trials(400)
     assert resident() - before < 8 * MIB
+
+
+def peak_of(call) -> int:
+    """Returns by how many bytes the process grew at most while `call` ran."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    call()
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(peak.split()[1]) - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident size is read from /proc")
+def test_eight_times_the_calibration_images_are_learnt_from_in_the_same_memory(monkeypatch):
+    """1,792 more images are 350 MB in float32; what is held at once is a batch, the moments and the refit's images."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, stride=2)]
+    model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    network = trace(model.eval(), torch.zeros(2, 3, 128, 128))
+    monkeypatch.setattr(sequential, "IMAGE_BYTES", 128 * network.cost_model.dense()["activation_bytes"])
+    images = torch.randint(0, 256, (2048, 3, 128, 128), dtype=torch.uint8)
+    data = as_splits({name: (images, torch.arange(2048) % 4) for name in ("train", "calibration", "val", "test")})
+
+    def learning(count: int) -> int:
+        few = replace(data.calibration, index=data.calibration.index[:count])
+        return peak_of(lambda: learn(network, few, criteria=["l2", "obs"]))
+
+    learning(256)
+    assert learning(2048) - learning(256) < 48 * MIB
 
 
 @pytest.fixture
