@@ -146,7 +146,7 @@ def _patches(
         rows = x.reshape(-1, x.shape[-1])  # (B * ..., K)
         if rows.shape[0] > limit:
             rows = rows[torch.randperm(rows.shape[0], generator=generator)[:limit].to(x.device)]
-        for part in rows.split(len(rows) if most is None else max(1, most // (4 * x.shape[-1]))):
+        for part in torch.split(rows, len(rows) if most is None else max(1, most // (4 * x.shape[-1]))):
             yield part.float().unsqueeze(0)
         return
     assert isinstance(module, nn.modules.conv._ConvNd)
@@ -166,7 +166,7 @@ def _patches(
     drawn = torch.arange(total) if total <= limit else torch.randperm(total, generator=generator)[:limit]
     patch_bytes = 4 * x.shape[1] * math.prod(module.kernel_size)
     step = len(drawn) if most is None else max(1, most // patch_bytes)
-    for part in drawn.to(x.device).split(max(1, step)):
+    for part in torch.split(drawn.to(x.device), max(1, step)):
         yield _read_patches(module, x, torch.unravel_index(part, sizes), padding)
 
 
