@@ -63,8 +63,9 @@ def next_commands(stored: StoredSearch, records: Records, number: int | None, *,
     at = "" if usual else f" --home {shlex.quote(str(home))}"
     commands = [(f"make front NAME={name}" if make else f"autoprune front {name}{at}", "this table again")]
     if number is not None and not named:
-        call = f"autoprune.load({str(stored.model_path(number))!r}, factory)"
-        commands.append((call, "in Python: a model of the front, given what builds the dense one"))
+        if stored.keeps(number):
+            call = f"autoprune.load({str(stored.model_path(number))!r}, factory)"
+            commands.append((call, "in Python: a model of the front, given what builds the dense one"))
     elif number is not None:
         export = f"autoprune export {name} --trial {number} --format onnx{at}"
         make_export = f"make export NAME={name} TRIAL={number} FORMAT=onnx"

@@ -161,6 +161,11 @@ class StoredSearch:
                 return folder
         raise StudyError(f"the weights of trial {number} of {self.name} were not kept (it is not on the front): {text}")
 
+    def keeps(self, number: int) -> bool:
+        """Whether the model of the trial that people call `number` was written; screened ones are not."""
+        rungs = dict.fromkeys([self.shown_rung, self.picked_rung])
+        return any(s.number == number and self.folder(s.result) for rung in rungs for s in self.shown(rung))
+
     def folder(self, result: TrialResult) -> Path | None:
         """Returns the folder with a result's model, or None where it was not kept.
 

@@ -248,7 +248,7 @@ class Workbench:
             device=self.device,
             seed=self.seed,
         )
-        if self.models is None or fidelity.epochs <= 0 or fidelity.scratch:
+        if self.models is None or fidelity.scratch or not (fidelity.epochs > 0 or fidelity.test):
             return result
         folder = self.models / f"{fidelity.rung}-{result.identity}"
         document = model_document(self.network, policy, selection, result.to_json(), self.origin, model=model) | {

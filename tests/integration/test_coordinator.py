@@ -349,6 +349,7 @@ def test_the_next_commands_find_what_was_searched(tmp_path: Path, monkeypatch: p
     (other / "models/s/final-width-2").mkdir(parents=True)
     own = commands_after(stored(other, tune=TUNED, final=FINALS), named=False)
     assert own[1].startswith(f"autoprune.load('{other}/models/s/final-width-2', factory)")
+    assert len(commands_after(stored(tmp_path / "only screened"), named=False)) == 3
     remote = commands_after(stored(usual), uri="http://server:5000", address="http://server:5000")
     assert remote[2].startswith("http://server:5000/#/c")
 
