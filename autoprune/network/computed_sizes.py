@@ -68,7 +68,7 @@ def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Shapes]:
     cannot be told apart by their number.
     """
     model = copy.deepcopy(network.model)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[str, _Shapes] = {}
     for path in paths:
         module: Any = modules[path]

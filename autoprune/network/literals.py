@@ -109,7 +109,7 @@ def following(model: nn.Module, sizes: Sequence[tuple[Size, Labels]]) -> tuple[A
     dimensions of one module have the same number, a name with `head` and without `dim` is the outermost one and every
     other name the next.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     dims: dict[tuple[str, int], list[Labels]] = {}
     found: dict[tuple[str, str, int | None], Attribute] = {}
     for size, units in sizes:
@@ -143,7 +143,7 @@ def set_attributes(model: nn.Module, values: Numbers) -> None:
     Raises:
         CheckpointError: The model has no such module or attribute.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, attributes in values.items():
         module = modules.get(path)
         for name, value in attributes.items():

@@ -106,7 +106,7 @@ def tell(model: nn.Module, numbers: Numbers) -> nn.Module:
     Raises:
         CheckpointError: The model has no such module.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, calls in numbers.items():
         module: Any = modules.get(path)
         if module is None:
