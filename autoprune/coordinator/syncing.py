@@ -47,12 +47,12 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
         StudyError: There is no such search, it keeps no settings, or a process is running it.
         TrackingError: MLflow is away, or refused something.
     """
-    stored = read_search(name, home=home)
     storage = open_existing(home)
-    first = studies.load_rung(storage, name, studies.rung_names(storage, name)[0])
-    if studies.is_running(first):
+    begun = studies.rung_names(storage, name)
+    if begun and studies.is_running(studies.load_rung(storage, name, begun[0])):
         raise StudyError(f"a process is running the search {name!r} and records it; wait for its end")
-    with studies.hold(first):
+    stored = read_search(name, home=home)
+    with studies.hold(studies.load_rung(storage, name, begun[0])):
         return _sync(stored, storage, home=home, say=say)
 
 

@@ -26,6 +26,10 @@ ALLOWED = {
     # between this process and the workers that it started itself, through a pipe
     ("executors/processes.py", "pickle.loads"): "pipes to our own processes",
     ("executors/worker.py", "pickle.loads"): "pipes to our own processes",
+    # between this process and the tasks that it started on the cluster which the user named
+    ("executors/cluster.py", "pickle.loads"): "Ray carries what our own tasks send",
+    # the workbench as it comes through the pipe; the file that workers map holds plain numbers alone
+    ("network/sharing.py", "pickle.Unpickler"): "pipes to our own processes",
     # refuses every name but those of numpy arrays; the files' checksums are torchvision's
     ("network/cifar.py", "pickle.Unpickler"): "an unpickler that looks up arrays alone",
     ("network/checkpoints.py", "torch.load"): "with weights_only=True",
