@@ -87,6 +87,7 @@ def table(network: str, contenders: dict[str, list[dict[str, object]]]) -> list[
             "hypervolume",
             "95 % interval",
             "search, s",
+            "candidates",
         ]
         lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for name, documents in sorted(
@@ -101,6 +102,7 @@ def table(network: str, contenders: dict[str, list[dict[str, object]]]) -> list[
             low, high = interval(volumes)
             cells += [f"{fmean(volumes):.4f}", f"{low:.4f} to {high:.4f}" if math.isfinite(low) else "one seed"]
             cells.append(f"{fmean(d['seconds'] for d in documents):.0f}")
+            cells.append(", ".join(str(len(d["candidates"])) for d in documents))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return lines + speed(contenders)
