@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    machine = f"{platform.machine()}, {version('optuna')=}, Python {platform.python_version()}".replace("version", "")
+    machine = f"{platform.machine()}, Python {platform.python_version()}, optuna {version('optuna')}"
     lines = [
         f"# {options.workers} simulated workers of {SECONDS:.0f}-second trials (`make busy-workers`)",
         "",
