@@ -162,6 +162,7 @@ def plot(network: str, contenders: dict[str, list[dict[str, object]]], file: Pat
     for axis in axes[:2]:
         axis.set_xlabel("MACs, fraction of the dense network's")
         axis.set_ylabel("test accuracy, %")
+    axes[2].set_xscale("log")
     axes[2].set_xlabel("seconds")
     axes[2].set_ylabel("hypervolume of the candidates (validation)")
     axes[2].legend(fontsize=7)
