@@ -48,11 +48,11 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
         TrackingError: MLflow is away, or refused something.
     """
     storage = open_existing(home)
-    begun = studies.rung_names(storage, name)
-    if begun and studies.is_running(studies.load_rung(storage, name, begun[0])):
+    if studies.search_holder(storage, name):
         raise StudyError(f"a process is running the search {name!r} and records it; wait for its end")
     stored = read_search(name, home=home)
-    with studies.hold(studies.load_rung(storage, name, begun[0])):
+    first = studies.rung_names(storage, name)[0]
+    with studies.hold(studies.load_rung(storage, name, first)):
         return _sync(stored, storage, home=home, say=say)
 
 

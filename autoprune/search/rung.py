@@ -166,14 +166,13 @@ class Rung:
         return finished
 
     def _loop(self, work: Work, total: int) -> bool:
-        while True:
-            self._fill(work, total)
-            if not self._flights:
-                return len(self._known) >= total or self._exhausted
+        self._fill(work, total)
+        while self._flights:
             done, _ = wait(self._flights, return_when=FIRST_COMPLETED)
             for future in [flight for flight in self._flights if flight in done]:
                 self._land(work, future, total)
                 self._fill(work, total)  # before the next result is stored: a worker waits for it
+        return len(self._known) >= total or self._exhausted
 
     @property
     def _exhausted(self) -> bool:
