@@ -82,7 +82,7 @@ class TrialResult:
     `latency_ms` with `latency_spread_ms` and `latency_least_ms`, `latency_predicted_ms` (where there is a latency
     table), `peak_memory_bytes` (of one sample, on CUDA). `costs` holds the names that the cost model prices. `curves`
     holds one list per epoch series. `seconds` tells where the time went. `model_path` is the folder that holds the
-    finished model, where it was kept.
+    finished model, where it was kept. `notes` are sentences about how it was done, such as why steps ran one by one.
     """
 
     policy: Policy
@@ -96,6 +96,7 @@ class TrialResult:
     device: str = "cpu"
     seed: int = 0
     model_path: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def val_error(self) -> float:
@@ -122,6 +123,7 @@ class TrialResult:
             "device": self.device,
             "seed": self.seed,
             "model_path": self.model_path,
+            "notes": list(self.notes),
         }
 
     @staticmethod
@@ -145,6 +147,7 @@ class TrialResult:
             device=data["device"],
             seed=data["seed"],
             model_path=data["model_path"],
+            notes=tuple(data.get("notes", ())),
         )
 
 

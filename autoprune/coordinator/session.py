@@ -315,6 +315,8 @@ class Session:
                 cost = self._cost(event.result.costs) if event.result else None
                 if event.reused is None:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
+                if event.result:
+                    self.progress.note_once(event.result.notes)
                 if event.reason:
                     self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}", passed_on=False)
                 records.trial(event.rung, self._trial(event), dense_metrics=dense)

@@ -121,6 +121,8 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         loss=dense.loss,
         metric=dense.metric,
     )
+    for sentence in history.notes:
+        note(sentence)
     for name, split in (("val", val), ("test", dense.splits.test)):
         score = scored(model, split)
         metrics |= {f"{name}_accuracy": score.accuracy, f"{name}_loss": score.loss}
@@ -140,6 +142,7 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         device=device,
         seed=training.seed,
         model_path=str(target.folder),
+        notes=history.notes,
     )
     plain = result.to_json()
     kept = {key: plain[key] for key in document["result"]}

@@ -158,7 +158,7 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
             note(f"  epoch {epoch.number}/{epoch.epochs}: training loss {epoch.train_loss:.3f}")
 
     precision = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
-    fine_tune(
+    history = fine_tune(
         model,
         splits.train,
         recipe=recipe,
@@ -170,6 +170,8 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
         on_epoch=told,
         loss=ingredients.loss,
     )
+    for sentence in history.notes:
+        note(sentence)
     model.to("cpu").eval()
     for parameter in model.parameters():
         # As it is when read from the cache: in another memory layout bfloat16 rounds differently.

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from autoprune.network.evaluation import (
     widened,
 )
 from autoprune.network.regularisation import Regularisation, Regulariser
+from autoprune.network.replay import LEAST_STEPS, Graph, Stepper, graph_for
 from autoprune.network.samples import Device, Split
 
 
@@ -160,12 +162,17 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One entry an epoch (the last may be a part of one): mean loss, validation accuracy where measured, final rate."""
+    """One entry an epoch (the last may be a part of one): mean loss, validation accuracy where measured, final rate.
+
+    `replayed` steps were replays of a CUDA graph; `notes` say why there were none where there could have been.
+    """
 
     train_loss: tuple[float, ...] = ()
     val_accuracy: tuple[float, ...] = ()
     lr: tuple[float, ...] = ()
     seconds: float = 0.0
+    replayed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,21 +201,37 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def _sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+def _sgd(groups: _Groups, recipe: Recipe, lr: float | Tensor, fused: bool | None) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+
+
+def _adamw(groups: _Groups, recipe: Recipe, lr: float | Tensor, fused: bool | None) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=lr, betas=(recipe.momentum, 0.999), fused=fused)
+
+
+_Groups = list[dict[str, object]]
+_OPTIMIZERS: dict[str, Callable[[_Groups, Recipe, float | Tensor, bool | None], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+}
+
+
+def optimizer_of(model: nn.Module, recipe: Recipe, lr: float | Tensor) -> torch.optim.Optimizer:
+    """Returns the recipe's optimizer over the trainable parameters of `model`, at the rate `lr`.
+
+    On CUDA all parameters are updated by one kernel; so they are for a rate in a tensor, which the other
+    implementations would read back from the device at every step.
+    """
     groups = _parameter_groups(model, recipe.weight_decay)
-    return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    return _OPTIMIZERS[recipe.optimizer](groups, recipe, lr, True if on_gpu or isinstance(lr, Tensor) else None)
 
 
-def _adamw(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), lr=lr, betas=(recipe.momentum, 0.999))
-
-
-_OPTIMIZERS: dict[str, Callable[[nn.Module, Recipe, float], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
-
-
-def optimizer_of(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """Returns the recipe's optimizer over the trainable parameters of `model`, at the rate `lr`."""
-    return _OPTIMIZERS[recipe.optimizer](model, recipe, lr)
+def _arm(optimizer: torch.optim.Optimizer, on: bool) -> None:
+    """Tells an optimizer that wants to know it (AdamW) that its step is about to be captured."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = on
 
 
 def _rate(step: int, *, steps: int, warmup: float) -> float:
@@ -250,6 +273,7 @@ def fine_tune(
     metric: Metric | None = None,
     stage: Stage = _WHOLE,
     parts: int = 1,
+    graphs: Callable[[Device], Graph | None] | None = None,
 ) -> History:
     """Trains `model` in place by the recipe, and returns what happened. The same seed gives the same weights on a CPU.
 
@@ -273,6 +297,8 @@ def fine_tune(
         stage: The part of the `epochs` that is run here, and what it does to the weights.
         parts: Each batch goes through the network in so many parts whose gradients are added up, which takes less
             memory; the step is that of the whole batch, apart from what batch norms see.
+        graphs: Gives what captures steps on a device, asked where enough of them are alike (no regulariser, one part);
+            None: `graph_for`.
 
     Raises:
         InputError: The samples have no classes and `loss` (or, with `val`, `metric`) is missing, or one of them does
@@ -299,53 +325,67 @@ def fine_tune(
     order = Generator().manual_seed(seed)
     model.to(device)
     precision.arrange_model(model)
-    optimizer = optimizer_of(model, recipe, peak)
+    alike = regulariser is None and parts == 1 and end - begin >= LEAST_STEPS
+    graph = (graphs or graph_for)(device) if alike else None
+    rate: float | Tensor = peak if graph is None else torch.tensor(peak, device=device)
+    optimizer = optimizer_of(model, recipe, rate)
     trained = [p for p in model.parameters() if p.requires_grad]
     smoothing = recipe.label_smoothing
     distillation = recipe.distillation if teacher is not None else None
     taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
+    total = torch.zeros((), device=device)  # of an epoch, summed on the device and read once
+
+    def step_on(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        count = max(1, min(parts, len(x) // 2))  # a batch norm needs two samples
+        for part, wanted in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+            part = precision.arrange(part)  # (n, C, H, W)
+            with nullcontext() if regulariser is None else regulariser.hiding():
+                with autocast(device, precision.autocast_dtype):
+                    output = model(part)
+                if loss is not None:
+                    output = widened(output)
+                    value = one_number(loss(output, wanted), "loss")
+                else:  # logits (n, classes)
+                    logits = logits_of(output).float()
+                    value = F.cross_entropy(logits, wanted, label_smoothing=smoothing)
+                if distillation is not None and teacher is not None:
+                    with torch.no_grad(), autocast(device, precision.autocast_dtype):
+                        taught = teacher(part)
+                    soft = _taught(output, taught, distillation, own_loss=loss is not None)
+                    value = distillation.weight * soft + (1 - distillation.weight) * value
+                if count > 1:
+                    value = value * (len(part) / len(x))
+                torch.autograd.backward(value)
+            total.add_(value.detach())
+        if loss is not None:
+            nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)
+        optimizer.step()
+
     losses: list[float] = []
     accuracies: list[float] = []
     rates: list[float] = []
     start = time.perf_counter()
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), taught_mode:
+    called = [model] if teacher is None else [model, teacher]
+    stepper = Stepper(step_on, graph, models=called, arm=partial(_arm, optimizer))
+    with torch.random.fork_rng(devices=devices), taught_mode, stepper:
         torch.manual_seed(seed)  # dropout
         for epoch in range(total_epochs):
             epoch_start = time.perf_counter()
             first = step
-            total = torch.zeros((), device=device)  # summed on the device, read once an epoch
+            total.zero_()
             with mode(model, training=True):
                 for x, y in train.batches(batch_size, shuffle=order, augment=True, device=device):
                     if step == end or step - first == steps_an_epoch:  # the rest is smaller than a batch
                         break
-                    for group in optimizer.param_groups:
-                        group["lr"] = peak * _rate(step, steps=steps, warmup=recipe.warmup)
-                    optimizer.zero_grad(set_to_none=True)
-                    count = max(1, min(parts, len(x) // 2))  # a batch norm needs two samples
-                    for part, wanted in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
-                        part = precision.arrange(part)  # (n, C, H, W)
-                        with nullcontext() if regulariser is None else regulariser.hiding():
-                            with autocast(device, precision.autocast_dtype):
-                                output = model(part)
-                            if loss is not None:
-                                output = widened(output)
-                                value = one_number(loss(output, wanted), "loss")
-                            else:  # logits (n, classes)
-                                logits = logits_of(output).float()
-                                value = F.cross_entropy(logits, wanted, label_smoothing=smoothing)
-                            if distillation is not None and teacher is not None:
-                                with torch.no_grad(), autocast(device, precision.autocast_dtype):
-                                    taught = teacher(part)
-                                soft = _taught(output, taught, distillation, own_loss=loss is not None)
-                                value = distillation.weight * soft + (1 - distillation.weight) * value
-                            if count > 1:
-                                value = value * (len(part) / len(x))
-                            torch.autograd.backward(value)
-                        total += value.detach()
-                    if loss is not None:
-                        nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)
-                    optimizer.step()
+                    lr_now = peak * _rate(step, steps=steps, warmup=recipe.warmup)
+                    if isinstance(rate, Tensor):
+                        rate.fill_(lr_now)
+                    else:
+                        for group in optimizer.param_groups:
+                            group["lr"] = lr_now
+                    stepper(x, y)
                     if regulariser is not None:
                         regulariser.shrink((step - begin + 1) / (end - begin), end - begin)
                     step += 1
@@ -353,7 +393,7 @@ def fine_tune(
             if not math.isfinite(mean):
                 raise TrialError(f"the training loss became {mean} in epoch {epoch + 1} of {total_epochs}")
             losses.append(mean)
-            rates.append(float(optimizer.param_groups[0]["lr"]))
+            rates.append(lr_now)
             if val is not None:
                 dtype = precision.autocast_dtype
                 score = evaluate(model, val, device=device, autocast_dtype=dtype, loss=loss, metric=metric)
@@ -362,4 +402,6 @@ def fine_tune(
                 took = time.perf_counter() - epoch_start
                 accuracy = accuracies[-1] if accuracies else None
                 on_epoch(Epoch(epoch + 1, total_epochs, mean, accuracy, rates[-1], took))
-    return History(tuple(losses), tuple(accuracies), tuple(rates), time.perf_counter() - start)
+    optimizer.zero_grad(set_to_none=True)
+    took = time.perf_counter() - start
+    return History(tuple(losses), tuple(accuracies), tuple(rates), took, stepper.replayed, stepper.notes)

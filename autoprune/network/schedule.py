@@ -118,6 +118,8 @@ def _joined(histories: list[History]) -> History:
         tuple(value for history in histories for value in history.val_accuracy),
         tuple(value for history in histories for value in history.lr),
         sum(history.seconds for history in histories),
+        sum(history.replayed for history in histories),
+        tuple(dict.fromkeys(note for history in histories for note in history.notes)),
     )
 
 

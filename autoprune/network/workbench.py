@@ -192,15 +192,15 @@ class Workbench:
         clock = StageClock(self.clock, self.beat)
         selection = self.selection(policy)
         metrics: dict[str, float] = {}
-        curves: dict[str, tuple[float, ...]]
+        history = History()
         if self.recipe.staged and fidelity.epochs > 0:
             return self._result(policy, fidelity, self._staged(policy, fidelity, clock), clock)
         with clock("surgery"):
             model = self._pruned(selection).to(self.device)
             replace_activations(model, self.replaced(policy))
         if fidelity.scratch:
-            model, metrics, curves = self._tuned(model, selection, fidelity, clock)
-            return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
+            model, metrics, history = self._tuned(model, selection, fidelity, clock)
+            return self._result(policy, fidelity, (model, selection, metrics, history), clock)
         if fidelity.epochs > 0:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
@@ -209,9 +209,8 @@ class Workbench:
         with clock("evaluation"):
             repaired = self._scored("val", model, fidelity.images, "_recalibrated")
         metrics |= repaired
-        curves = {}
         if fidelity.epochs > 0:
-            model, tuned, curves = self._tuned(model, selection, fidelity, clock)
+            model, tuned, history = self._tuned(model, selection, fidelity, clock)
             metrics |= tuned
         else:
             metrics |= {
@@ -220,11 +219,11 @@ class Workbench:
             }
             if fidelity.test:
                 metrics |= self._scored("test", model, None)
-        return self._result(policy, fidelity, (model, selection, metrics, curves), clock)
+        return self._result(policy, fidelity, (model, selection, metrics, history), clock)
 
     def _result(self, policy: Policy, fidelity: Fidelity, found: _Found, clock: StageClock) -> TrialResult:
         """Measures the finished model, keeps it where models are kept, and says what was found."""
-        model, selection, metrics, curves = found
+        model, selection, metrics, history = found
         if not np.isfinite(metrics["val_accuracy"]):
             raise TrialError(f"the validation accuracy is {metrics['val_accuracy']}")
         if np.isnan(metrics["val_loss"]):  # an accuracy is a number even where every output is NaN
@@ -243,10 +242,11 @@ class Workbench:
             widths=widths,
             costs=costs,
             metrics=metrics | _predicted(costs),
-            curves=curves,
+            curves=curves_of(history),
             seconds=clock.seconds,
             device=self.device,
             seed=self.seed,
+            notes=history.notes,
         )
         if self.models is None or fidelity.scratch or not (fidelity.epochs > 0 or fidelity.test):
             return result
@@ -290,7 +290,7 @@ class Workbench:
                 metrics |= self._scored_tuned(outcomes[-1].model, fidelity)
             found.append(metrics)
         first = outcomes[0]
-        return first.model, first.selection, _mean(found), curves_of(first.history)
+        return first.model, first.selection, _mean(found), first.history
 
     def _tools(
         self, policy: Policy, fidelity: Fidelity, number: int, *, metrics: dict[str, float], clock: StageClock
@@ -343,11 +343,10 @@ class Workbench:
 
     def _tuned(
         self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: StageClock
-    ) -> tuple[nn.Module, dict[str, float], dict[str, tuple[float, ...]]]:
-        """Fine-tunes once a seed; returns the model of the first seed, mean metrics, and the first seed's curves."""
+    ) -> tuple[nn.Module, dict[str, float], History]:
+        """Fine-tunes once a seed; returns the model of the first seed, mean metrics, and the first seed's history."""
         found: list[dict[str, float]] = []
-        first: nn.Module | None = None
-        curves: dict[str, tuple[float, ...]] = {}
+        first: tuple[nn.Module, History] | None = None
         masks = mask_tensors(self.network, selection) if self.network.masked else {}
         for number in range(fidelity.seeds):
             model = copy.deepcopy(start) if fidelity.seeds > 1 else start
@@ -357,10 +356,9 @@ class Workbench:
                 history = self._fine_tuned(model, fidelity, number, stage=Stage(), seed=self.seed + number)
             with clock("evaluation"):
                 found.append(self._scored_tuned(model, fidelity))
-            if first is None:
-                first, curves = model, curves_of(history)
+            first = first or (model, history)
         assert first is not None
-        return first, _mean(found), curves
+        return first[0], _mean(found), first[1]
 
     def _fine_tuned(self, model: nn.Module, fidelity: Fidelity, number: int, *, stage: Stage, seed: int) -> History:
         """Trains `model` in place for one stage; the first of several seeds records its validation accuracy."""
@@ -427,5 +425,5 @@ def curves_of(history: History) -> dict[str, tuple[float, ...]]:
     return {name: values for name, values in series.items() if values}
 
 
-_Found = tuple[nn.Module, Selection, dict[str, float], dict[str, tuple[float, ...]]]
-"""A finished model, the channels that it holds, its metrics and its curves."""
+_Found = tuple[nn.Module, Selection, dict[str, float], History]
+"""A finished model, the channels that it holds, its metrics and the history of its training."""

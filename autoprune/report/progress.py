@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TextIO
@@ -68,6 +68,7 @@ class Progress:
         self._live = self._console.is_terminal if live is None else live
         self._clock = clock
         self._on_note = on_note
+        self._said: set[str] = set()
         self._bars: Bars | None = None
         self._task: int | None = None
         self._rung: _Rung | None = None
@@ -133,6 +134,13 @@ class Progress:
         console.print(text, markup=False)
         if passed_on and self._on_note is not None:
             self._on_note(text)
+
+    def note_once(self, texts: Iterable[str]) -> None:
+        """Writes those of the sentences that were not written by this method before."""
+        for text in texts:
+            if text not in self._said:
+                self._said.add(text)
+                self.note(text)
 
     def close(self) -> None:
         """Stops the live line; safe to call twice."""

@@ -29,12 +29,19 @@ def result(**changes: object) -> TrialResult:
         "device": "cpu",
         "seed": 7,
         "model_path": "somewhere",
+        "notes": ("said so",),
     }
     return TrialResult(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_a_result_survives_json() -> None:
     assert TrialResult.from_json(json.loads(json.dumps(result().to_json()))) == result()
+
+
+def test_a_result_from_before_there_were_notes_has_none() -> None:
+    data = result().to_json()
+    del data["notes"]
+    assert TrialResult.from_json(data) == result(notes=())
 
 
 @pytest.mark.parametrize("schema", [None, 0, 2, "1"])

@@ -83,3 +83,11 @@ def test_a_rung_without_trials_can_be_opened_and_closed() -> None:
 def test_a_trial_outside_a_rung_is_a_mistake_of_the_caller() -> None:
     with pytest.raises(RuntimeError, match="no rung is running"):
         Progress(file=io.StringIO()).trial_finished(val_accuracy=0.5, cost=1.0)
+
+
+def test_a_sentence_that_many_trials_bring_is_written_and_passed_on_once() -> None:
+    out, heard = io.StringIO(), list[str]()
+    with Progress(file=out, on_note=heard.append) as progress:
+        for _ in range(3):
+            progress.note_once(("steps run one by one", "another"))
+    assert out.getvalue().splitlines() == heard == ["steps run one by one", "another"]
