@@ -26,6 +26,7 @@ class Fidelity:
     `epochs` 0 means compensation and recalibration only. `images` limits the validation images (None: all). With
     `seeds` > 1 the recipe is run once a seed and the scores are averaged. Where `test` is set the test set is scored
     too. Where `scratch` is set the pruned network forgets its weights and is trained from random ones, without repair.
+    `calibration` images repair the network (None: those that the data sets aside for calibration).
     """
 
     rung: str
@@ -34,6 +35,7 @@ class Fidelity:
     seeds: int = 1
     test: bool = False
     scratch: bool = False
+    calibration: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import autoprune.search as studies
 from autoprune import report
 from autoprune.coordinator.commands import terminal
+from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline, profiling
 from autoprune.network.timing import device_name
@@ -95,7 +97,7 @@ def trace_path(home: Path, space: Space, fidelity: Fidelity) -> Path:
 
 def _kinds(space: Space) -> list[Fidelity]:
     """Returns the first rung that trains nothing and the first that trains, as far as the ladder has them."""
-    rungs = [Fidelity(r.rung, r.epochs, r.images) for r in space.search.ladder]
+    rungs = [replace(fidelity_of_rung(rung), seeds=1, test=False) for rung in space.search.ladder]
     first = {fidelity.epochs > 0: fidelity for fidelity in reversed(rungs)}
     return [first[trains] for trains in (False, True) if trains in first]
 

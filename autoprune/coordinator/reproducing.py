@@ -17,6 +17,7 @@ from autoprune import tracking
 from autoprune.coordinator.picking import Say
 from autoprune.coordinator.recording import SPACE_FILE
 from autoprune.coordinator.registering import FINETUNE
+from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.views import CONTROLS, SCRATCH
 from autoprune.errors import InputError
 from autoprune.policy import Choice, Group, Policy
@@ -123,7 +124,7 @@ def fidelity_of(space: Space, rung: str) -> Fidelity:
     Raises:
         InputError: The space has no such rung.
     """
-    ladder = {r.rung: Fidelity(r.rung, r.epochs, r.images, r.seeds, r.test) for r in space.search.ladder}
+    ladder = {r.rung: fidelity_of_rung(r) for r in space.search.ladder}
     if rung in (CONTROLS, SCRATCH):
         return replace(list(ladder.values())[-1], rung=rung, scratch=rung == SCRATCH)
     if rung not in ladder:

@@ -26,6 +26,7 @@ from autoprune.coordinator.measuring import measure_front
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.placing import Workers, executor_of, threads
 from autoprune.coordinator.recording import Records
+from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.setup import setup_of
 from autoprune.coordinator.views import (
     StoredSearch,
@@ -225,10 +226,7 @@ class Session:
 
     def _plan(self, workers: int, trials: int) -> LadderPlan:
         ladder = self.space.search.ladder
-        rungs = tuple(
-            RungPlan(Fidelity(r.rung, r.epochs, r.images, r.seeds, r.test), r.trials if r.trials else trials)
-            for r in ladder
-        )
+        rungs = tuple(RungPlan(fidelity_of_rung(rung), rung.trials if rung.trials else trials) for rung in ladder)
         starts: tuple[WarmStart, ...] = ()
         if self.space.search.warm_starts:
             tables, count = self.bench.knowledge.tables, max(1, min(_WARM_STARTS, trials // 2))

@@ -27,6 +27,7 @@ from autoprune.network.calibration import Statistics, gather
 from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
+from autoprune.network.deeper import repair_images
 from autoprune.network.evaluation import SCORED, Loss, Precision, Score, autocast, evaluate, recalibrate
 from autoprune.network.failures import described, free_memory, out_of_memory
 from autoprune.network.mask_repair import repair_masked
@@ -75,6 +76,7 @@ class Workbench:
     built, for the document beside every saved model. `models` is the folder for finished models (None: they are not
     kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart. A batch goes
     through the network in `parts`. `beat` is called between the steps of an evaluation; `clock` tells their seconds.
+    `deeper` keeps the targets on more images that a fidelity asked for, by their number.
     """
 
     network: Network
@@ -97,6 +99,7 @@ class Workbench:
     parts: int = 1
     beat: Callable[[], None] = _unheard
     clock: Callable[[], float] = time.perf_counter
+    deeper: dict[int, Targets] = field(default_factory=dict, repr=False, compare=False)
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -165,9 +168,12 @@ class Workbench:
             metrics |= self._scored("test", self.network.model, None)
         return metrics | self.measure(self.network.model) | _predicted(self.network.cost_model.dense())
 
-    def repair(self, selection: Selection) -> nn.Module:
-        """Returns the pruned network after surgery (or masking), compensation and recalibration."""
-        return self._repaired(self._pruned(selection), selection)
+    def repair(self, selection: Selection, *, calibration: int | None = None) -> nn.Module:
+        """Returns the pruned network after surgery (or masking), compensation and recalibration.
+
+        `calibration` is how many images compensation refits on; None: those set aside for it.
+        """
+        return self._repaired(self._pruned(selection), selection, targets=self._targets(calibration))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Returns latency and, on CUDA, peak memory a sample of a model, under the workbench's conditions."""
@@ -205,7 +211,7 @@ class Workbench:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
         with clock("compensation"):
-            model = self._repaired(model, selection)
+            model = self._repaired(model, selection, targets=self._targets(fidelity.calibration))
         with clock("evaluation"):
             repaired = self._scored("val", model, fidelity.images, "_recalibrated")
         metrics |= repaired
@@ -314,10 +320,30 @@ class Workbench:
 
         return Tools(train, repair, watch, alter)
 
-    def _repaired(self, model: nn.Module, selection: Selection, cut_from: Network | None = None) -> nn.Module:
+    def _targets(self, calibration: int | None) -> Targets | None:
+        """Returns the dense network's targets on so many images, None where no more were asked for than are known."""
+        known, count = self.knowledge.targets, len(self.splits.calibration)
+        if calibration is None or known is None or calibration == count:
+            return None
+        if calibration not in self.deeper:
+            images = repair_images(self.splits, calibration, seed=self.seed, device=self.device)
+            rows = round(known.rows * calibration / count)
+            self.deeper[calibration] = gather_targets(self.network, images, rows=rows, seed=self.seed)
+        return self.deeper[calibration]
+
+    def _repaired(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        cut_from: Network | None = None,
+        *,
+        targets: Targets | None = None,
+    ) -> nn.Module:
         """Repairs `model` in place, which was cut from the dense network or from what a schedule made of it."""
         recipe, network = self.recipe, cut_from or self.network
         knowledge = self.knowledge if network is self.network else self._learnt(network)
+        if targets is not None and network is self.network:
+            knowledge = replace(knowledge, targets=targets)
         passes = autocast(self.device, self.precision.autocast_dtype)  # images go through in the type that scores have
         if network.masked and recipe.compensation and selection:
             targets = knowledge.targets if recipe.recalibration_batches > 0 else None

@@ -234,6 +234,14 @@ class RungSettings(Section):
         default=1, ge=1, le=100, description="The recipe is run once a seed and the scores are averaged."
     )
     test: bool = Field(default=False, description="The test set is scored too; on the last rung only.")
+    calibration: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Images that the repair of a candidate refits its layers on; beyond `data.calibration` they are "
+        "taken from the training images. More of them gain accuracy where a rung trains little or nothing. Null: "
+        "`data.calibration`.",
+    )
 
 
 def _rung(rung: Any, key: str) -> Any:

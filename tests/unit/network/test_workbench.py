@@ -12,6 +12,7 @@ import torch
 from autoprune.errors import PolicyError, TrialError
 from autoprune.network.artifacts import load, read_document
 from autoprune.network.complexity import count_macs, count_params
+from autoprune.network.deeper import repair_images
 from autoprune.network.evaluation import evaluate
 from autoprune.policy import Choice, Policy, uniform_policy
 from autoprune.results import Fidelity, TrialResult
@@ -150,3 +151,24 @@ def test_another_seed_draws_other_batches_and_repairs_alike(bench):
     losses = [replace(bench, seed=seed).evaluate(policy, SCREEN).metrics["val_loss"] for seed in (0, 1, 7)]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[2] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_rung_may_repair_on_more_images_than_are_set_aside_for_calibration(bench):
+    chosen = uniform_policy(bench.groups, 0.5, "l2")
+    plain = bench.evaluate(chosen, Fidelity("screen"))
+    same = bench.evaluate(chosen, Fidelity("screen", calibration=64))
+    more = bench.evaluate(chosen, Fidelity("final", calibration=256))
+    assert same.metrics == plain.metrics
+    assert more.identity == plain.identity
+    assert more.metrics["val_loss"] != plain.metrics["val_loss"]
+    assert len(bench.deeper[256].images) == 256
+    assert bench.deeper[256].rows == 4 * bench.knowledge.targets.rows
+    again = bench.evaluate(chosen, Fidelity("final", calibration=256))
+    assert again.metrics == more.metrics
+
+
+def test_a_repair_takes_every_training_image_where_it_asks_for_more_than_there_are(bench):
+    images = repair_images(bench.splits, 10**6, seed=0, device="cpu")
+    assert len(images) == len(bench.splits.calibration) + len(bench.splits.train)
+    few = repair_images(bench.splits, 10, seed=0, device="cpu")
+    torch.testing.assert_close(few, images[:10])
