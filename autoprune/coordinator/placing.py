@@ -20,6 +20,7 @@ from autoprune.network.workers import (
     WorkerFactory,
     default_workers,
     environments,
+    gpu_share,
     mapped_factory,
     packed,
     received,
@@ -68,7 +69,7 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
             yield executor
         return
     with SharedFile(packed(bench), cache) as shared:
-        factory = mapped_factory(shared, threads_per_worker(count))
+        factory = mapped_factory(shared, threads_per_worker(count), gpu_share(bench.device, count))
         with ProcessExecutor(factory, count, limits=limits, environments=environments(bench.device)) as executor:
             yield executor
 
@@ -87,7 +88,7 @@ def _on_ray(bench: Workbench, place: OnRay, limits: Limits) -> RayExecutor:
             " search must have a GPU exactly where those that evaluate use one; set `device`, or --gpus-per-trial"
         )
     return RayExecutor(
-        RemoteFactory(packed(bench), threads(place, 1)),
+        RemoteFactory(packed(bench), threads(place, 1), min(1.0, gpus) or 1.0),
         place.address,
         workers=place.workers,
         share=Share(place.cpus, gpus),

@@ -15,7 +15,7 @@ import torch
 
 from autoprune.errors import InputError
 from autoprune.network.latency import LatencyTable, read_or_build
-from autoprune.network.timing import Conditions, device_name
+from autoprune.network.timing import Conditions, device_name, ieee
 from autoprune.network.trace import Network
 from autoprune.policy import digest
 from autoprune.space import Space
@@ -68,15 +68,16 @@ def latency_table(network: Network, space: Space, *, cache: Path, note: Note) ->
             [asdict(conditions), device_name(conditions.device), _processor(), torch.__version__, LATENCY_VERSION],
         ]
     )
-    return read_or_build(
-        cache / f"latency-{key}.json",
-        network,
-        conditions,
-        round_to=space.groups.round_to,
-        seed=space.seed,
-        lock=cache / LOCK,
-        note=note,
-    )
+    with ieee(conditions.device):
+        return read_or_build(
+            cache / f"latency-{key}.json",
+            network,
+            conditions,
+            round_to=space.groups.round_to,
+            seed=space.seed,
+            lock=cache / LOCK,
+            note=note,
+        )
 
 
 def _processor() -> str:

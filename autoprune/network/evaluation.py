@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import InputError
 from autoprune.network.samples import Device, Split
-from autoprune.network.timing import synchronise
+from autoprune.network.timing import ieee, synchronise
 
 Loss = Callable[[Any, Tensor], Tensor]
 """A function of (what the network returns, targets) that gives the mean over the batch, a scalar tensor."""
@@ -226,7 +226,7 @@ def evaluate(
     count = 0
     if metric is not None:
         batch_size = _even(batch_size, len(split) if limit is None else min(limit, len(split)))
-    with torch.inference_mode(), mode(model, training=False):
+    with torch.inference_mode(), mode(model, training=False), ieee(device):
         for x, y in split.batches(batch_size, device=device, limit=limit):
             with autocast(device, autocast_dtype):
                 output = model(x)
@@ -270,10 +270,18 @@ def recalibrate(
     batch_size = min(batch_size, len(split))
     momenta = [norm.momentum for norm in norms]
     order = Generator().manual_seed(seed)
-    with torch.no_grad(), mode(model, training=False):
+    calls = dict.fromkeys(norms, 0)
+
+    def average(norm: nn.Module, args: tuple[Any, ...]) -> None:
+        # What a momentum of None does, but for reading the number of calls back from the device at each of them.
+        assert isinstance(norm, _BatchNorm)
+        calls[norm] += 1
+        norm.momentum = 1.0 / calls[norm]
+
+    handles = [norm.register_forward_pre_hook(average) for norm in norms]
+    with torch.no_grad(), mode(model, training=False), ieee(device):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average
             norm.training = True
         try:
             for number, (x, _) in enumerate(split.batches(batch_size, shuffle=order, device=device)):
@@ -281,8 +289,9 @@ def recalibrate(
                     break
                 model(x)
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
                 norm.momentum = momentum
+                handle.remove()
 
 
 def probe_precision(
@@ -303,7 +312,8 @@ def probe_precision(
     best, fastest = variants[0], float("inf")
     for precision in variants:
         try:
-            took = _time(twin, example, precision=precision, training=training, seconds=seconds / len(variants))
+            with ieee(device):
+                took = _time(twin, example, precision=precision, training=training, seconds=seconds / len(variants))
         except RuntimeError:
             if precision.autocast_dtype is None:
                 raise

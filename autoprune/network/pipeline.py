@@ -35,7 +35,7 @@ from autoprune.network.models import build_model
 from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
 from autoprune.network.regularisation import Regularisation, regulariser_of
-from autoprune.network.timing import device_name
+from autoprune.network.timing import device_name, ieee
 from autoprune.network.trace import Network, trace
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
@@ -316,11 +316,12 @@ def workbench_of(
     if knowledge is None:
         choices, loss, calibration = space.criteria.choices, ingredients.loss, ingredients.splits.calibration
         note(f"learning about {len(network.groups)} pruning groups on {len(calibration)} samples")
-        if network.masked:
-            batches = list(calibration.batches(64, device=device))
-            knowledge = learn_weights(network, batches, groups, criteria=choices, loss=mean_loss(loss), seed=space.seed)
-        else:
-            knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
+        with ieee(device):
+            if network.masked:
+                batches, mean = list(calibration.batches(64, device=device)), mean_loss(loss)
+                knowledge = learn_weights(network, batches, groups, criteria=choices, loss=mean, seed=space.seed)
+            else:
+                knowledge = learn(network, calibration, criteria=choices, loss=loss, device=device, seed=space.seed)
         write_knowledge(path, knowledge)
         # What a resumed search reads has another memory layout, by which losses differ in the seventh digit.
         knowledge = read_knowledge(path, device=device) or knowledge

@@ -41,6 +41,7 @@ from autoprune.network.evaluation import (
 from autoprune.network.regularisation import Regularisation, Regulariser
 from autoprune.network.replay import LEAST_STEPS, Graph, Stepper, graph_for
 from autoprune.network.samples import Device, Split
+from autoprune.network.timing import ieee
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,7 +370,7 @@ def fine_tune(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     called = [model] if teacher is None else [model, teacher]
     stepper = Stepper(step_on, graph, models=called, arm=partial(_arm, optimizer))
-    with torch.random.fork_rng(devices=devices), taught_mode, stepper:
+    with torch.random.fork_rng(devices=devices), taught_mode, ieee(device), stepper:
         torch.manual_seed(seed)  # dropout
         for epoch in range(total_epochs):
             epoch_start = time.perf_counter()

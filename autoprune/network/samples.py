@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat, starmap
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,9 +21,9 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from autoprune.errors import DataError
-
-Device = str | torch.device
-Batch = tuple[Tensor, Tensor]
+from autoprune.network.staging import Batch as Batch
+from autoprune.network.staging import Device as Device
+from autoprune.network.staging import lane_to, staged
 
 
 class Split(Protocol):
@@ -68,6 +69,14 @@ class Split(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What chance says about the images of a batch: shifts in pixels `(2, n)`, and which are mirrored `(n,)`."""
+
+    shifts: Tensor | None = None
+    mirrored: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Transform:
     """What is done to a batch: augmentation of 4-D samples, then `(x - mean) / std` along dimension 1.
@@ -82,14 +91,29 @@ class Transform:
     crop_padding: int = 0
     _constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def __call__(self, x: Tensor, generator: Generator | None) -> Tensor:
-        """Returns the batch `x` as float32, augmented where there is a generator."""
-        if generator is not None and x.dim() == 4:
-            if self.crop_padding:
-                x = _random_crop(x, padding=self.crop_padding, generator=generator)
-            if self.flip:
-                mirrored = (torch.rand(len(x), generator=generator) < 0.5).to(x.device, non_blocking=True)
-                x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    def draw(self, n: int, generator: Generator) -> Draws:
+        """Returns what chance says about `n` images."""
+        shifts = torch.randint(0, 2 * self.crop_padding + 1, (2, n), generator=generator) if self.crop_padding else None
+        return Draws(shifts, torch.rand(n, generator=generator) < 0.5 if self.flip else None)
+
+    def draws(self, sizes: Sequence[int], generator: Generator | None, device: Device) -> Iterator[Draws]:
+        """Yields what chance says about batches of `sizes` images, one after the other; nothing without a generator.
+
+        For a device that is not the CPU all is drawn at once and copied together: a copy from memory that is not pinned
+        makes the host wait. The numbers are the same everywhere.
+        """
+        if generator is None or not (self.crop_padding or self.flip):
+            return repeat(Draws(), len(sizes))
+        drawn = (self.draw(n, generator) for n in sizes)
+        return drawn if torch.device(device).type == "cpu" else _moved(list(drawn), sizes, device)
+
+    def __call__(self, x: Tensor, draws: Draws) -> Tensor:
+        """Returns the batch `x` as float32; images are augmented as `draws` says."""
+        if x.dim() == 4:
+            if draws.shifts is not None:
+                x = _shifted(x, draws.shifts, padding=self.crop_padding)
+            if draws.mirrored is not None:
+                x = torch.where(draws.mirrored[:, None, None, None], x.flip(3), x)
         scale, shift = self._affine(x)
         x = x.to(torch.float32)
         x = torch.addcmul(shift, x, scale) if self.mean else x * scale
@@ -111,10 +135,20 @@ class Transform:
         return {**self.__dict__, "_constants": {}}
 
 
-def _random_crop(x: Tensor, *, padding: int, generator: Generator) -> Tensor:
+def _moved(drawn: Sequence[Draws], sizes: Sequence[int], device: Device) -> Iterator[Draws]:
+    """Yields `drawn` on `device`, each kind brought there by one copy."""
+    shifts = [draws.shifts for draws in drawn if draws.shifts is not None]
+    mirrored = [draws.mirrored for draws in drawn if draws.mirrored is not None]
+    every = (
+        torch.split(torch.cat(parts, -1).to(device), list(sizes), -1) if parts else repeat(None, len(sizes))
+        for parts in (shifts, mirrored)
+    )
+    return starmap(Draws, zip(*every, strict=True))
+
+
+def _shifted(x: Tensor, shifts: Tensor, *, padding: int) -> Tensor:
     """Shifts each image of `x` `(N, C, H, W)` by up to `padding` pixels, zeros coming in from outside."""
     n, _, height, width = x.shape
-    shifts = torch.randint(0, 2 * padding + 1, (2, n), generator=generator).to(x.device, non_blocking=True)
     windows = F.pad(x, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # (N, C, y, x, H, W), a view
     return windows[torch.arange(n, device=x.device), :, shifts[0], shifts[1]]  # whole rows are copied at once
 
@@ -167,8 +201,10 @@ class TensorSplit:
 
     def _cut(self, order: Tensor, batch_size: int, *, device: Device, generator: Generator | None) -> Iterator[Batch]:
         samples, targets = self.pool.on(device)
-        for chosen in torch.split(order.to(samples.device), batch_size):
-            yield self.transform(samples[chosen], generator), targets[chosen]
+        generator = generator if samples.dim() == 4 else None  # only images are augmented
+        drawn = self.transform.draws(_sizes(len(order), batch_size), generator, device)
+        for chosen, draws in zip(torch.split(order.to(samples.device), batch_size), drawn, strict=False):
+            yield self.transform(samples[chosen], draws), targets[chosen]
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +245,9 @@ class StreamSplit:
             collate_fn=_collate_classes if self.num_classes else _collate_targets,
             pin_memory=torch.device(device).type == "cuda",
         )
-        for x, y in loader:
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            yield self.transform(x, generator), y
+        drawn = self.transform.draws(_sizes(len(order), batch_size), generator, device)
+        for (x, y), draws in zip(staged(loader, lane_to(device)), drawn, strict=True):
+            yield self.transform(x, draws), y
 
 
 def _order(index: Tensor, *, batch_size: int, shuffle: Generator | None, augment: bool, limit: int | None) -> Tensor:
@@ -221,6 +257,11 @@ def _order(index: Tensor, *, batch_size: int, shuffle: Generator | None, augment
         raise ValueError("augment needs the generator `shuffle`")
     order = index if limit is None else index[:limit]
     return order if shuffle is None else order[torch.randperm(len(order), generator=shuffle)]
+
+
+def _sizes(count: int, batch_size: int) -> list[int]:
+    """Returns how many of `count` samples each batch holds."""
+    return [min(batch_size, count - start) for start in range(0, count, batch_size)]
 
 
 def _collate_classes(items: list[tuple[Any, Any]]) -> Batch:

@@ -40,7 +40,7 @@ from autoprune.network.sequential import Targets, gather_targets, refit_sequenti
 from autoprune.network.stages import StageClock
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.tables import Tables
-from autoprune.network.timing import Conditions, measure_latency, measure_peak_memory, one_at_a_time
+from autoprune.network.timing import Conditions, ieee, measure_latency, measure_peak_memory, one_at_a_time
 from autoprune.network.trace import Network
 from autoprune.policy import Group, Policy, digest
 from autoprune.results import Fidelity, TrialResult
@@ -150,7 +150,8 @@ class Workbench:
         """
         for parts in PARTS:
             try:
-                return replace(self, parts=parts)._evaluate(policy, fidelity)
+                with ieee(self.device):
+                    return replace(self, parts=parts)._evaluate(policy, fidelity)
             except Exception as error:
                 if not out_of_memory(error):
                     if isinstance(error, AutopruneError | OSError):  # a full disk is not the policy's fault

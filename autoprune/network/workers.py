@@ -5,6 +5,7 @@ Decides what these share, their threads, and which GPU each one sees. Must not k
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import torch
 
 from autoprune.network.artifacts import replace_folder
 from autoprune.network.devices import LOCK
+from autoprune.network.samples import Split, StreamSplit
 from autoprune.network.sharing import Packed, SharedFile, mapped, pack
 from autoprune.network.watching import watched
 from autoprune.network.workbench import Workbench
@@ -24,7 +26,11 @@ from autoprune.results import Fidelity, TrialResult
 
 _MOST = 4
 """Workers on a CPU by default: every one holds a torch of its own."""
+_MOST_READERS = 8
 _CUDA = "CUDA_VISIBLE_DEVICES"
+_OURS = 0.9
+"""Fraction of a GPU's memory that the processes on it divide; the rest is for their contexts and for the one that
+prepared the search."""
 
 
 def threads_per_worker(workers: int) -> int:
@@ -58,6 +64,41 @@ def environments(device: str) -> tuple[dict[str, str], ...]:
     return tuple({_CUDA: names[i].strip()} for i in wanted)
 
 
+def gpu_share(device: str, workers: int) -> float:
+    """Returns which part of a GPU each of `workers` processes has, where they are dealt out over the GPUs in turn."""
+    gpus = len(environments(device))
+    return 1.0 if not gpus else 1 / math.ceil(workers / gpus)
+
+
+def settle(bench: Workbench, threads: int, gpu_share: float) -> Workbench:
+    """Sets what this process may use, and returns the workbench with as many readers of streamed data as suit that.
+
+    Operators get `threads` threads. On a GPU that is shared the allocator gets its part, so that one process cannot
+    keep what another needs: who needs more runs out of memory and tries smaller batches. Of the threads one trains; on
+    a GPU, where it mostly waits, another process reads in any case.
+    """
+    torch.set_num_threads(threads)
+    on_gpu = torch.device(bench.device).type == "cuda"
+    if on_gpu and gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(_OURS * gpu_share)
+    readers = min(_MOST_READERS, max(int(on_gpu), threads - 1))
+
+    def read_by(split: Split) -> Split:
+        if isinstance(split, StreamSplit) and split.workers is None:
+            return replace(split, workers=readers)
+        return split
+
+    given = bench.splits
+    splits = replace(
+        given,
+        train=read_by(given.train),
+        calibration=read_by(given.calibration),
+        val=read_by(given.val),
+        test=read_by(given.test),
+    )
+    return replace(bench, splits=splits)
+
+
 @dataclass(frozen=True)
 class WorkerFactory:
     """Builds the evaluation function in this process."""
@@ -77,16 +118,17 @@ class MappedFactory:
     spans: tuple[tuple[int, int], ...]
     rest: bytes
     threads: int
+    gpu_share: float = 1.0
 
     def __call__(self, beat: Callable[[], None]) -> Callable[..., Any]:
         """Returns `Workbench.evaluate`; see `WorkerFactory`."""
-        torch.set_num_threads(self.threads)
-        return _watched(mapped(self.path, self.spans, self.rest), beat).evaluate
+        bench = mapped(self.path, self.spans, self.rest)
+        return _watched(settle(bench, self.threads, self.gpu_share), beat).evaluate
 
 
-def mapped_factory(shared: SharedFile, threads: int) -> MappedFactory:
-    """Returns the factory of a workbench that `packed` took apart and a file holds."""
-    return MappedFactory(shared.path, tuple(shared.spans), shared.rest, threads)
+def mapped_factory(shared: SharedFile, threads: int, gpu_share: float = 1.0) -> MappedFactory:
+    """Returns the factory of a workbench that `packed` took apart and a file holds; see `settle`."""
+    return MappedFactory(shared.path, tuple(shared.spans), shared.rest, threads, gpu_share)
 
 
 def packed(bench: Workbench) -> Packed:
@@ -111,12 +153,13 @@ class RemoteFactory:
 
     packed: Packed
     threads: int
+    gpu_share: float = 1.0
 
     def __call__(self, beat: Callable[[], None]) -> Callable[[Policy, Fidelity], Parcel]:
         """Returns a function that evaluates and brings the finished model along."""
-        torch.set_num_threads(self.threads)
         lock = Path(tempfile.gettempdir()) / f"autoprune-{LOCK}"
-        bench = _watched(replace(self.packed.value(), lock=lock), beat)
+        bench = settle(replace(self.packed.value(), lock=lock), self.threads, self.gpu_share)
+        bench = _watched(bench, beat)
 
         def evaluate(policy: Policy, fidelity: Fidelity) -> Parcel:
             with tempfile.TemporaryDirectory(prefix="autoprune-") as folder:

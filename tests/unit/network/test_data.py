@@ -17,7 +17,7 @@ from torch import Generator
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from autoprune.errors import DataError
-from autoprune.network import folders
+from autoprune.network import folders, samples
 from autoprune.network.data import DataSettings, Splits, as_splits, load_data
 from autoprune.network.samples import StreamSplit, TensorSplit, Transform
 from autoprune.network.vision import import_torchvision
@@ -167,13 +167,36 @@ def test_the_last_batch_holds_the_rest():
     assert sum(len(x) for x, _ in splits.train.batches(64)) == len(splits.train)
 
 
+def drawn(transform, x):
+    return transform(x, transform.draw(len(x), Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("flip", "padding"), [(True, 2), (True, 0), (False, 1)])
+def test_what_chance_says_is_the_same_drawn_a_batch_at_a_time_and_for_a_whole_epoch(flip, padding):
+    """A GPU gets all of it by one copy; its images are those of the CPU."""
+    transform, sizes = Transform(flip=flip, crop_padding=padding), [4, 4, 3]
+    here = list(transform.draws(sizes, Generator().manual_seed(1), "cpu"))
+    there = list(transform.draws(sizes, Generator().manual_seed(1), "meta"))
+    assert len(here) == len(there) == 3
+    moved = list(samples._moved(here, sizes, "cpu"))
+    for n, draws, same, far in zip(sizes, here, moved, there, strict=True):
+        for name, shape in (("shifts", (2, n)), ("mirrored", (n,))):
+            first, second, third = (getattr(d, name) for d in (draws, same, far))
+            if (name == "shifts" and padding) or (name == "mirrored" and flip):
+                assert first.shape == third.shape == shape
+                assert torch.equal(first, second)
+                assert third.device.type == "meta"
+            else:
+                assert first is second is third is None
+
+
 def test_augmentation_flips_half_of_the_images_and_shifts_all_within_the_padding():
     x = torch.zeros(2000, 1, 5, 5, dtype=torch.uint8)
     x[:, 0, 2, 1] = 255
-    flipped = Transform(flip=True)(x, Generator().manual_seed(0))
+    flipped = drawn(Transform(flip=True), x)
     assert flipped[:, 0, 2, 3].mean().item() == pytest.approx(0.5, abs=0.05)
     assert torch.equal(flipped.sum((1, 2, 3)), torch.ones(2000))
-    moved = Transform(crop_padding=1)(x, Generator().manual_seed(0))
+    moved = drawn(Transform(crop_padding=1), x)
     assert torch.equal(moved[:, 0, 1:4, 0:3].sum((1, 2)), torch.ones(2000))
     assert (moved.mean(0)[0, 1:4, 0:3] - 1 / 9).abs().max() < 0.03
 

@@ -1,5 +1,6 @@
 """Scores, recalibration, latency and the choice of a number format."""
 
+import copy
 import math
 from collections import OrderedDict, namedtuple
 
@@ -275,6 +276,33 @@ def test_recalibration_is_the_exact_average_of_the_batches():
     taken = [x for x, _ in data.batches(32, shuffle=order)][:3]
     assert norm.running_mean.item() == pytest.approx(torch.stack([x.mean() for x in taken]).mean().item(), rel=1e-5)
     assert norm.num_batches_tracked.item() == 3
+
+
+def test_a_norm_that_is_called_twice_in_a_pass_averages_all_of_its_calls():
+    """As it does with a momentum of None, which would read its number of calls back from a GPU each time."""
+    norm = nn.BatchNorm2d(1)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(self.norm(x) + 1.0)
+
+    plain = copy.deepcopy(model := Twice())
+    recalibrate(model, split(), batches=2, batch_size=32, seed=4)
+    plain.norm.reset_running_stats()
+    plain.norm.momentum = None
+    order = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for number, (x, _) in enumerate(split().batches(32, shuffle=order)):
+            if number < 2:
+                plain(x)
+    assert torch.equal(norm.running_mean, plain.norm.running_mean)
+    assert torch.equal(norm.running_var, plain.norm.running_var)
+    assert int(norm.num_batches_tracked) == 4
+    assert not norm._forward_pre_hooks
 
 
 def test_recalibration_leaves_weights_modes_momentum_and_gradients_alone():

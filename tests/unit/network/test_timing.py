@@ -11,6 +11,7 @@ from autoprune.network import timing
 from autoprune.network.timing import (
     Conditions,
     batch_of,
+    ieee,
     measure_latency,
     measure_peak_memory,
     one_at_a_time,
@@ -108,3 +109,26 @@ def test_peak_memory_is_measured_on_cuda_alone(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     assert measure_peak_memory(model, inputs, Conditions(device="cuda")) == 4000 + 2 * 8 * 4
     assert peaks["resets"] == 1
+
+
+def test_float32_is_float32_on_a_gpu_too_and_what_the_user_had_set_comes_back():
+    """The switches are those of the process, so they can be watched without a GPU."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        for value in (True, False):
+            products.allow_tf32 = convolutions.allow_tf32 = value
+            with ieee("cpu"):
+                assert (products.allow_tf32, convolutions.allow_tf32) == (value, value)
+            with pytest.raises(RuntimeError, match="stop"):
+                stopped_within()
+            assert (products.allow_tf32, convolutions.allow_tf32) == (value, value)
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+def stopped_within():
+    with ieee("cuda:0"):
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+        raise RuntimeError("stop")

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from autoprune.network import sharing, workers
 from autoprune.network.artifacts import read_document
+from autoprune.network.data import as_splits
 from autoprune.network.sharing import SharedFile, mapped, pack
 from autoprune.network.workers import RemoteFactory, WorkerFactory, mapped_factory, packed, received
 from autoprune.policy import uniform_policy
@@ -161,6 +163,46 @@ def test_each_worker_sees_one_gpu_of_those_that_may_be_used(monkeypatch, device,
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     assert [own["CUDA_VISIBLE_DEVICES"] for own in workers.environments(device)] == expected
     assert device == "cpu" or workers.default_workers(device) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "processes", "share"),
+    [("cpu", 0, 4, 1.0), ("cuda", 2, 2, 1.0), ("cuda", 1, 4, 0.25), ("cuda", 2, 3, 0.5), ("cuda:1", 2, 2, 0.5)],
+)
+def test_processes_that_share_a_gpu_divide_it(monkeypatch, device, gpus, processes, share):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers.gpu_share(device, processes) == share
+
+
+@pytest.mark.parametrize(
+    ("device", "threads", "share", "fractions", "readers"),
+    [
+        ("cpu", 1, 1.0, [], 0),
+        ("cpu", 4, 0.5, [], 3),
+        ("cuda", 1, 1.0, [], 1),
+        ("cuda", 16, 0.5, [0.45], 8),
+        ("cuda", 3, 0.25, [0.225], 2),
+    ],
+)
+def test_a_process_takes_its_part_of_the_cores_and_of_its_gpu_and_no_more(
+    bench, monkeypatch, device, threads, share, fractions, readers
+):
+    """Streamed samples are read by what threads are left, so that processes do not start more readers than cores."""
+    found, before = [], torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
+    streamed = as_splits({"train": TensorDataset(torch.zeros(40, 2, 6, 6), torch.arange(40) % 4)})
+    chosen = replace(streamed.test, workers=5)
+    there = replace(bench, device=device, splits=replace(streamed, val=bench.splits.val, test=chosen))
+    try:
+        settled = workers.settle(there, threads, share)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found == pytest.approx(fractions)
+    assert settled.splits.train.workers == settled.splits.calibration.workers == readers
+    assert settled.splits.val is bench.splits.val
+    assert settled.splits.test.workers == 5  # somebody has said so
 
 
 def test_a_workbench_of_the_second_gpu_is_packed_for_the_only_one_that_a_worker_sees(bench):
