@@ -14,8 +14,10 @@ from typing import Any
 
 from autoprune import report
 from autoprune.coordinator.logs import SearchLog
+from autoprune.coordinator.placing import OnRay, Workers
 from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
+from autoprune.errors import InputError
 from autoprune.network import pipeline
 from autoprune.network.attention import replace_attention
 from autoprune.network.data import as_splits
@@ -31,7 +33,10 @@ def search(
     trials: int = 48,
     name: str | None = None,
     home: str | Path = ".autoprune",
-    workers: int = 1,
+    workers: int | None = None,
+    ray: str | None = None,
+    cpus_per_trial: float = 1.0,
+    gpus_per_trial: float | None = None,
     timeout: float | None = None,
     criteria: Sequence[str] = ("l2", "taylor", "obs"),
     loss: Callable[[Any, Any], Any] | None = None,
@@ -52,6 +57,12 @@ def search(
         name: Names the studies and the MLflow experiment; by default the model's class.
         home: Folder of the studies, models and caches.
         workers: Evaluations in parallel; more than one are processes, so the script needs `if __name__ == "__main__"`.
+            None: one; with `ray` as many as the cluster has room for.
+        ray: Evaluate on a Ray cluster: `local` (a new one here), `auto` (the one that was started here), `HOST:PORT` or
+            `ray://HOST:PORT`. The classes and functions of model, data, loss and metric are looked up by name there:
+            they belong into a module that its nodes can import, not into the script itself.
+        cpus_per_trial: Processors that an evaluation takes on the cluster.
+        gpus_per_trial: GPUs that it takes there; 0.5: two share one. None: one where the search's device is a GPU.
         timeout: Seconds after which nothing more is started.
         criteria: What may rank channels.
         loss: Own loss `loss(output, target)`, the mean over a batch; by default cross-entropy.
@@ -59,9 +70,12 @@ def search(
         **settings: Any other section of a space file: `pruning`, `recipe`, `search`, `groups`, `device`, `seed`.
 
     Raises:
-        InputError: Model, data or settings cannot be used, or the study belongs to others.
+        InputError: Model, data or settings cannot be used, the study belongs to others, or the cluster cannot be
+            reached or has no room.
+        MissingExtraError: Ray is wanted and not installed.
         TrialError: Too many trials fail.
     """
+    place = _place(workers, ray, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", type(model).__name__.lower()).strip("-") or "model"
     space = Space.from_mapping(
         {
@@ -86,4 +100,15 @@ def search(
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress, log=log)
-        return session.run(workers=workers, deadline=deadline, trials=trials, summary=False)
+        return session.run(workers=place, deadline=deadline, trials=trials, summary=False)
+
+
+def _place(workers: int | None, ray: str | None, *, cpus_per_trial: float, gpus_per_trial: float | None) -> Workers:
+    """Returns where evaluations run, as the command's options of the same names say it."""
+    if workers is not None and workers < 1:
+        raise InputError(f"a search needs at least one worker, got {workers}")
+    if ray is None:
+        if cpus_per_trial != 1.0 or gpus_per_trial is not None:
+            raise InputError("cpus_per_trial and gpus_per_trial belong to ray")
+        return workers or 1
+    return OnRay(ray, workers, cpus_per_trial, gpus_per_trial)

@@ -34,12 +34,18 @@ class OnRay:
     """A Ray cluster: its address (`local`, `auto`, or as Ray knows it), tasks at a time, and what each one takes.
 
     `workers` None means as many as there is room for; `gpus` None one whole GPU where the search's device is one.
+
+    Raises:
+        InputError: The processors or GPUs that an evaluation takes make no sense.
     """
 
     address: str
     workers: int | None = None
     cpus: float = 1.0
     gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        Share(self.cpus, self.gpus or 0.0)  # refused before anything is prepared
 
 
 Workers = int | OnRay | None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from optuna.storages import BaseStorage
@@ -19,16 +20,20 @@ from autoprune.errors import InputError, nearest
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem, Submit, WarmStart
 from autoprune.search import records
+from autoprune.search.ahead import Ahead
 from autoprune.search.events import Event
-from autoprune.search.learned import LearnedAdditive, Tables
+from autoprune.search.learned import LearnedAdditive, Tables, learned_model
 from autoprune.search.lease import hold
 from autoprune.search.mirror import Mirror
 from autoprune.search.records import Candidate, StoredTrial
-from autoprune.search.rung import LEARNED, Rung, Work, recover
+from autoprune.search.rung import AHEAD, LEARNED, Proposer, Rung, Work, recover
 from autoprune.search.sampler import AUTO, LEARNED_ALONE, SAMPLERS, params_of, policy_of
 from autoprune.search.storage import quiet_optuna
 from autoprune.search.study import open_study, study_name
 
+MANY = 32
+"""Workers from which on proposals are made ahead. A proposal and its storing take 20 to 40 ms: 32 workers of a second
+each want one every 31 ms, and trials are rarely that short."""
 _UNTRAINED = 0.2
 """Epochs that count for a candidate that is only repaired and scored: 0.03 for ResNet-20 on all of CIFAR-10, more for
 small data sets."""
@@ -56,7 +61,8 @@ class LadderPlan:
     `fingerprint` and `settings` (by section) stand for everything that decides a result: a stored study that was made
     from others is refused. `warm_starts` are tried first, in their order. With `sampler` None nothing but the warm
     starts is measured; with `auto` and error `tables` the learned additive model makes three of four proposals and TPE
-    the fourth. `workers` evaluations (of many workers an eighth more) are kept in flight.
+    the fourth. `workers` evaluations (of many workers an eighth more) are kept in flight; from `MANY` workers on an
+    eighth of their number of proposals is made ahead.
     """
 
     name: str
@@ -80,6 +86,16 @@ class LadderPlan:
             raise InputError(f"unknown sampler {self.sampler!r}{nearest(self.sampler, SAMPLERS)}")
         if self.sampler == LEARNED_ALONE and self.tables is None:
             raise InputError(f"the sampler {self.sampler!r} needs error tables, and there are none")
+
+    @property
+    def learns(self) -> bool:
+        """Whether the learned additive model proposes."""
+        return self.sampler in (AUTO, LEARNED_ALONE) and self.tables is not None
+
+    @property
+    def stock(self) -> int:
+        """How many proposals are made ahead of their use; 0: each when it is wanted."""
+        return self.workers // AHEAD if self.workers >= MANY else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,15 +237,30 @@ def _explore(study: Study, plan: LadderPlan, rung: RungPlan, work: Work) -> bool
         if policy.id not in tried:
             tried.add(policy.id)
             queue.append(Candidate(policy, work.identity(policy), start.origin, start.origin))
-    mirror = None if plan.sampler is None else Mirror(problem, study, sampler=plan.sampler, seed=plan.seed)
+    mirror = None
+    if plan.sampler is not None:
+        batch = max(1, plan.stock // (_SAMPLER_EVERY if plan.learns else 1))
+        mirror = Mirror(problem, study, sampler=plan.sampler, seed=plan.seed, batch=batch)
     live = len(plan.rungs) == 1  # then it is the rung that people look at
-    proposer = None
-    if plan.sampler in (AUTO, LEARNED_ALONE) and plan.tables is not None:
-        done = sum(t.source == LEARNED for t in records.read_trials(study, problem))
-        rest = _SAMPLER_EVERY if plan.sampler == AUTO else 0
-        proposer = LearnedAdditive(problem, plan.tables, seed=plan.seed, done=done, rest=rest)
-    runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=mirror, live=live, proposer=proposer)
-    return runner.run(work, rung.trials)
+    with _proposer(plan, study) as proposer:
+        runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=mirror, live=live, proposer=proposer)
+        return runner.run(work, rung.trials)
+
+
+@contextmanager
+def _proposer(plan: LadderPlan, study: Study) -> Iterator[Proposer | None]:
+    """Gives the learned model where the sampler has one: in a process of its own for many workers."""
+    if not plan.learns or plan.tables is None:
+        yield None
+        return
+    done = sum(t.source == LEARNED for t in records.read_trials(study, plan.problem))
+    rest = _SAMPLER_EVERY if plan.sampler == AUTO else 0
+    if not plan.stock:
+        yield LearnedAdditive(plan.problem, plan.tables, seed=plan.seed, done=done, rest=rest)
+        return
+    make = partial(learned_model, plan.problem, plan.tables, plan.seed)
+    with Ahead(make, stock=plan.stock, rest=rest, done=done) as ahead:
+        yield ahead
 
 
 def _measure_promoted(study: Study, previous: Study, plan: LadderPlan, rung: RungPlan, *, work: Work) -> bool:

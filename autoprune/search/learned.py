@@ -66,6 +66,7 @@ class LearnedAdditive:
         self._solver = AdditiveSolver(problem)
         self._rng = np.random.default_rng([seed, done])
         self._number = done
+        self._rows = _Rows(problem, tables)
 
     def propose(self, results: Sequence[TrialResult]) -> Policy:
         """Returns the next proposal, given the results of the rung so far.
@@ -89,13 +90,52 @@ class LearnedAdditive:
         return policy_from_widths(self._problem, self._solver.solve(curves, target), chosen)
 
     def _draw(self, results: Sequence[TrialResult]) -> Weights:
-        known = [r for r in results if math.isfinite(r.metrics.get("val_loss", math.nan))]
-        if len(known) < LEAST_TRIALS:
+        rows = self._rows.of(results)
+        if len(rows.losses) < LEAST_TRIALS:
             drawn = np.exp(_PRIOR_SPREAD * self._rng.standard_normal(len(self._problem.groups)))
             names = [group.name for group in self._problem.groups]
             return Weights(dict(zip(names, drawn.tolist(), strict=True)), dict.fromkeys(self._problem.criteria, 1.0))
-        counts = self._rng.multinomial(len(known), np.full(len(known), 1.0 / len(known)))
-        return fit_weights(self._problem, self._tables, known, counts=counts.astype(float))
+        known = len(rows.losses)
+        counts = self._rng.multinomial(known, np.full(known, 1.0 / known))
+        return _fit(self._problem, rows, counts.astype(float))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the model reads of results: table errors by group, the criterion's number of each group, the losses."""
+
+    errors: Array
+    used: npt.NDArray[np.int64]
+    losses: Array
+
+
+class _Rows:
+    """Reads each result once: results are added while a rung runs, and a thousand of them take 5 to 10 ms."""
+
+    def __init__(self, problem: Problem, tables: Tables) -> None:
+        self._problem = problem
+        self._tables = tables
+        self._last: TrialResult | None = None
+        self._count = 0
+        self._parts: list[_Seen] = []
+
+    def of(self, results: Sequence[TrialResult]) -> _Seen:
+        """Returns the rows of all results whose loss is finite; `results` begin with those of the call before."""
+        if self._count > len(results) or (self._count and results[self._count - 1] is not self._last):
+            self._count, self._parts = 0, []  # they are others
+        new = [r for r in results[self._count :] if math.isfinite(r.metrics.get("val_loss", math.nan))]
+        self._parts.append(_seen(self._problem, self._tables, new))
+        self._count, self._last = len(results), results[-1] if results else None
+        if len(self._parts) > 1:
+            seen = self._parts
+            whole = (np.concatenate([getattr(part, name) for part in seen]) for name in ("errors", "used", "losses"))
+            self._parts = [_Seen(*whole)]
+        return self._parts[0]
+
+
+def learned_model(problem: Problem, tables: Tables, seed: int, done: int) -> LearnedAdditive:
+    """Returns the model that made `done` proposals before; a function that another process can be told to call."""
+    return LearnedAdditive(problem, tables, seed=seed, done=done)
 
 
 def fit_weights(
@@ -114,9 +154,11 @@ def fit_weights(
     """
     if len(results) < 2:
         raise ValueError(f"a fit needs at least two results, got {len(results)}")
-    errors, used = _features(problem, tables, results)  # (n, G), (n, G)
-    losses = np.array([result.metrics["val_loss"] for result in results])
-    rows = np.ones(len(results)) if counts is None else counts
+    return _fit(problem, _seen(problem, tables, results), np.ones(len(results)) if counts is None else counts)
+
+
+def _fit(problem: Problem, seen: _Seen, rows: Array) -> Weights:
+    errors, used, losses = seen.errors, seen.used, seen.losses  # (n, G), (n, G), (n,)
     factors = np.ones(len(problem.criteria))
     weights = np.ones(len(problem.groups))
     for _ in range(_ROUNDS):
@@ -130,8 +172,7 @@ def fit_weights(
     )
 
 
-def _features(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Returns each result's table errors by group, and the number of the criterion that chose the group's channels."""
+def _seen(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> _Seen:
     place = {name: k for k, name in enumerate(problem.criteria)}
     errors = np.empty((len(results), len(problem.groups)))
     used = np.empty(errors.shape, dtype=np.int64)
@@ -140,7 +181,7 @@ def _features(problem: Problem, tables: Tables, results: Sequence[TrialResult]) 
             criterion = result.policy.choices[group.name].criterion
             errors[i, j] = tables[group.name][criterion][result.widths[group.name]]
             used[i, j] = place[criterion]
-    return errors, used
+    return _Seen(errors, used, np.array([result.metrics["val_loss"] for result in results]))
 
 
 def _ridge(x: Array, y: Array, rows: Array, strength: float) -> tuple[Array, float]:

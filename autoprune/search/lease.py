@@ -28,7 +28,11 @@ from autoprune.search.lasting import LastingStorage, hurried
 
 LEASE = "autoprune.lease"
 VALID_SECONDS = 120.0
-"""How long the word of a process on another machine is believed; one on this machine is looked up."""
+"""How long a process is believed without a sign; of one on this machine is also looked up whether it exists.
+
+One that was stopped for longer (SIGSTOP, a suspended machine) may be replaced. It stores nothing more then, and where
+nobody took its place it goes on: its lease is still the one that it wrote.
+"""
 _RENEW_SECONDS = 30.0
 _ROW: Any = StudyUserAttributeModel.__table__
 
@@ -226,8 +230,10 @@ def _holder(text: str | None) -> dict[str, Any] | None:
 
 
 def _alive(holder: dict[str, Any], cell: _Cell) -> bool:
+    if cell.now() >= holder["until"]:  # even where its process exists: it may be stopped, or hang
+        return False
     if holder["host"] != socket.gethostname():
-        return bool(cell.now() < holder["until"])
+        return True
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:

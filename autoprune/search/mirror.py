@@ -29,15 +29,16 @@ class Mirror:
     A resumed search goes on with a seed that depends on how much is stored, so that it does not propose the same again.
     The sampler `random` learns from nothing: its k-th proposal depends on the seed and k alone, and a resumed search
     makes those that are not stored, so that it tries the same policies however often it was stopped, in any order.
+    `batch` proposals of TPE come from one fit.
     """
 
-    def __init__(self, problem: Problem, stored: Study, *, sampler: str, seed: int) -> None:
+    def __init__(self, problem: Problem, stored: Study, *, sampler: str, seed: int, batch: int = 1) -> None:
         self._problem = problem
         self._space = search_space(problem)
         self._seed = seed
         finished = stored.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         seed = (seed + _SEED_STRIDE * len(stored.get_trials(deepcopy=False))) % _SEEDS
-        self._sampler = BudgetSampler(make_sampler(sampler, seed), problem)
+        self._sampler = BudgetSampler(make_sampler(sampler, seed, batch), problem)
         self._random = BudgetSampler(make_sampler("random", seed), problem)
         self._draws: Iterator[int] | None = None
         if sampler == RANDOM:

@@ -22,6 +22,7 @@ from autoprune.errors import InputError, PolicyError, nearest
 from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Problem
 from autoprune.search.projection import Projector, nearest_width
+from autoprune.search.tpe import BatchTPE
 
 RATIO = "ratio/"
 CRITERION = "criterion/"
@@ -263,14 +264,16 @@ SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
 """Names of samplers → functions of a seed."""
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """Returns one of Optuna's samplers, set up for a search with two objectives.
+def make_sampler(name: str, seed: int, batch: int = 1) -> BaseSampler:
+    """Returns one of Optuna's samplers, set up for a search with two objectives; `batch` asks share a fit of TPE.
 
     Raises:
         InputError: There is no sampler of that name.
     """
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}{nearest(name, SAMPLERS)}")
+    if batch > 1 and SAMPLERS[name] is _tpe:
+        return BatchTPE(seed, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # QMCSampler, GPSampler
         return SAMPLERS[name](seed)

@@ -166,7 +166,7 @@ def test_killed_in_the_middle_with_all_of_its_processes_the_service_goes_on_and_
     until(lambda: set(jobs().values()) == {"done"}, 900, service)
     for store in stores.values():
         check_whole(store)
-    until(lambda: set(service.states().values()) == {"healthy"}, 200, service)
+    until(lambda: set(service.states().values()) == {"healthy"}, 600, service)
     assert get(f"{service.page}/health") == "healthy\n"
     page = get(f"{service.page}/")
     assert all(name in page for name in NAMES)
@@ -187,12 +187,12 @@ def test_each_process_that_dies_alone_is_started_again_and_the_search_finishes(
     done = commands.run("submit", "space.yaml", "--name", "first", *SLOWER, cwd=service.folder)
     assert done.status == 0, done.err
     service.start()
-    until(lambda: set(service.states().values()) == {"healthy"}, 200, service)
+    until(lambda: set(service.states().values()) == {"healthy"}, 600, service)
     for name in ("mlflow", "dashboard", "runner"):
         (pid,) = (row["pid"] for row in service.document()["services"] if row["name"] == name)
         os.kill(pid, signal.SIGKILL)
         until(lambda name=name: service.states()[name] != "healthy", 30, service)
-    until(lambda: set(service.states().values()) == {"healthy"}, 200, service)
+    until(lambda: set(service.states().values()) == {"healthy"}, 600, service)
     restarts = {row["name"]: row["restarts"] for row in service.document()["services"]}
     assert all(count >= 1 for count in restarts.values()), restarts
     job: dict[str, Any] = {}

@@ -379,6 +379,9 @@ def test_search_asks_for_both_a_loss_and_a_metric_where_there_are_no_classes(
         ({"criteria": ("l2", "tailor")}, autoprune.SpaceError, "did you mean 'taylor'"),
         ({"groups": {"include": ["iner"]}}, autoprune.InputError, "matches no pruning group"),
         ({"home": "/proc/nowhere"}, autoprune.StudyError, "cannot be written"),
+        ({"workers": 0}, autoprune.InputError, "at least one worker, got 0"),
+        ({"gpus_per_trial": 0.5}, autoprune.InputError, "belong to ray"),
+        ({"ray": "local", "cpus_per_trial": 0.0}, autoprune.InputError, "an evaluation needs processors"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

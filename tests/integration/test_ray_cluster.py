@@ -1,16 +1,18 @@
-"""A search on a Ray cluster of two nodes, one of which is killed; and tasks that die or hang there."""
+"""Searches on Ray: two nodes of which one is killed, the client server, Python; and tasks that die or hang there."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,10 +73,14 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
+def bare_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("AUTOPRUNE_", "MLFLOW_"))}
+
+
 def test_a_search_on_two_nodes_ends_whole_after_one_of_them_is_killed(cluster: Any, tmp_path: Path) -> None:
     (tmp_path / "space.yaml").write_text(SPACE)
     command = [sys.executable, "-m", "autoprune", "search", "space.yaml", "--ray", cluster.address]
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AUTOPRUNE_", "MLFLOW_"))}
+    kept = bare_environment()
     with (tmp_path / "err").open("w") as err:
         search = subprocess.Popen(command, cwd=tmp_path, env=kept, stderr=err, stdout=subprocess.DEVNULL)
         try:
@@ -108,6 +114,109 @@ def wait_for_trials(home: Path, count: int, search: subprocess.Popen[bytes]) -> 
                 return
         time.sleep(0.05)
     raise AssertionError("the search did not begin")
+
+
+@pytest.fixture
+def client_server(tmp_path: Path) -> Iterator[str]:
+    """The address of the client server of a cluster of this machine that no other command finds by itself."""
+    pytest.importorskip("ray")
+    pytest.importorskip("grpc", reason="Ray's client needs ray[client]")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            ports.append(int(one.getsockname()[1]))
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
+        *("--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
+        *("--include-dashboard=false", "--disable-usage-stats"),
+    ]
+    env = bare_environment() | {"RAY_worker_niceness": "0"}
+    with (tmp_path / "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            for _ in range(WAIT):
+                assert head.poll() is None, (tmp_path / "ray.log").read_text()
+                with suppress(OSError), socket.create_connection(("127.0.0.1", ports[1]), timeout=1):
+                    break
+                time.sleep(1)
+            yield f"ray://127.0.0.1:{ports[1]}"
+        finally:
+            head.terminate()
+            try:
+                head.wait(60)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(head.pid, signal.SIGKILL)
+
+
+def test_a_search_through_the_client_server_ends_whole_and_leaves_the_cluster_running(
+    client_server: str, tmp_path: Path
+) -> None:
+    (tmp_path / "space.yaml").write_text(SPACE.replace("trials: 24", "trials: 8").replace("trials: 6", "trials: 2"))
+    command = [sys.executable, "-m", "autoprune", "search", "space.yaml", "--ray", client_server]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=bare_environment(), capture_output=True, text=True, timeout=3 * WAIT
+    )
+    assert done.returncode == 0, done.stderr
+    stored = read_search("quick", home=tmp_path / ".autoprune")
+    counts = Counter((rung, trial.state) for rung in stored.order for trial in stored.rungs[rung])
+    assert counts == {("screen", "complete"): 8, ("final", "complete"): 2}
+    for trial in stored.rungs["final"]:  # models came back from the cluster
+        assert trial.result is not None
+        assert (tmp_path / str(trial.result.model_path) / "model.safetensors").is_file()
+    with RayExecutor(factory, client_server, limits=Limits(silence=60.0)) as executor:
+        assert executor.workers == 2
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+        with pytest.raises(TrialError, match="died 2 times"):
+            executor.submit("die").result(timeout=WAIT)
+
+
+SCRIPT = """\
+import torch
+import autoprune
+from nets import Net, quarters
+
+result = autoprune.search(
+    Net(), data={{"train": quarters(200), "test": quarters(64)}}, budget={{"macs": 0.6}}, trials=6, name="script",
+    ray="{address}", workers=2, recipe={{"batch_size": 32, "precision": "float32"}}, device="cpu",
+    search={{"controls": 0, "ladder": [{{"rung": "screen", "epochs": 0}}]}},
+)
+assert result.complete and result.front
+print(len(result.front), "points")
+"""
+MODULE = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def quarters(count):
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(count))
+    return x, (x[:, 0] * x[:, 1] > 0).long()
+"""
+
+
+def test_a_search_from_python_runs_on_a_cluster(cluster: Any, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(MODULE)
+    (tmp_path / "script.py").write_text(SCRIPT.format(address=cluster.address))
+    env = bare_environment() | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3 * WAIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "points" in done.stdout
+    log = (tmp_path / ".autoprune" / "logs" / "script.jsonl").read_text()
+    assert '"executor": "ray"' in log
 
 
 def test_a_task_that_dies_or_hangs_twice_on_the_cluster_fails_alone(cluster: Any, tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
 from autoprune.errors import StudyError
-from autoprune.search.lease import LEASE, hold
+from autoprune.search import open_storage
+from autoprune.search.lease import LEASE, hold, is_running
 
 
 @pytest.fixture
@@ -62,3 +65,67 @@ def test_another_machine_is_believed_until_its_lease_runs_out(study: optuna.Stud
     study.set_user_attr(LEASE, holder(host="elsewhere", until=time.time() - 1))
     with hold(study):
         assert study.user_attrs[LEASE]["host"] == socket.gethostname()
+
+
+def test_a_process_of_this_machine_that_gives_no_sign_any_more_is_replaced(study: optuna.Study) -> None:
+    mine = Path(f"/proc/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[19]
+    study.set_user_attr(LEASE, holder(start=mine, until=time.time() + 99))
+    with pytest.raises(StudyError, match="being run by process"), hold(study):
+        raise AssertionError("both hold it")
+    study.set_user_attr(LEASE, holder(start=mine, until=time.time() - 1))
+    with hold(study):
+        assert study.user_attrs[LEASE]["id"] != "other"
+
+
+HOLDER = """
+import sys, time
+import optuna
+from autoprune.errors import LeaseError
+from autoprune.search import lease
+from autoprune.search.storage import open_storage
+
+lease.VALID_SECONDS, lease._RENEW_SECONDS = 3.0, 0.3
+study = optuna.load_study(study_name="digits.screen", storage=open_storage(sys.argv[1]))
+try:
+    with lease.hold(study):
+        while True:
+            study.set_user_attr("beat", time.time())
+            print("wrote", flush=True)
+            time.sleep(0.1)
+except LeaseError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "nobody came"])
+def test_a_process_that_was_stopped_stores_nothing_once_it_is_replaced_and_else_goes_on(
+    tmp_path: Path, replaced: bool
+) -> None:
+    path = tmp_path / "optuna.db"
+    study = optuna.create_study(storage=open_storage(path), study_name="digits.screen", directions=["minimize"] * 2)
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "wrote\n"
+        with pytest.raises(StudyError, match=f"being run by process {other.pid} on"), hold(study):
+            raise AssertionError("both hold it")
+        other.send_signal(signal.SIGSTOP)
+        while is_running(study):
+            time.sleep(0.1)
+        if replaced:
+            with hold(study):
+                study.set_user_attr("beat", "mine")
+                other.send_signal(signal.SIGCONT)
+                *_, last = other.stdout  # it ends by itself
+                assert "has taken over the study 'digits.screen'" in last
+                assert "has stored nothing since" in last
+            assert study.user_attrs["beat"] == "mine"
+        else:
+            other.send_signal(signal.SIGCONT)
+            while not is_running(study):
+                time.sleep(0.1)
+            assert study.user_attrs[LEASE]["pid"] == other.pid
+            assert other.poll() is None
+    finally:
+        other.kill()
+        other.communicate()

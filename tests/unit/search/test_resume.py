@@ -206,7 +206,7 @@ def test_kill_minus_nine_in_the_middle_of_a_rung_loses_only_what_was_in_flight(
     tests = str(Path(__file__).parent)
     script = SCRIPT.format(tests=tests, log=str(log), rung=rung, counts=COUNTS, database=str(database))
     process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-    for _ in range(2000):
+    for _ in range(20_000):
         if log.exists() and len(log.read_text().splitlines()) >= lines:
             break
         assert process.poll() is None
