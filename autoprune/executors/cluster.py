@@ -367,7 +367,8 @@ def _connect(ray: Any, address: str) -> bool:
             raise InputError(f"no Ray cluster was found here: {hint} ({_line(error)})") from error
         if address == "local":
             raise AutopruneError(f"Ray could not be started here: {_line(error)}") from error
-        raise InputError(f"the Ray cluster at {address!r} cannot be reached: {_line(error)}") from error
+        token = "; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" * address.startswith("ray://")
+        raise InputError(f"the Ray cluster at {address!r} cannot be reached: {_line(error)}{token}") from error
     return True
 
 
