@@ -7,8 +7,10 @@ space, so that one that dies takes nobody along. Must not know how a search work
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +24,7 @@ from autoprune.coordinator.logs import entry_of, read_log
 from autoprune.errors import StudyError
 from autoprune.redaction import hide_secrets
 from autoprune.search import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue
+from autoprune.space.section import NAME_PATTERN
 
 ATTEMPTS = 5
 """How often a search is begun that each time is killed before it has finished another trial."""
@@ -284,8 +287,14 @@ class SearchProcesses:
     env: Mapping[str, str]
 
     def start(self, job: Job, slot: Slot, *, timeout: float | None) -> Child:
-        """Starts a job's search; see `Starter`."""
+        """Starts a job's search; see `Starter`.
+
+        Raises:
+            OSError: As there; or the job's name, which comes from the database, would leave the home folder.
+        """
         request = job.request
+        if not re.fullmatch(NAME_PATTERN, request.name):
+            raise PermissionError(errno.EPERM, "it is no name of a search", request.name)
         space = self.home / "jobs" / f"{job.number}-{request.name}.json"
         space.parent.mkdir(parents=True, exist_ok=True)
         whole = space.with_suffix(".new")

@@ -344,3 +344,12 @@ def test_a_search_is_started_on_its_whole_space_in_the_directory_of_its_submissi
     ]
     assert json.loads(space.read_text()) == {"schema": 1, "name": "one"}
     assert starter.reason(job) == "it is over: postgresql://me:***@db/x"
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/../../../escaped", "a/b", "..", ""])
+def test_a_job_whose_name_would_leave_the_home_folder_is_never_begun(tmp_path: Path, name: str) -> None:
+    queue = Queue(optuna.storages.InMemoryStorage())
+    job = queue.submit(Request(name, {"schema": 1}, str(tmp_path)), now=0.0)
+    with pytest.raises(PermissionError, match="no name of a search"):
+        SearchProcesses(tmp_path / "deep" / "home", {}).start(job, Slot(None, None), timeout=None)
+    assert list(tmp_path.iterdir()) == []
