@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from autoprune.errors import DataError
 from autoprune.network.groups import Links
+from autoprune.network.sites import listening, multiplied, rows_of_site
 from autoprune.network.trace import Network, evaluating
 
 MAX_ENTRIES = 8192
@@ -45,26 +46,30 @@ class Moments:
 
 
 Statistics = dict[str, Moments]
-"""Module path → moments of its input."""
+"""Site (a module's path, or the rows of a parameter) → moments of its input."""
 
 
 def refittable(network: Network) -> dict[str, Links]:
-    """Returns the layers, by module path, whose weights can be refitted when their inputs shrink.
+    """Returns the layers, by site, whose weights can be refitted when their inputs shrink.
 
-    These are convolutions and linear layers that mix prunable channels, whose weight belongs to a module that is
-    called.
+    These are convolutions and linear layers that mix prunable channels: modules that are called, and parameters that
+    another module multiplies (see `sites`).
     """
     modules = dict(network.model.named_modules())
+    parts = multiplied(network)
     found: dict[str, Links] = {}
     for links in network.links:
         if links.inputs is None or links.layer.kind not in ("conv", "linear") or not (links.inputs >= 0).any():
             continue
-        module = modules.get(links.module)
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            entries = module.weight[0].numel()
-            if entries <= MAX_ENTRIES:
-                found[links.module] = links
+        called = links.called and isinstance(modules.get(links.module), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if (called or links.site in parts) and entries_in(network, links) <= MAX_ENTRIES:
+            found[links.site] = links
     return found
+
+
+def entries_in(network: Network, links: Links) -> int:
+    """Returns how many inputs an output of a layer has, kernel elements included."""
+    return network.model.get_parameter(links.layer.weight)[0].numel()
 
 
 def gather(
@@ -80,7 +85,7 @@ def gather(
     """Runs `batches` of inputs `(B, ...)` through the dense network and returns the moments of every refittable layer.
 
     At most about `max_rows` patches a layer are used, drawn evenly over the batches. `layers` names other
-    layers than the refittable ones, by module path. Where the `number` of batches is given, one is held at a time.
+    layers than the refittable ones, by site. Where the `number` of batches is given, one is held at a time.
 
     Raises:
         DataError: There is no batch, or an activation is not finite.
@@ -96,30 +101,23 @@ def gather(
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     share = -(-max_rows // number)
 
-    def hook(path: str) -> object:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for rows in _patches(module, args[0], share, generator, most=PATCH_BYTES):  # (G, rows, d)
-                gram = products(rows)
-                total = rows.sum(1)
-                if path in sums:
-                    old_gram, old_total, count = sums[path]
-                    sums[path] = (old_gram.add_(gram), old_total.add_(total), count + rows.shape[1])
-                else:
-                    sums[path] = (gram, total, rows.shape[1])
+    def record(site: str, x: Tensor) -> None:
+        for rows in _patches(modules.get(site), x, share, generator, most=PATCH_BYTES):  # (G, rows, d)
+            gram = products(rows)
+            total = rows.sum(1)
+            if site in sums:
+                old_gram, old_total, count = sums[site]
+                sums[site] = (old_gram.add_(gram), old_total.add_(total), count + rows.shape[1])
+            else:
+                sums[site] = (gram, total, rows.shape[1])
 
-        return modules[path].register_forward_pre_hook(record)
-
-    handles = [hook(path) for path in layers]
-    try:
-        with evaluating(network.model), torch.no_grad():
-            for batch in batches:
-                network.model(batch.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
+    sites = {site: rows_of_site(network, links) if site not in modules else None for site, links in layers.items()}
+    with listening(network.model, sites, record), evaluating(network.model), torch.no_grad():
+        for batch in batches:
+            network.model(batch.to(device))
     statistics: Statistics = {}
     for path, (gram, total, rows) in sums.items():
-        module = modules[path]
+        module = modules.get(path)
         kernel = module.weight[0, 0].numel() if isinstance(module, nn.modules.conv._ConvNd) else 1
         moments = Moments(gram.div_(rows), total.div_(rows), rows, kernel)
         if not bool(torch.isfinite(moments.gram).all()):
@@ -128,8 +126,8 @@ def gather(
     return statistics
 
 
-def sample_patches(module: nn.Module, x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """Returns up to `limit` input patches of a layer as `(G, rows, d)` float32.
+def sample_patches(module: nn.Module | None, x: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """Returns up to `limit` input patches of a layer as `(G, rows, d)` float32; without a module it is a linear one.
 
     Only the drawn patches are read, channel by channel where the input is channels-last in memory: unfolding the input
     and picking from it took five times as long.
@@ -138,11 +136,11 @@ def sample_patches(module: nn.Module, x: Tensor, limit: int, generator: torch.Ge
 
 
 def _patches(
-    module: nn.Module, x: Tensor, limit: int, generator: torch.Generator, *, most: int | None = None
+    module: nn.Module | None, x: Tensor, limit: int, generator: torch.Generator, *, most: int | None = None
 ) -> Iterator[Tensor]:
     """Yields what `sample_patches` returns, in parts of at most `most` bytes where that is given."""
     x = x.detach()
-    if isinstance(module, nn.Linear):
+    if module is None or isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # (B * ..., K)
         if rows.shape[0] > limit:
             rows = rows[torch.randperm(rows.shape[0], generator=generator)[:limit].to(x.device)]

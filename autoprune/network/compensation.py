@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autoprune.network.calibration import Moments, Statistics
 from autoprune.network.groups import Links
 from autoprune.network.labels import Labels
+from autoprune.network.sites import shifted
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network
 
@@ -36,28 +37,45 @@ def compensated_tensors(
     kept = unit_mask(network, selection)
     state = {**dict(network.model.named_parameters(remove_duplicate=False))}
     uses: dict[str, list[Links]] = {}
+    by_site: dict[str, Links] = {}
     for links in network.links:
         uses.setdefault(links.layer.weight, []).append(links)
+        by_site.setdefault(links.site, links)
     tensors: dict[str, Tensor] = {}
-    for path, moments in statistics.items():
-        links = next(links for links in network.links if links.module == path and links.inputs is not None)
-        if len(uses[links.layer.weight]) > 1:
+
+    def put(name: str, start: int, rows: Tensor) -> None:
+        if name not in tensors:
+            tensors[name] = _cut(network, name, state[name].detach(), kept)
+        start = shifted(network, name, start, kept)
+        tensors[name][start : start + len(rows)] = rows
+
+    for site, moments in statistics.items():
+        links = by_site[site]
+        if links.called and len(uses[links.layer.weight]) > 1:
             continue  # one weight, several inputs: no single refit serves all
         assert links.inputs is not None
         stay = kept_indices(links.inputs, kept)
         if len(stay) == len(links.inputs):
             continue
-        weight = state[links.layer.weight].detach()
-        bias = state[links.layer.bias].detach() if links.layer.bias else None
+        layer, count = links.layer, len(links.outputs)
+        weight = state[layer.weight].detach()[layer.start : layer.start + count]
         refitted, shift = refit(weight, moments, stay, ridge=ridge, centred=_centred(links, recalibrated))
         rows = torch.from_numpy(kept_indices(links.outputs, kept)).to(weight.device)
-        tensors[links.layer.weight] = refitted.index_select(0, rows)
-        if bias is not None and links.layer.bias is not None:
-            tensors[links.layer.bias] = (bias + shift).index_select(0, rows)
+        put(layer.weight, layer.start, refitted.index_select(0, rows))
+        if layer.bias is not None:
+            bias = state[layer.bias].detach()[layer.bias_start : layer.bias_start + count]
+            put(layer.bias, layer.bias_start, (bias + shift).index_select(0, rows))
     for name, factors in row_factors(network, kept).items():
         if name in tensors:
             tensors[name] *= factors.to(tensors[name]).view(-1, *[1] * (tensors[name].ndim - 1))
     return tensors
+
+
+def _cut(network: Network, name: str, tensor: Tensor, kept: np.ndarray) -> Tensor:
+    """Returns a copy of a dense parameter that holds what stays."""
+    for dim, units in network.index_map.get(name, {}).items():
+        tensor = tensor.index_select(dim, torch.from_numpy(kept_indices(units, kept)).to(tensor.device))
+    return tensor.clone()
 
 
 def compensate(

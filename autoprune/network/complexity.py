@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.network.trace import evaluating
+from autoprune.network.trace import evaluating, unsaved_buffers
 
 
 def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
@@ -36,8 +36,10 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the state dict, tied tensors once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """Returns the bytes of the state dict, tied tensors once; buffers that are not stored there do not count."""
+    unsaved = unsaved_buffers(model)
+    named = (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))
+    tensors = {id(t): t for name, t in named if name not in unsaved}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

@@ -123,7 +123,7 @@ def activation(evidence: Evidence, group: PruningGroup) -> Scores:
     total = np.zeros(group.size)
     for links in consumers:
         assert links.inputs is not None
-        moments = evidence.statistics[links.module]
+        moments = evidence.statistics[links.site]
         power = moments.gram.diagonal(dim1=1, dim2=2).sum(0).reshape(-1, moments.kernel).mean(1)  # (C/G,)
         total += relative(np.sqrt(by_unit(power.double(), links.inputs, group)))
     return relative(total)

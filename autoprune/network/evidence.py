@@ -47,8 +47,8 @@ class Evidence:
         """Returns the refittable layers that read the group's channels and have statistics."""
         found: dict[str, Links] = {}
         for links in self.network.links:
-            if links.inputs is not None and links.module in self.statistics and is_inside(links.inputs, group).any():
-                found.setdefault(links.module, links)
+            if links.inputs is not None and links.site in self.statistics and is_inside(links.inputs, group).any():
+                found.setdefault(links.site, links)
         return list(found.values())
 
     def parameter(self, name: str) -> Tensor:

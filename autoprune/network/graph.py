@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import TraceError
 from autoprune.network.groups import LiveTensor
+from autoprune.network.inlining import inline_regions
 from autoprune.network.labels import Value
 from autoprune.network.rules import operator_name
 
@@ -72,6 +73,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         raise TraceError(_why(model, error, printed.getvalue())) from error
     sys.stderr.write(printed.getvalue())
+    inline_regions(program.graph, program.graph_module)
     _drop_unused(program)
     return program
 

@@ -71,6 +71,16 @@ class Links:
     inputs: Labels | None
     outputs: Labels
 
+    @property
+    def called(self) -> bool:
+        """Whether the module that owns the weight is called; else another one reads its parameter."""
+        return self.layer.where == self.module and self.layer.weight == f"{self.module}.weight"
+
+    @property
+    def site(self) -> str:
+        """How statistics name this use: the module that is called, or the parameter and the first row that is used."""
+        return self.module if self.called else f"{self.layer.weight}:{self.layer.start}"
+
 
 @dataclass(frozen=True, slots=True)
 class LiveTensor:
@@ -89,6 +99,8 @@ class Parameter:
     itemsize: int
     trainable: bool
     dims: tuple[Labels | None, ...]
+    saved: bool = True
+    """Whether it is in the state dict: buffers that are not may change their size from pass to pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +161,11 @@ def stays(units: Labels, kept: np.ndarray) -> np.ndarray:
         return np.ones(len(units), dtype=bool)
     found: np.ndarray = (units < 0) | kept[np.maximum(units, 0)]
     return found if found.ndim == 1 else np.all(found, axis=1)
+
+
+def is_whole(units: Labels, kept: np.ndarray) -> bool:
+    """Whether none of the indices stays."""
+    return not stays(units, kept).any()
 
 
 def module_of(parameter: str) -> str:

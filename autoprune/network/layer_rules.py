@@ -160,6 +160,7 @@ def _layer(
             start=weight.start,
             bias_start=bias.start if bias is not None else 0,
             norm=tape.norm,
+            where=tape.where,
         )
     )
 

@@ -70,7 +70,7 @@ def _inputs_of(evidence: Evidence, group: PruningGroup) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for links in evidence.consumers(group):
         assert links.inputs is not None
-        moments = evidence.statistics[links.module]
+        moments = evidence.statistics[links.site]
         places = positions_in(links.inputs, group)
         own = np.flatnonzero(places >= 0)
         own = own[np.argsort(places[own], kind="stable")]
@@ -79,7 +79,7 @@ def _inputs_of(evidence: Evidence, group: PruningGroup) -> dict[str, Tensor]:
         k = moments.kernel
         pixels = moments.gram.sum(0).reshape(-1, k, moments.gram.shape[2] // k, k).diagonal(dim1=1, dim2=3).mean(-1)
         index = torch.from_numpy(own).to(pixels.device)
-        found[links.module] = pixels[index][:, index].float()
+        found[links.site] = pixels[index][:, index].float()
     return found
 
 

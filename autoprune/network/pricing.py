@@ -53,7 +53,7 @@ def cost_model(record: Record, groups: Sequence[PruningGroup], units: Callable[[
         sizes=tuple(group.size for group in groups),
         macs=_merge(term for p in record.products for term in terms(p.factor, p.dims, batch)),
         params=_merge(term for p in record.parameters if p.trainable for term in elements(p, 1)),
-        size_bytes=_merge(term for p in record.parameters for term in elements(p, p.itemsize)),
+        size_bytes=_merge(term for p in record.parameters if p.saved for term in elements(p, p.itemsize)),
         live=_largest(live),
     )
 

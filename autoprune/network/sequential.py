@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from autoprune.network.calibration import MAX_ENTRIES, products, sample_patches
+from autoprune.network.calibration import MAX_ENTRIES, entries_in, products, sample_patches
 from autoprune.network.emptied import emptied, set_constant
 from autoprune.network.evaluation import autocast
 from autoprune.network.groups import Links
 from autoprune.network.mask_compensation import masked_solve
+from autoprune.network.sites import listening, multiplied, rows_of_site
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network, evaluating
 
@@ -43,7 +43,7 @@ IMAGE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense network's outputs that refits reproduce: module path → `(G, rows, N/G)`, and the images behind them.
+    """The dense network's outputs that refits reproduce: site → `(G, rows, N/G)`, and the images behind them.
 
     `seed` drew the positions; a refit draws the same ones.
     """
@@ -55,21 +55,23 @@ class Targets:
 
 
 def refittable_layers(network: Network) -> dict[str, Links]:
-    """Returns every layer, by module path, that mixes channels and whose weight is used once by a module of its own."""
+    """Returns every layer, by site, that mixes channels and whose weight is used once.
+
+    It belongs to a module that is called, or is multiplied row by row by another module (see `sites`).
+    """
     modules = dict(network.model.named_modules())
     # A depthwise layer mixes the positions of its kernel, which single weights can be masked of.
     kinds = ("conv", "linear") if not network.masked else ("conv", "linear", "depthwise")
+    parts = {} if network.masked else multiplied(network)
     uses: dict[str, int] = {}
     for links in network.links:
         uses[links.layer.weight] = uses.get(links.layer.weight, 0) + 1
     found: dict[str, Links] = {}
     for links in network.links:
-        module = modules.get(links.module)
-        plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        if plain and links.layer.kind in kinds and uses[links.layer.weight] == 1:
-            weight = network.model.get_parameter(links.layer.weight)
-            if weight[0].numel() <= MAX_ENTRIES:
-                found[links.module] = links
+        plain = isinstance(modules.get(links.module), (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        called = plain and links.called and links.layer.kind in kinds and uses[links.layer.weight] == 1
+        if (called or links.site in parts) and entries_in(network, links) <= MAX_ENTRIES:
+            found[links.site] = links
     return found
 
 
@@ -86,28 +88,21 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     """
     layers = refittable_layers(network)
     images = images[: target_images(network, len(images))]
-    outputs = sum(network.model.get_parameter(links.layer.weight).shape[0] for links in layers.values())
+    outputs = sum(len(links.outputs) for links in layers.values())
     rows = max(512, min(rows, TARGET_BYTES // max(1, 4 * outputs)))
     modules = dict(network.model.named_modules())
+    parts = {site: rows_of_site(network, links) for site, links in layers.items()}
     found: dict[str, Tensor] = {}
 
-    def hook(path: str) -> RemovableHandle:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            weight = module.get_parameter("weight").detach()
-            patches = sample_patches(module, args[0], rows, _generator(seed))  # (G, rows, d)
-            flat = weight.reshape(patches.shape[0], -1, patches.shape[2]).float()  # (G, N/G, d)
-            found[path] = patches @ flat.transpose(1, 2)
+    def record(site: str, x: Tensor) -> None:
+        weight, _ = parts[site].of(network.model)
+        patches = sample_patches(modules.get(site), x, rows, _generator(seed))  # (G, rows, d)
+        flat = weight.reshape(patches.shape[0], -1, patches.shape[2]).float()  # (G, N/G, d)
+        found[site] = patches @ flat.transpose(1, 2)
 
-        handle: RemovableHandle = modules[path].register_forward_pre_hook(record)
-        return handle
-
-    handles = [hook(path) for path in layers]
-    try:
-        with evaluating(network.model), torch.no_grad():
-            network.model(arrange(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    sites = {site: None if layers[site].called else part for site, part in parts.items()}
+    with listening(network.model, sites, record), evaluating(network.model), torch.no_grad():
+        network.model(arrange(images))
     return Targets(images, found, rows, seed)
 
 
@@ -137,84 +132,75 @@ def refit_sequentially(
     layers = refittable_layers(network)
     modules = dict(model.named_modules())
     scales = row_factors(network, kept)
-    dense_biases = {path: links.layer.bias for path, links in layers.items()}
+    dense = {site: rows_of_site(network, layers[site]) for site in targets.outputs}
+    parts = {site: rows_of_site(network, layers[site], kept) for site in targets.outputs}
 
-    def hook(path: str) -> RemovableHandle:
-        def refit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            with autocast(args[0].device, None):
-                refit_layer(module, args[0])
+    def heard(site: str, x: Tensor) -> None:
+        with autocast(x.device, None):
+            refit_site(site, x)
 
-        def refit_layer(module: nn.Module, x: Tensor) -> None:
-            links = layers[path]
-            wanted = targets.outputs[path]  # (G, rows, N/G)
-            index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
-            per_group = wanted.shape[2]
-            if len(index) < per_group * wanted.shape[0]:
-                # Groups of a convolution shrink alike, so the first group's positions serve all.
-                wanted = wanted[:, :, index[: len(index) // wanted.shape[0]] % per_group]
-            name = dense_biases[path]
-            bias = None if name is None else network.model.get_parameter(name).detach().index_select(0, index)
-            scale = scales.get(links.layer.weight)
-            if scale is not None:  # the queries of an attention are wanted in the scale of their new width
-                wanted = wanted * scale.to(wanted)
-                bias = None if bias is None else bias * scale.to(bias)
-            if emptied(module):
-                if bias is not None:
-                    set_constant(module, bias + wanted.mean(1).reshape(-1))
-                return
-            patches = sample_patches(module, x, targets.rows, _generator(targets.seed))
-            mask = masks.get(links.layer.weight) if masks is not None else None
-            _solve(module, patches, wanted, bias=bias, normalised=links.layer.normalised, ridge=ridge, mask=mask)
+    def refit_site(site: str, x: Tensor) -> None:
+        links, module = layers[site], modules.get(site)
+        wanted = targets.outputs[site]  # (G, rows, N/G)
+        index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
+        per_group = wanted.shape[2]
+        if len(index) < per_group * wanted.shape[0]:
+            # Groups of a convolution shrink alike, so the first group's positions serve all.
+            wanted = wanted[:, :, index[: len(index) // wanted.shape[0]] % per_group]
+        weight, shift = parts[site].of(model)
+        bias = dense[site].of(network.model)[1]
+        bias = None if bias is None else bias.index_select(0, index)
+        scale = scales.get(links.layer.weight)
+        if scale is not None:  # the queries of an attention are wanted in the scale of their new width
+            scale = scale[parts[site].start : parts[site].start + len(index)]
+            wanted = wanted * scale.to(wanted)
+            bias = None if bias is None else bias * scale.to(bias)
+        if module is not None and emptied(module):
+            if bias is not None:
+                set_constant(module, bias + wanted.mean(1).reshape(-1))
+            return
+        patches = sample_patches(module, x, targets.rows, _generator(targets.seed))
+        mask = masks.get(links.layer.weight) if masks is not None else None
+        centred = links.layer.normalised or bias is not None
+        solved = _solved(weight, patches, wanted, centred=centred, ridge=ridge, mask=mask)
+        if solved is not None:
+            weight.copy_(solved[0])
+            if bias is not None and shift is not None:
+                shift.copy_(bias + solved[1])
 
-        handle: RemovableHandle = modules[path].register_forward_pre_hook(refit)
-        return handle
-
-    handles = [hook(path) for path in targets.outputs]
-    try:
+    sites = {site: None if layers[site].called else part for site, part in parts.items()}
+    with listening(model, sites, heard):
         _run_collecting(model, lambda: model(arrange(targets.images)))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _solve(
-    module: nn.Module,
-    patches: Tensor,
-    wanted: Tensor,
-    *,
-    bias: Tensor | None,
-    normalised: bool,
-    ridge: float,
-    mask: Tensor | None = None,
-) -> None:
-    """Sets weight and bias of one layer from its actual input `(G, rows, s)` and wanted output `(G, rows, n)`."""
+def _solved(
+    weight: Tensor, patches: Tensor, wanted: Tensor, *, centred: bool, ridge: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Returns a layer's new weight and the shift `(N,)` of its bias, from its actual input `(G, rows, s)` and wanted
+    output `(G, rows, n)`; None where there is no solution.
+    """
     groups, rows, s = patches.shape
-    centred = normalised or bias is not None
     mean_in = patches.mean(1, keepdim=True) if centred else patches.new_zeros(groups, 1, s)
     mean_out = wanted.mean(1, keepdim=True) if centred else wanted.new_zeros(groups, 1, wanted.shape[2])
     x, y = patches - mean_in, wanted - mean_out
     gram = (products(x) / rows).double()  # (G, s, s)
     cross = (x.transpose(1, 2) @ y / rows).double()  # (G, s, n)
     strength = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12).view(-1, 1, 1)
-    weight = module.get_parameter("weight")
-    start = weight.detach().reshape(groups, -1, s).transpose(1, 2).double()  # (G, s, n)
+    start = weight.reshape(groups, -1, s).transpose(1, 2).double()  # (G, s, n)
     gram.diagonal(dim1=1, dim2=2).add_(strength.view(-1, 1))
     right = cross + strength * start
     if not bool(torch.isfinite(right).all()):
-        return  # degenerate inputs (a dead layer): the weight that it came with is kept
+        return None  # degenerate inputs (a dead layer): the weight that it came with is kept
     if mask is not None:
         support = mask.to(right.device).reshape(groups, -1, s).transpose(1, 2)  # (G, s, n)
         solved = masked_solve(gram, right, support, start)
     else:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed.any()):
-            return
+            return None
         solved = torch.cholesky_solve(right, factor)
-    with torch.no_grad():
-        weight.copy_(solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype))
-        if bias is not None:
-            shift = mean_out - mean_in @ solved.to(mean_in.dtype)  # (G, 1, n)
-            module.get_parameter("bias").copy_(bias + shift.reshape(-1))
+    shift = mean_out - mean_in @ solved.to(mean_in.dtype)  # (G, 1, n)
+    return solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype), shift.reshape(-1)
 
 
 def _run_collecting(model: nn.Module, run: Callable[[], object]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoprune.network.compensation import entries_of, layer_moments, regular_factor
-from autoprune.network.evidence import Evidence, Scores, is_inside
+from autoprune.network.evidence import Evidence, Scores, is_inside, rows_of
 from autoprune.network.groups import Links, PruningGroup, positions_in
 
 RIDGE = 1e-3
@@ -44,7 +44,7 @@ def block_errors(evidence: Evidence, links: Links, group: PruningGroup) -> Tenso
     assert links.inputs is not None
     weight, inverse = _inverted(evidence, links)
     inside = np.flatnonzero(is_inside(links.inputs, group))
-    k = evidence.statistics[links.module].kernel
+    k = evidence.statistics[links.site].kernel
     values = torch.zeros(len(links.inputs), dtype=torch.float64)
     values[torch.from_numpy(inside)] = _costs(weight, inverse, entries_of(inside, k).reshape(-1, k)).cpu()
     return values
@@ -111,7 +111,7 @@ class _Consumer:
         stay, so that only their part in the inverse counts.
         """
         assert links.inputs is not None
-        k = evidence.statistics[links.module].kernel
+        k = evidence.statistics[links.site].kernel
         places = positions_in(links.inputs, group)
         own = [entries_of(np.flatnonzero(places == c), k).numpy() for c in range(group.size)]
         lengths = np.array([len(entries) for entries in own])
@@ -160,9 +160,9 @@ def _inverted(evidence: Evidence, links: Links) -> tuple[Tensor, Tensor]:
     """Returns a consumer's weight `(G, d, N/G)`, scaled to an output power of one, and the inverse of the regularised
     moments of its input `(G, d, d)`, both float64.
     """
-    matrix = layer_moments(evidence.statistics[links.module], links).double()
+    matrix = layer_moments(evidence.statistics[links.site], links).double()
     groups = matrix.shape[0]
-    weight = evidence.parameter(links.layer.weight)
+    weight = rows_of(links, evidence.parameter(links.layer.weight))
     flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)
     power = ((flat @ matrix) * flat).sum().clamp_min(1e-12)
     inverse = torch.cholesky_inverse(regular_factor(matrix, RIDGE))

@@ -13,6 +13,7 @@ import numpy as np
 
 from autoprune.network.compensation import entries_of, layer_moments, regular_factor
 from autoprune.network.criteria import Evidence, Scores
+from autoprune.network.evidence import rows_of
 from autoprune.network.groups import Links, PruningGroup, positions_in
 
 Tables = dict[str, dict[str, tuple[float, ...] | dict[int, float]]]
@@ -47,7 +48,7 @@ def _curve(evidence: Evidence, group: PruningGroup, scores: Scores) -> tuple[flo
 def _consumer_curve(evidence: Evidence, links: Links, group: PruningGroup, order: np.ndarray) -> np.ndarray:
     """Returns the relative error of one consumer at widths 0 .. n."""
     assert links.inputs is not None
-    moments = evidence.statistics[links.module]
+    moments = evidence.statistics[links.site]
     position = positions_in(links.inputs, group)
     inside = position >= 0
     rank = np.empty(group.size, dtype=np.int64)
@@ -59,7 +60,7 @@ def _consumer_curve(evidence: Evidence, links: Links, group: PruningGroup, order
     permutation = entries_of(np.concatenate([others, own]), k)
     matrix = layer_moments(moments, links).double()[:, permutation][:, :, permutation]
     groups = matrix.shape[0]
-    weight = evidence.parameter(links.layer.weight)
+    weight = rows_of(links, evidence.parameter(links.layer.weight))
     flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)[:, :, permutation]
     columns = (flat @ regular_factor(matrix, 1e-4)).square().sum((0, 1)).cpu().numpy()  # (d,)
     power = max(float(columns.sum()), 1e-30)

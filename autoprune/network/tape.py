@@ -5,7 +5,7 @@ Decides what is written down about a network. Knows no operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class Layer:
     """Whether a batch norm follows, which absorbs a constant shift once it is recalibrated."""
     norm: str | None = None
     """Name of that batch norm's weight, where a single one follows and has a weight."""
+    where: str = ""
+    """Path of the module whose forward pass uses the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class Tape:
     """Name of the node at work."""
     where: str = ""
     """Module path of the node at work, for reasons that a person reads."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Path of a module → the first of its paths, where it has several."""
     shape: tuple[int, ...] = ()
     """Shape of the result (of the first one where there are several)."""
     shapes: tuple[tuple[int, ...], ...] = ()

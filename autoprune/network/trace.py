@@ -228,7 +228,9 @@ def walk(
 
     `env` is filled with the `Value` of each node (or a tuple of them), for whoever wants to know every tensor.
     """
-    tape = Tape()
+    first: dict[nn.Module, str] = {}
+    aliases = {path: first.setdefault(m, path) for path, m in model.named_modules(remove_duplicate=False)}
+    tape = Tape(aliases=aliases)
     env = {} if env is None else env
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -273,11 +275,12 @@ def walk(
                 isinstance(tensor, nn.Parameter),
                 (None,) * tensor.ndim,
             )
+    unsaved = unsaved_buffers(model)
     record = Record(
         solution=tape.labels.solve(),
         layers=tuple(tape.layers),
         products=tuple(tape.products),
-        parameters=tuple(parameters.values()),
+        parameters=tuple(replace(p, saved=p.name not in unsaved) for p in parameters.values()),
         live=live_tensors(program.graph, env),
         batch=batch,
         literals=tuple(tape.literals),
@@ -285,6 +288,15 @@ def walk(
         contracted=tuple(tape.contracted),
     )
     return record, tape.unknown
+
+
+def unsaved_buffers(model: nn.Module) -> set[str]:
+    """Returns the names of the buffers that are no part of the state dict."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _is_alias(tensor: Tensor, parameters: dict[str, Parameter], state: dict[str, Tensor]) -> bool:
@@ -337,7 +349,8 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     if not results:
         return None
     tape.node = node.name
-    tape.where = place_of(node)
+    place = place_of(node)
+    tape.where = tape.aliases.get(place, place)
     tape.shapes = tuple(tuple(int(n) for n in r.shape) for r in results)
     tape.shape = tape.shapes[0]
     tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)

@@ -226,3 +226,32 @@ def test_the_pruned_network_trains(name):
     small = cut(network, {g.name: np.arange(max(1, g.size // 2)) for g in network.groups}).train()
     small(*inputs).square().mean().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+class Cached(nn.Module):
+    """Keeps a table of positions between passes, made anew for the size of its input, as ConViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.position, self.out = nn.Linear(6, 12), nn.Linear(2, 12), nn.Linear(12, 3)
+        self.register_buffer("table", torch.zeros(1, 2), persistent=False)
+
+    def forward(self, x):
+        if len(self.table) != x.shape[1]:
+            self.table = torch.arange(2.0 * x.shape[1], device=self.fc.weight.device).view(-1, 2)
+        return self.out(torch.relu(self.fc(x) + self.position(self.table)))
+
+
+def test_a_table_that_a_forward_pass_keeps_for_the_next_one_leaves_the_costs_exact():
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 5, 6), Cached().eval()
+    network = trace(model, x)
+    selection = {"fc": np.arange(0, 12, 2)}
+    small, predicted = cut(network, selection), network.cost_model.costs({"fc": 6})
+    for _ in range(2):  # a fresh copy, and one that has kept its table
+        assert (count_macs(small, (x,)), count_params(small), count_bytes(small)) == tuple(
+            predicted[name] for name in ("macs", "params", "size_bytes")
+        )
+        with torch.no_grad():
+            assert relative_error(small(x), masked_twin(network, selection)(x)) < 1e-5
+    assert network.cost_model.dense()["size_bytes"] == sum(t.numel() * 4 for t in model.state_dict().values())

@@ -47,3 +47,10 @@ def test_tied_tensors_count_once_and_buffers_only_as_bytes():
     model = nn.Sequential(a, b, nn.BatchNorm1d(4))
     assert count_params(model) == 16 + 8
     assert count_bytes(model) == 4 * (16 + 8 + 8) + 8
+
+
+def test_buffers_that_are_not_in_the_state_dict_do_not_count_as_its_bytes():
+    model = nn.Linear(4, 4, bias=False)
+    model.register_buffer("cache", torch.zeros(100), persistent=False)
+    model.register_buffer("kept", torch.zeros(3))
+    assert count_bytes(model) == 4 * (16 + 3) == sum(t.numel() * 4 for t in model.state_dict().values())
