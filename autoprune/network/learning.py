@@ -1,7 +1,7 @@
 """What is learnt about a dense network on calibration images before its channels are removed.
 
-Decides the order: moments, gradients, ranks, scores, dense outputs, error tables. Knows nothing of settings or of
-caches. `mask_learning` does the same for single weights.
+Decides the order: moments, gradients, ranks, scores, dense outputs, error tables, what branches carry. Knows nothing of
+settings or of caches. `mask_learning` does the same for single weights.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from autoprune.network.criteria import (
     gather_ranks,
     score,
 )
+from autoprune.network.depth import removal_errors, with_depth
 from autoprune.network.evaluation import Loss, logits_of
 from autoprune.network.samples import Split
 from autoprune.network.sequential import gather_targets, target_images
@@ -78,7 +79,8 @@ def learn(
     evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
     scores = score(evidence, criteria)
     targets = gather_targets(network, images, seed=seed)
-    return Knowledge(statistics, targets, scores, error_tables(evidence, scores))
+    tables = with_depth(error_tables(evidence, scores), removal_errors(network, images, statistics))
+    return Knowledge(statistics, targets, scores, tables)
 
 
 def mean_loss(own: Loss | None) -> Callable[[Any, Tensor], Tensor]:

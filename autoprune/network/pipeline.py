@@ -354,7 +354,7 @@ def workbench_of(
     )
 
 
-_KNOWLEDGE = 2
+_KNOWLEDGE = 3
 """Version of what `learn` and `learn_weights` compute; a change makes cached files stale."""
 
 

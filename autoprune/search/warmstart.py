@@ -1,8 +1,8 @@
 """Warm starts: the policies that a practitioner would try first, at several budgets.
 
-Decides which heuristics are tried before the sampler's own proposals: uniform, a global ranking by each criterion, and
-the additive solution of the error tables. They are ordinary trials, so a search is never worse than the best heuristic
-under the same recipe.
+Decides which heuristics are tried before the sampler's own proposals: uniform, a global ranking by each criterion, the
+additive solution of the error tables, and whole blocks removed where they may be. They are ordinary trials, so a
+search is never worse than the best heuristic under the same recipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from autoprune.pareto import spread_order
-from autoprune.policy import Policy
+from autoprune.policy import Group, Policy
 from autoprune.results import Problem, WarmStart
 from autoprune.search.additive import AdditiveSolver, Curve, Curves, best_curves, policy_from_widths, targets
 from autoprune.search.projection import Projector, nearest_width
@@ -83,6 +83,44 @@ def additive(problem: Problem, tables: Tables, target: float, *, criterion: str 
     return policy_from_widths(problem, AdditiveSolver(problem).solve(curves, target), chosen)
 
 
+def shallow(
+    problem: Problem, tables: Tables, target: float, criterion: str, *, projector: Projector | None = None
+) -> Policy | None:
+    """Returns the policy that removes whole groups down to `target` and leaves all others as they are.
+
+    First goes the group that loses least error for what it saves; the last one goes only as far as it must. None where
+    no group may go whole, or where all that may do not suffice.
+
+    Raises:
+        BudgetError: No policy meets the target.
+    """
+    model, name = problem.cost_model, problem.budget.primary
+    limit = target * model.cost(name, {}) + 1e-6
+    widths = {group.name: group.size for group in problem.groups}
+
+    def meets() -> bool:
+        costs = model.costs(widths)
+        return costs[name] <= limit and problem.budget.within(costs)
+
+    def price(group: Group) -> float:
+        saved = model.cost(name, widths) - model.cost(name, {**widths, group.name: 0})
+        return tables[group.name][criterion][0] / max(saved, 1)
+
+    left = [group for group in problem.groups if group.widths[0] == 0]
+    while left and not meets():
+        last = min(left, key=price)
+        left.remove(last)
+        for width in reversed(last.widths):
+            widths[last.name] = width
+            if meets():
+                break
+    if not meets() or 0 not in widths.values():
+        return None
+    ratios = {group.name: group.ratio(widths[group.name]) for group in problem.groups}
+    widths = (projector or Projector(problem)).project(ratios, target)
+    return policy_from_widths(problem, widths, dict.fromkeys(widths, criterion))
+
+
 def _criterion_curves(problem: Problem, tables: Tables, criterion: str | None) -> tuple[dict[str, str], Curves]:
     if criterion is None:
         return best_curves(problem, tables)
@@ -93,6 +131,8 @@ def _criterion_curves(problem: Problem, tables: Tables, criterion: str | None) -
 def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int) -> tuple[WarmStart, ...]:
     """Returns up to `count` distinct policies: three fifths additive solutions, then uniform and global rankings.
 
+    Where groups may go whole, a sixth of them (at least one) removes whole groups alone; they follow the additive ones.
+
     Of each kind any beginning is spread over the span of the budget and goes over the criteria in turn, so that a
     search that is stopped after a handful of candidates has a front already. Additive solutions with single criteria
     stand beside those with the best one of each scope: which criterion leaves most after compensation is not what the
@@ -102,7 +142,8 @@ def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int)
         return ()
     usable = [name for name in problem.criteria if name != "random"] or list(problem.criteria)
     solver, projector = AdditiveSolver(problem), Projector(problem)
-    wanted = _round(problem, [None, *usable] if len(usable) > 1 else usable, math.ceil(0.6 * count))
+    deep = max(1, count // 6) if any(group.widths[0] == 0 for group in problem.groups) else 0
+    wanted = _round(problem, [None, *usable] if len(usable) > 1 else usable, math.ceil(0.6 * (count - deep)))
     solved: dict[tuple[float, str | None], Policy] = {}
     for criterion in dict.fromkeys(name for _, name in wanted):
         chosen, curves = _criterion_curves(problem, tables, criterion)
@@ -110,6 +151,10 @@ def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int)
         for target, widths in zip(own, solver.solve_many(curves, own), strict=True):
             solved[target, criterion] = policy_from_widths(problem, widths, chosen)
     starts = [WarmStart(solved[target, name], f"additive-{name}" if name else "additive") for target, name in wanted]
+    for place, target in enumerate(targets(problem.budget, deep) if deep else ()):
+        by = usable[place % len(usable)]
+        policy = shallow(problem, tables, target, by, projector=projector)
+        starts += [WarmStart(policy, f"shallow-{by}")] if policy is not None else []
     for target, name in _round(problem, usable, math.ceil((count - len(starts)) / 2)):
         assert name is not None
         starts.append(WarmStart(uniform(problem, name, target, projector=projector), f"uniform-{name}"))

@@ -1,10 +1,12 @@
 """Warm starts and controls: feasible, distinct, and what they say they are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from autoprune.errors import BudgetError
-from autoprune.search.warmstart import additive, control_policies, global_ranking, uniform, warm_starts
+from autoprune.search.warmstart import additive, control_policies, global_ranking, shallow, uniform, warm_starts
 
 
 @pytest.fixture
@@ -158,3 +160,38 @@ def test_controls_use_the_first_criterion_where_there_is_no_weight_norm(make_cha
 
 def test_the_same_input_gives_the_same_starts(problem):
     assert warm_starts(problem, *learnt(problem), count=8) == warm_starts(problem, *learnt(problem), count=8)
+
+
+def deep(problem, names):
+    groups = [replace(g, widths=(0, *g.widths)) if g.name in names else g for g in problem.groups]
+    return replace(problem, groups=tuple(groups))
+
+
+def test_a_shallow_start_removes_the_cheapest_groups_whole_and_leaves_the_others(problem):
+    _, tables = learnt(problem)
+    able = deep(problem, {"layer1", "layer3", "layer4"})
+    for name, error in (("layer1", 0.5), ("layer3", 0.01), ("layer4", 0.3)):
+        tables[name] = {c: (error, *tables[name][c][1:]) for c in problem.criteria}
+    policy = shallow(able, tables, 0.6, "l2")
+    widths = policy.widths(able.groups)
+    assert costs(able, policy) <= 0.6
+    assert widths["layer3"] == 0
+    whole = {g.name: g.size for g in problem.groups}
+    assert sum(width not in (0, whole[name]) for name, width in widths.items()) <= 1
+    assert widths["layer1"] == whole["layer1"] or widths["layer4"] == 0
+
+
+def test_a_shallow_start_needs_groups_that_may_go_and_enough_of_them(problem):
+    _, tables = learnt(problem)
+    assert shallow(problem, tables, 0.6, "l2") is None
+    assert shallow(deep(problem, {"layer3"}), tables, 0.15, "l2") is None
+
+
+def test_searches_of_depth_begin_with_shallow_policies_among_the_others(problem):
+    scores, tables = learnt(problem)
+    able = deep(problem, {"layer1", "layer3", "layer4"})
+    kinds = [start.origin for start in warm_starts(able, scores, tables, count=12)]
+    assert sum(kind.startswith("shallow") for kind in kinds) == 2
+    assert kinds[0].startswith("additive")
+    assert {kind.split("-")[0] for kind in kinds} == {"additive", "shallow", "uniform", "global"}
+    assert not any("shallow" in start.origin for start in warm_starts(problem, scores, tables, count=12))
