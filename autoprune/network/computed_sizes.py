@@ -102,8 +102,11 @@ def _matched(path: str, seen: _Shapes, sizes: Sequence[Size]) -> list[Told]:
         if call is None:
             continue
         after = call + 1
-        # A dimension in which channels repeat (heads of every image of a batch) has no number of its own.
+        # A dimension in which channels repeat for every image of a batch has no number of its own; one in which they
+        # repeat for every pixel (a map that is flattened to a number that is written down) has.
         found += [
-            Told(path, call, size.axis, size.labels) for size in own if len(np.unique(size.labels)) == len(size.labels)
+            Told(path, call, size.axis, size.labels)
+            for size in own
+            if size.apart or len(np.unique(size.labels)) == len(size.labels)
         ]
     return found

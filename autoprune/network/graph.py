@@ -11,6 +11,7 @@ import logging
 import operator
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -100,11 +101,19 @@ def _why(model: nn.Module, error: Exception, graph: str) -> str:
     found.append(f"the last operator that was recorded is {recorded[-1]}" if recorded else "")
     where = next((k for k, line in enumerate(lines) if line.startswith('File "') and "/torch/" not in line), None)
     found += [] if where is None else lines[where : where + 2]  # the place and the code that stands there
+    stack = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+    own = [frame for frame in stack if "/torch/" not in frame.filename and frame.filename != __file__]
+    if where is None and own:
+        found.append(f'File "{own[-1].filename}", line {own[-1].lineno}: {own[-1].line}')
     detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
-    return (
-        f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n"
-        "  torch.export needs a forward pass without control flow that depends on the data"
-    )
+    advice = next((_ADVICE[frame.name] for frame in stack if frame.name in _ADVICE), _NEEDED)
+    return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n  {advice}"
+
+
+_NEEDED = "torch.export needs a forward pass without control flow that depends on the data"
+_PACKED = "the sizes of packed sequences depend on the data; give the recurrent layer the padded tensor itself"
+_ADVICE = dict.fromkeys(("pack_padded_sequence", "pad_packed_sequence", "pack_sequence"), _PACKED)
+"""Function that failed → what to do instead."""
 
 
 def _drop_unused(program: torch.export.ExportedProgram) -> None:

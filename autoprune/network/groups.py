@@ -129,6 +129,8 @@ class Record:
     literals: tuple[Size, ...] = ()
     queries: tuple[Query, ...] = ()
     contracted: tuple[Labels, ...] = ()
+    computed: tuple[tuple[str, int, str], ...] = ()
+    """Layers whose weight is no parameter: where, how many outputs, why they stay."""
 
 
 def module_named(name: str) -> str:
@@ -169,8 +171,9 @@ def is_whole(units: Labels, kept: np.ndarray) -> bool:
 
 
 def module_of(parameter: str) -> str:
-    """Returns the path of the module that owns a parameter."""
-    return parameter.rpartition(".")[0] or parameter
+    """Returns the path of the module that owns a parameter, or whose weight is computed from it."""
+    owner, _, computed = parameter.partition(".parametrizations.")
+    return owner if computed else parameter.rpartition(".")[0] or parameter
 
 
 def assemble(record: Record, broken: dict[str, str]) -> Assembly:
@@ -204,6 +207,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
         return units_of(solution, unit, labels)
 
     whole = _frozen(record, producers, units, reasons)
+    whole += tuple(Frozen(*entry) for entry in record.computed if entry[0] not in {found.name for found in whole})
     known = {entry.name for entry in whole}
     return Assembly(
         groups=tuple(groups),

@@ -139,8 +139,10 @@ def _layer(
         # Known by the labels that it still carries: a weight that is standardised on the way, for example.
         name = _computed_from(tape, weight)
         if name is None or kind == "depthwise":
+            reason = f"the weight of {tape.where} is computed, not stored"
             for labels in ends:
-                tape.labels.freeze(labels, f"the weight of {tape.where} is computed, not stored")
+                tape.labels.freeze(labels, reason)
+            tape.computed.append((tape.where, len(ends[1]), reason))
             return
         kind = "computed"
     tape.layers.append(
@@ -167,13 +169,19 @@ def _layer(
 
 def _computed_from(tape: Tape, weight: Value) -> str | None:
     """Returns the parameter whose channels a computed weight has, in the same dimensions."""
+    if all(labels is None for labels in weight.dims[:2]):
+        return None
     for name, dims in tape.stored.items():
-        if len(dims) == len(weight.dims) and all(
-            own is not None and theirs is not None and own.shape == theirs.shape and bool((own == theirs).all())
-            for own, theirs in zip(weight.dims[:2], dims[:2], strict=True)
-        ):
+        if len(dims) == len(weight.dims) and all(map(_same, weight.dims[:2], dims[:2])):
             return name
     return None
+
+
+def _same(own: Labels | None, other: Labels | None) -> bool:
+    """Whether two dimensions have the same labels; a single channel has none."""
+    if own is None or other is None:
+        return own is other
+    return own.shape == other.shape and bool((own == other).all())
 
 
 def linear(tape: Tape, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -250,6 +258,17 @@ def group_norm(
         tape.labels.approximate(channels, f"the GroupNorm {tape.where} averages over these channels")
     _norm_layer(tape, (weight, bias), channels)
     return Value(x.shape, x.dims)
+
+
+def weight_norm(tape: Tape, direction: Value, length: Value, dim: int = 0) -> Value:
+    """A weight that is told its rows' lengths: `(N, ...)` and `(N, 1, ...)` give `(N, ...)`.
+
+    Source: Salimans & Kingma, Weight Normalization, NIPS 2016.
+    """
+    axis = dim % len(direction.shape)
+    if length.dims[axis] is not None:
+        tape.align(length.dims[axis], direction.dims[axis], f"normalised at {tape.where} with a fixed width")
+    return Value(tape.shape, direction.dims)
 
 
 def embedding(tape: Tape, weight: Value, indices: Value, *_: Any, **__: Any) -> Value:

@@ -90,9 +90,11 @@ def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> l
         if not isinstance(value, Value):
             continue
         open_axis = inferred_axis(node, name, len(value.shape))
+        before = node.args[0].meta["val"].shape if isinstance(node.args[0], torch.fx.Node) else ()
+        kept = value.dims[0] is None and tuple(before[:1]) == value.shape[:1]
         for axis, labels in enumerate(value.dims):
             if labels is not None and axis != open_axis:
-                found.append(Size(module, value.shape[axis], labels, node.name, shapes, axis))
+                found.append(Size(module, value.shape[axis], labels, node.name, shapes, axis, apart=kept and axis > 0))
     return found
 
 

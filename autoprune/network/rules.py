@@ -31,6 +31,7 @@ from autoprune.network.layer_rules import (
     layer_norm,
     linear,
     transposed_convolution,
+    weight_norm,
 )
 from autoprune.network.moving_rules import (
     chunk,
@@ -84,6 +85,7 @@ RULES: dict[str, Rule] = {
     "instance_norm": batch_norm,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
+    "_weight_norm": weight_norm,
     "embedding": embedding,
     "embedding_bag": embedding_bag,
     **{

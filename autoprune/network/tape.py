@@ -71,6 +71,8 @@ class Size:
     shapes: tuple[tuple[int, ...], ...]
     axis: int
     parts: tuple[int, ...] = ()
+    apart: bool = False
+    """Whether the first dimension goes through the call as it is, so that this one holds nothing of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ class Tape:
     """Labels that each parameter got, by its name: a computed weight is known by those that it still carries."""
     norm: str | None = None
     """Name of the weight of the only batch norm that reads it."""
+    computed: list[tuple[str, int, str]] = field(default_factory=list)
+    """Layers whose weight is no parameter, so that they stay: where, how many outputs, why."""
 
     def fixed(self, size: int, reason: str) -> Labels:
         """Returns labels that are frozen from the start."""

@@ -286,6 +286,7 @@ def walk(
         literals=tuple(tape.literals),
         queries=tuple(tape.queries),
         contracted=tuple(tape.contracted),
+        computed=tuple(dict.fromkeys(tape.computed)),
     )
     return record, tape.unknown
 
