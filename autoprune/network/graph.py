@@ -106,14 +106,15 @@ def _why(model: nn.Module, error: Exception, graph: str) -> str:
     if where is None and own:
         found.append(f'File "{own[-1].filename}", line {own[-1].lineno}: {own[-1].line}')
     detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
-    advice = next((_ADVICE[frame.name] for frame in stack if frame.name in _ADVICE), _NEEDED)
+    packed = any(word in (frame.line or "") for frame in stack for word in _PACKING)
+    advice = _PACKED if packed else _NEEDED
     return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n  {advice}"
 
 
 _NEEDED = "torch.export needs a forward pass without control flow that depends on the data"
 _PACKED = "the sizes of packed sequences depend on the data; give the recurrent layer the padded tensor itself"
-_ADVICE = dict.fromkeys(("pack_padded_sequence", "pad_packed_sequence", "pack_sequence"), _PACKED)
-"""Function that failed → what to do instead."""
+_PACKING = ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence", "max_batch_size")
+"""What stands in a line of code that fails on packed sequences."""
 
 
 def _drop_unused(program: torch.export.ExportedProgram) -> None:
