@@ -22,7 +22,7 @@ from autoprune.space import Space
 
 Note = Callable[[str], None]
 LOCK = "measuring.lock"
-LATENCY_VERSION = 1
+LATENCY_VERSION = 2
 """Version of how tables are measured; a change makes cached files stale."""
 
 

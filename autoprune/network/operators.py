@@ -30,14 +30,14 @@ _RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One dimension of a tensor: `factor` times the size on an axis of its call, or `factor` alone."""
+    """One dimension of a tensor: `factor` times the sizes on some axes of its call (heads and their dimensions)."""
 
     factor: int
-    axis: int | None = None
+    axes: tuple[int, ...] = ()
 
     def at(self, sizes: Sequence[int]) -> int:
         """Returns the dimension at the sizes of the axes."""
-        return self.factor if self.axis is None else self.factor * sizes[self.axis]
+        return self.factor * math.prod(sizes[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,10 @@ def record_calls(network: Network, conditions: Conditions) -> list[Call]:
 
 
 class Forms:
-    """Turns labels into linear forms over the widths of a network's groups.
+    """Turns labels into linear forms over the widths of a network's groups, whose product is how many are kept.
 
-    The width of an attention, heads times their dimension, is no linear form: its heads stand for it. What the
-    dimensions change is missing from the prediction, and seen in the error that a table tells of itself.
+    The width of an attention is its heads times their dimension: two forms. Where the heads are not the same ones for
+    every index, the heads alone stand for it; what is missing then is seen in the error that a table tells of itself.
     """
 
     def __init__(self, network: Network) -> None:
@@ -147,21 +147,38 @@ class Forms:
         self._heads = np.array([unit for group in heads for unit in group.units], dtype=np.int64)
         self._bounds = np.array([group.offset for group in network.groups], dtype=np.int64)
         self.sizes = tuple(group.size for group in network.groups)
-        self._known: dict[bytes, Form] = {}
+        self._known: dict[bytes, tuple[Form, ...]] = {}
 
-    def of(self, labels: Labels) -> Form:
-        """Returns the number of kept channels among `labels`."""
+    def of(self, labels: Labels) -> tuple[Form, ...]:
+        """Returns the forms whose product is the number of kept channels among `labels`."""
         key = labels.tobytes()
         if key not in self._known:
             units = self._network.units_of(labels)
-            if units.ndim > 1:
-                first = np.isin(units, self._heads).argmax(axis=1)
-                units = units[np.arange(len(units)), first]
-            index = np.searchsorted(self._bounds, units[units >= 0], side="right") - 1
-            counts = np.bincount(index, minlength=len(self.sizes))
-            terms = tuple((int(g), int(counts[g] // self.sizes[g])) for g in np.flatnonzero(counts))
-            self._known[key] = Form(int((units < 0).sum()), tuple((g, n) for g, n in terms if n))
+            self._known[key] = (self._linear(units),) if units.ndim == 1 else self._product(units)
         return self._known[key]
+
+    def _linear(self, units: Labels) -> Form:
+        index = self._members(units[units >= 0])
+        counts = np.bincount(index, minlength=len(self.sizes))
+        terms = tuple((int(g), int(counts[g] // self.sizes[g])) for g in np.flatnonzero(counts))
+        return Form(int((units < 0).sum()), tuple((g, n) for g, n in terms if n))
+
+    def _product(self, units: Labels) -> tuple[Form, ...]:
+        """Returns the forms of indices `(n, k)` that belong to a head and to a dimension of heads."""
+        is_head = np.isin(units, self._heads)
+        first = units[np.arange(len(units)), is_head.argmax(axis=1)]
+        heads = np.unique(self._members(first[first >= 0]))
+        if units.shape[1] == 2 and is_head.sum(axis=1).min() == 1 == is_head.sum(axis=1).max() and len(heads) == 1:
+            size = self.sizes[heads[0]]
+            inner = self._linear(units[~is_head])  # every dimension once for each head
+            if inner.const % size == 0 and all(n % size == 0 for _, n in inner.terms):
+                per_head = Form(inner.const // size, tuple((g, n // size) for g, n in inner.terms))
+                return Form(0, ((int(heads[0]), 1),)), per_head
+        return (self._linear(first),)
+
+    def _members(self, units: Labels) -> Labels:
+        found: Labels = np.searchsorted(self._bounds, units, side="right") - 1
+        return found
 
     def dense(self, form: Form) -> int:
         """Returns the form's value where every channel is kept."""
@@ -208,15 +225,21 @@ def _call(node: torch.fx.Node, twin: torch.fx.Node, env: dict[torch.fx.Node, Any
 def _operand(example: Tensor, dims: Sequence[Labels | None], forms: Forms, axes: list[Form]) -> Operand:
     extents = []
     for size, labels in zip(example.shape, dims, strict=True):
-        form = None if labels is None else forms.of(labels)
-        if form is None or not form.terms or forms.dense(form) != size:
+        parts = () if labels is None else forms.of(labels)
+        if not any(form.terms for form in parts) or math.prod(map(forms.dense, parts)) != size:
             extents.append(Extent(int(size)))
             continue
-        factor = math.gcd(form.const, *(n for _, n in form.terms))
-        axis = Form(form.const // factor, tuple((g, n // factor) for g, n in form.terms))
-        if axis not in axes:
-            axes.append(axis)
-        extents.append(Extent(factor, axes.index(axis)))
+        factor, places = 1, []
+        for form in parts:
+            common = math.gcd(form.const, *(n for _, n in form.terms))
+            factor *= common
+            axis = Form(form.const // common, tuple((g, n // common) for g, n in form.terms))
+            if not axis.terms:
+                continue  # as many of each head, whatever is pruned
+            if axis not in axes:
+                axes.append(axis)
+            places.append(axes.index(axis))
+        extents.append(Extent(factor, tuple(places)))
     strides = example.stride()
     order = tuple(sorted(range(example.ndim), key=lambda dim: (-strides[dim], dim)))
     return Operand(tuple(extents), example.dtype, order)

@@ -77,6 +77,40 @@ def test_every_operator_can_be_made_alone_at_any_widths_and_batch(network, batch
             assert shapes[path] == tuple(seen[0]), path
 
 
+class Heads(nn.Module):
+    """Attention whose heads and whose heads' dimensions are groups of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.heads, self.scale = nn.Linear(5, 12), 4, 0.4
+        self.qkv, self.out = nn.Linear(12, 3 * 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.stem(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def test_operators_of_an_attention_follow_its_heads_and_their_dimensions():
+    network = trace(Heads().eval(), torch.zeros(2, 7, 5))
+    assert {group.name: group.size for group in network.groups} == {"stem": 12, "qkv:heads": 4, "qkv:dims": 4}
+    widths = {"stem": 9, "qkv:heads": 3, "qkv:dims": 2}
+    small = cut(network, {name: np.arange(width) for name, width in widths.items()})
+    ordered = [widths[group.name] for group in network.groups]
+    for call in record_calls(network, Conditions(2)):
+        if call.kind.name in ("linear", "scaled_dot_product_attention"):
+            sizes = [form.const + sum(n * ordered[g] for g, n in form.terms) for form in call.forms]
+            made = [leaf.make(sizes, Conditions(2)) for leaf in call.kind.leaves if hasattr(leaf, "make")]
+            shapes = [tuple(tensor.shape) for tensor in made]
+            if call.where.endswith("qkv"):
+                assert shapes == [(2, 7, 9), tuple(small.qkv.weight.shape), tuple(small.qkv.bias.shape)]
+                assert shapes[1] == (3 * 3 * 2, 9)
+            elif call.where.endswith("out"):
+                assert shapes[:2] == [(2, 7, 6), tuple(small.out.weight.shape)]
+            elif call.kind.name.startswith("scaled"):
+                assert shapes == [(2, 3, 7, 2)] * 3
+
+
 def test_operators_of_equal_shape_are_timed_once(network, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "_cell", lambda call, sizes, conditions: seen.append((call.kind, tuple(sizes))) or 1e-6)
