@@ -28,7 +28,8 @@ from autoprune.errors import StudyError
 
 STARTING, HEALTHY, FAILING, WAITING = "starting", "healthy", "failing", "waiting"
 GRACE_SECONDS = 180.0
-"""How long a process may take to answer for the first time."""
+"""How long a process may take to answer for the first time; after each start that took longer twice as long."""
+_MOST_GRACE = 1800.0
 ILL_CHECKS = 4
 """So many failed checks in a row of a process that was healthy mean that it hangs."""
 _CHECK_SECONDS = 5.0
@@ -98,6 +99,8 @@ class _Kept:
     healthy: float | None = None
     ill: int = 0
     quick: int = 0
+    slow: int = 0
+    """Starts in a row that were given up because nothing answered in time: a machine may be that busy."""
     restarts: int = -1
     next_start: float = 0.0
     reason: str = ""
@@ -193,13 +196,15 @@ class Supervisor:
                 where = f" at {kept.service.address}" if kept.service.address else ""
                 self._say(f"{kept.service.name}: healthy{where}")
             kept.healthy = self._clock() if kept.healthy is None else kept.healthy
-            kept.state, kept.reason, kept.ill = HEALTHY, "", 0
+            kept.state, kept.reason, kept.ill, kept.slow = HEALTHY, "", 0, 0
             return
         kept.ill += 1
-        late = kept.healthy is None and self._clock() - kept.began >= GRACE_SECONDS
+        grace = min(GRACE_SECONDS * 2.0**kept.slow, _MOST_GRACE)
+        late = kept.healthy is None and self._clock() - kept.began >= grace
         if kept.healthy is not None:
             kept.state, kept.reason = FAILING, answer[1]
         if late or (kept.healthy is not None and kept.ill >= ILL_CHECKS):
+            kept.slow += late
             kept.child.kill()
             self._again(kept, answer[1])
 

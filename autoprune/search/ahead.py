@@ -109,7 +109,7 @@ class Ahead:
         """Starts a process and gives it every order that is open, each with the results that it is to know."""
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from autoprune.search.ahead import serve; serve()"],
+            [sys.executable, "-P", "-c", "from autoprune.search.ahead import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
