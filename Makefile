@@ -116,7 +116,7 @@ busy-workers: $(READY) ## how busy one coordinator keeps 64 workers of 1-second 
 bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/bench/run.py --quick $(BENCH)
 
-bench-speed: $(READY) ## how near trials come to their bare passes: tests/benchmarks/results/bench-speed.md (needs AUTOPRUNE_DATA)
+bench-speed: $(READY) ## how near trials come to their bare passes: on the GPU where there is one: BENCH="--device cpu" (needs AUTOPRUNE_DATA)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/speed.py $(BENCH)
 
 check: $(READY) ## lint, format, types and import rules

@@ -106,7 +106,7 @@ def profile_trial(
     clock = clock_of(bench.device)
     recipe = replace(bench.recipe, schedule=None, regularisation=None)
     bench = replace(bench, recipe=recipe, models=None, clock=clock)
-    short, done, whole = _shortened(bench, fidelity, steps)
+    short, done, whole = shortened(bench, fidelity, steps)
     floors = _floors(bench, policy, short, done)
     found: list[dict[str, float]] = []
     bare: dict[str, list[float]] = {name: [] for name in floors}
@@ -132,7 +132,7 @@ def trace_trial(bench: Workbench, policy: Policy, fidelity: Fidelity, path: Path
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.device(bench.device).type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    short, _, _ = _shortened(bench, fidelity, _TRACED_STEPS)
+    short, _, _ = shortened(bench, fidelity, _TRACED_STEPS)
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(activities=kinds) as recorded:
         replace(bench, models=None).evaluate(policy, short)
@@ -163,7 +163,7 @@ def _timed(run: Callable[[], None], clock: Clock) -> float:
     return clock() - start
 
 
-def _shortened(bench: Workbench, fidelity: Fidelity, steps: int) -> tuple[Fidelity, int, int]:
+def shortened(bench: Workbench, fidelity: Fidelity, steps: int) -> tuple[Fidelity, int, int]:
     """Returns the fidelity with at most `steps` steps, how many these are, and how many the whole has."""
     plain = replace(fidelity, seeds=1, test=False)
     if fidelity.epochs <= 0:
