@@ -21,8 +21,8 @@ MIB = 2**20
 CLASSES = ("n01440764", "n01443537", "n01484850")
 
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-"""Lets glibc give back what is freed at once, so that the resident size is what is held. Without it batches lie in a heap
-that grows by 10 MiB an epoch until the seventh, and then no more."""
+"""Lets glibc give back what is freed at once, so that the resident size is what is held. Without it batches lie in a
+heap that grew by 10 MiB an epoch until the seventh of ten, and then no more (one run)."""
 
 PROGRAM = """
 import gc, json, multiprocessing, os, sys, time
