@@ -94,7 +94,7 @@ def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     make_home(home)
     with report.Progress() as progress:
         ingredients = pipeline.ingredients_of(space, cache=home / "cache")
-        network = pipeline.trace_ingredients(ingredients)
+        network = pipeline.trace_ingredients(ingredients, cache=home / "cache", note=progress.note)
         data = latency_table(network, space, cache=home / "cache", note=progress.note).summary()
     width, color = terminal()
     return report.render_latency(data, title=space.name, console_width=width, color=color).rstrip("\n"), data

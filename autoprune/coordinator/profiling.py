@@ -58,7 +58,11 @@ def profile_space(space: Space, *, home: Path, repeats: int, steps: int) -> tupl
 
         cache = home / "cache"
         ingredients = timed("data and model", lambda: pipeline.ingredients_of(space, cache=cache))
-        trace = timed("trace", lambda: pipeline.trace_ingredients(ingredients, space), profiling.export_seconds)
+        trace = timed(
+            "trace",
+            lambda: pipeline.trace_ingredients(ingredients, space, cache=cache, note=note),
+            profiling.export_seconds,
+        )
         pipeline.train_baseline(space, ingredients, cache=cache, note=note)
         bench = timed(
             "learning",

@@ -137,7 +137,7 @@ class Session:
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
-        self.network: Network = pipeline.trace_ingredients(ingredients, space)
+        self.network: Network = pipeline.trace_ingredients(ingredients, space, cache=home / "cache", note=progress.note)
         groups = pipeline.searchable_groups(self.network, space)
         self.table: LatencyTable | None = None
         if space.budget.limits_latency:

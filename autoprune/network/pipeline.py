@@ -27,6 +27,7 @@ from autoprune.network.checkpoints import load_checkpoint, save_state, write_who
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
 from autoprune.network.evaluation import Loss, Precision, check_task, probe_precision
+from autoprune.network.folding import foldable
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.learning import learn, mean_loss
 from autoprune.network.mask_learning import learn_weights
@@ -37,6 +38,7 @@ from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, R
 from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.timing import device_name, ieee
 from autoprune.network.trace import Network, trace
+from autoprune.network.traced import trace_or_read
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
 from autoprune.results import Problem
@@ -212,16 +214,27 @@ def example_of(splits: Splits) -> Tensor:
     return torch.zeros(2, *splits.sample_shape)
 
 
-def trace_ingredients(ingredients: Ingredients, space: Space | None = None) -> Network:
+def trace_ingredients(
+    ingredients: Ingredients, space: Space | None = None, *, cache: Path | None = None, note: Note = lambda text: None
+) -> Network:
     """Traces the dense model on the CPU for the way of pruning of `space` (by default channels), and finds which groups
     may be removed whole where the space lets them.
+
+    Args:
+        ingredients: The model and its data.
+        space: The settings; None: channels are pruned, and no block is removed.
+        cache: Folder of kept traces; None: none is read or written.
+        note: Told where a kept trace cannot be used.
 
     Raises:
         TraceError: It cannot be exported, or nothing in it can be pruned.
         InputError: Blocks may be removed and no searched group is one.
     """
-    example = example_of(ingredients.splits)
-    network = trace(ingredients.model, example, pruning=CHANNEL if space is None else space.pruning)
+    example, pruning = example_of(ingredients.splits), CHANNEL if space is None else space.pruning
+    if cache is None:
+        network = trace(ingredients.model, example, pruning=pruning)
+    else:
+        network = trace_or_read(ingredients.model, example, pruning=pruning, folder=cache, note=note)
     if space is None or not space.groups.blocks:
         return network
     names = [group.name for group in searchable_groups(network, space)]
@@ -351,10 +364,11 @@ def workbench_of(
         activation_scope=_activation_scope(space),
         conditions=conditions_of(space),
         lock=cache / LOCK,
+        folds=foldable(network),
     )
 
 
-_KNOWLEDGE = 3
+_KNOWLEDGE = 4
 """Version of what `learn` and `learn_weights` compute; a change makes cached files stale."""
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autoprune.network.activations import replace_activations
-from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
+from autoprune.network.evaluation import Precision, autocast, logits_of, mode, samples_at_once, widened
 from autoprune.network.graph import export_program
 from autoprune.network.recipe import optimizer_of
 from autoprune.network.timing import synchronise
@@ -30,8 +30,6 @@ from autoprune.policy import Policy
 from autoprune.results import Fidelity
 
 Clock = Callable[[], float]
-_SCORING = 500
-"""Images of a forward pass when a network is scored, as `evaluate` has it."""
 _RECALIBRATION = 128
 _TRACED_STEPS = 3
 
@@ -180,7 +178,8 @@ def _floors(bench: Workbench, policy: Policy, fidelity: Fidelity, steps: int) ->
     model = bench.repair(bench.selection(policy))
     replace_activations(model, bench.replaced(policy))
     device, precision, recipe = bench.device, bench.precision, bench.recipe
-    scored = [x for x, _ in bench.splits.val.batches(_SCORING, limit=fidelity.images, device=device)]
+    at_once = samples_at_once(device, bench.metric)
+    scored = [x for x, _ in bench.splits.val.batches(at_once, limit=fidelity.images, device=device)]
     scorings = 3 if fidelity.epochs > 0 else 1  # after the cut, after the repair, after the training
     floors = {"evaluation": _forward(model, scored * scorings, precision, device, collecting=False)}
     targets = bench.knowledge.targets if recipe.recalibration_batches > 0 else None

@@ -6,6 +6,7 @@ Decides how ratios and a criterion become a smaller module outside of a study.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch.nn import functional as F
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.blocks import with_removable
 from autoprune.network.calibration import gather
-from autoprune.network.compensation import compensate
 from autoprune.network.criteria import (
     NEEDS_FISHER,
     NEEDS_GRADIENTS,
@@ -99,9 +99,8 @@ def prune(
     selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
-        compensate(network, model, selection, statistics)
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
-        refit_sequentially(network, model, selection, targets)
+        refit_sequentially(network, model, selection, replace(targets, statistics=statistics))
     return model
 
 

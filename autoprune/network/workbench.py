@@ -28,8 +28,9 @@ from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
 from autoprune.network.deeper import repair_images
-from autoprune.network.evaluation import SCORED, Loss, Precision, Score, autocast, evaluate, recalibrate
+from autoprune.network.evaluation import Loss, Precision, Score, autocast, evaluate, recalibrate, samples_at_once
 from autoprune.network.failures import described, free_memory, out_of_memory
+from autoprune.network.folding import Pairs, folded, folded_copy
 from autoprune.network.mask_repair import repair_masked
 from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
 from autoprune.network.merging import merge
@@ -76,7 +77,8 @@ class Workbench:
     built, for the document beside every saved model. `models` is the folder for finished models (None: they are not
     kept). `conditions` are those of measured latency, and `lock` a file that keeps two measurements apart. A batch goes
     through the network in `parts`. `beat` is called between the steps of an evaluation; `clock` tells their seconds.
-    `deeper` keeps the targets on more images that a fidelity asked for, by their number.
+    `deeper` keeps the targets on more images that a fidelity asked for, by their number. `folds` are batch norms that
+    are folded away where a network is only run: the teacher's, and those of a candidate that is scored untrained.
     """
 
     network: Network
@@ -100,6 +102,7 @@ class Workbench:
     beat: Callable[[], None] = _unheard
     clock: Callable[[], float] = time.perf_counter
     deeper: dict[int, Targets] = field(default_factory=dict, repr=False, compare=False)
+    folds: Pairs = ()
 
     def selection(self, policy: Policy) -> Selection:
         """Returns the channels of each group that stay under `policy`.
@@ -213,7 +216,7 @@ class Workbench:
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
         with clock("compensation"):
             model = self._repaired(model, selection, targets=self._targets(fidelity.calibration))
-        with clock("evaluation"):
+        with clock("evaluation"), folded(model, self.folds):
             repaired = self._scored("val", model, fidelity.images, "_recalibrated")
         metrics |= repaired
         if fidelity.epochs > 0:
@@ -357,11 +360,12 @@ class Workbench:
         elif recipe.compensation and selection and knowledge.statistics:
             recalibrated = recipe.recalibration_batches > 0
             ridge, statistics = recipe.ridge, knowledge.statistics
-            compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
             if knowledge.targets is not None and recalibrated:
+                wanted = replace(knowledge.targets, statistics=statistics)
                 with passes:
-                    refit_sequentially(network, model, selection, knowledge.targets, ridge=recipe.ridge)
+                    refit_sequentially(network, model, selection, wanted, ridge=ridge)
                 return model  # that pass took the batch norms' statistics too
+            compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
         # The very same statistics for every candidate: the same images in the same order.
         batches, calibration = recipe.recalibration_batches, self.splits.calibration
         with passes:
@@ -394,7 +398,7 @@ class Workbench:
             self.splits.train,
             recipe=self.recipe,
             epochs=fidelity.epochs,
-            teacher=self.network.model if self.recipe.distillation is not None else None,
+            teacher=self._teacher(),
             seed=seed,
             device=self.device,
             precision=self.training_precision,
@@ -404,6 +408,9 @@ class Workbench:
             stage=stage,
             parts=self.parts,
         )
+
+    def _teacher(self) -> nn.Module | None:
+        return folded_copy(self.network.model, self.folds) if self.recipe.distillation is not None else None
 
     def _scored_tuned(self, model: nn.Module, fidelity: Fidelity) -> dict[str, float]:
         metrics = self._scored("val", model, fidelity.images)
@@ -416,7 +423,7 @@ class Workbench:
         score: Score = evaluate(
             model,
             getattr(self.splits, split),
-            batch_size=max(1, SCORED // self.parts),
+            batch_size=max(1, samples_at_once(self.device, self.metric) // self.parts),
             limit=limit,
             device=self.device,
             autocast_dtype=self.precision.autocast_dtype,

@@ -16,20 +16,21 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from autoprune.network import compensation, pipeline, sequential
-from autoprune.network.calibration import gather, sample_patches
+from autoprune.network.calibration import gather
 from autoprune.network.criteria import choose, score
 from autoprune.network.evaluation import evaluate
 from autoprune.network.evidence import Evidence
+from autoprune.network.patches import patch_rows
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.trace import Network
 from autoprune.search.warmstart import additive, uniform
@@ -38,8 +39,6 @@ from autoprune.space import load_space
 HERE = Path(__file__).parent
 BUDGETS = (0.7, 0.5, 0.35)
 IMAGES = 2000
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-SOLVE = sequential._solve
 
 
 class Case:
@@ -93,9 +92,9 @@ class Case:
 
 
 def refitted(case: Case, model: nn.Module, selection: Selection, ridge: float = 1e-3) -> None:
-    """The way of a search: cached refit, then the sequential one with BatchNorm statistics."""
-    compensation.compensate(case.network, model, selection, case.statistics, ridge=ridge)
-    sequential.refit_sequentially(case.network, model, selection, case.targets, ridge=ridge)
+    """The way of a search: the sequential refit with BatchNorm statistics, in which the dense moments count too."""
+    targets = replace(case.targets, statistics=case.statistics)
+    sequential.refit_sequentially(case.network, model, selection, targets, ridge=ridge)
 
 
 def recalibrated(case: Case, model: nn.Module, selection: Selection) -> None:
@@ -107,20 +106,6 @@ def cached(case: Case, model: nn.Module, selection: Selection) -> None:
     """Refits on what the dense network's layers read, then BatchNorm statistics."""
     compensation.compensate(case.network, model, selection, case.statistics)
     recalibrated(case, model, selection)
-
-
-def held_out(module: nn.Module, patches: Tensor, wanted: Tensor, **options: Any) -> None:
-    """Solves a layer with the ridge whose fit on three quarters of the rows has the least error on the last one."""
-    rows = patches.shape[1] * 3 // 4
-    errors = []
-    start = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    for ridge in RIDGES:
-        SOLVE(module, patches[:, :rows], wanted[:, :rows], **{**options, "ridge": ridge})
-        weight = module.get_parameter("weight").reshape(patches.shape[0], -1, patches.shape[2])
-        error = wanted[:, rows:] - patches[:, rows:] @ weight.transpose(1, 2)
-        errors.append(float((error - error.mean(1, keepdim=True)).square().sum()))
-        module.load_state_dict(start)
-    SOLVE(module, patches, wanted, **{**options, "ridge": RIDGES[int(np.argmin(errors))]})
 
 
 @contextmanager
@@ -153,7 +138,7 @@ def residual_targets(case: Case, model: nn.Module) -> Iterator[None]:
     targets, seed = case.targets, case.targets.seed
 
     def rows(x: Tensor) -> Tensor:
-        return sample_patches(pointwise, x, targets.rows, torch.Generator().manual_seed(seed))  # (1, rows, C)
+        return patch_rows(pointwise, x, targets.rows, seed)  # (1, rows, C)
 
     shortcuts: dict[str, Tensor] = {}
     handles = []
@@ -202,8 +187,8 @@ WAYS: dict[str, Way] = {
     "sequential, ridge 0.001 (default)": refitted,
     "sequential, ridge 0.0001": lambda case, model, kept: refitted(case, model, kept, ridge=1e-4),
     "sequential, ridge 0.01": lambda case, model, kept: refitted(case, model, kept, ridge=1e-2),
-    "sequential, ridge of each layer by held-out error": lambda case, model, kept: with_(
-        case, model, kept, mock.patch.object(sequential, "_solve", held_out)
+    "sequential, without the dense moments": lambda case, model, kept: sequential.refit_sequentially(
+        case.network, model, kept, case.targets
     ),
     "sequential, statistics of the dense network": lambda case, model, kept: with_(
         case, model, kept, dense_statistics()
