@@ -119,6 +119,9 @@ bench-quick: $(READY) ## the same for ResNet-20, one seed, in under 15 minutes
 bench-speed: $(READY) ## how near trials come to their bare passes: on the GPU where there is one: BENCH="--device cpu" (needs AUTOPRUNE_DATA)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/speed.py $(BENCH)
 
+bench-preparation: $(READY) ## what ResNet-50 and ViT-B/16 at 224 px cost before the first candidate: tests/benchmarks/results/preparation.md
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/preparation.py $(BENCH)
+
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
 

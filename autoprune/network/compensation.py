@@ -10,6 +10,8 @@ Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, I
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -110,14 +112,24 @@ def regular_factor(matrix: Tensor, ridge: float) -> Tensor:
     Moments are float32: where thousands of inputs follow from a few, rounding can outweigh a small λ, which is then
     raised tenfold until the matrix is positive definite.
     """
-    scale = matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-12)
+    return raised_factor(lambda: matrix.clone(), ridge)[0]
+
+
+def raised_factor(made: Callable[[], Tensor], ridge: float) -> tuple[Tensor, float]:
+    """Returns what `regular_factor` does, and the ridge that it took.
+
+    `made` returns the matrix anew, contiguous, at each attempt: it is factorised in place.
+    """
     while True:
-        regular = matrix.clone()
-        regular.diagonal(dim1=1, dim2=2).add_(ridge * scale)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(regular, check_errors=ridge > 1.0)
-        if not bool(failed.any()):
-            return factor
+        regular = made()
+        diagonal = regular.diagonal(dim1=1, dim2=2)
+        diagonal.add_(ridge * diagonal.mean(1, keepdim=True).clamp_min(1e-12))
+        # Its transpose is itself, and laid out as LAPACK wants it: nothing is copied.
+        columns, info = regular.mT, torch.empty(len(regular), dtype=torch.int32, device=regular.device)
+        torch.linalg.cholesky_ex(columns, check_errors=ridge > 1.0, out=(columns, info))
+        if not bool(info.any()):
+            return columns, ridge
+        del regular, diagonal, columns  # before it is made anew
         ridge *= 10.0
 
 

@@ -240,13 +240,13 @@ def score(evidence: Evidence, criteria: Iterable[str]) -> dict[str, dict[str, Sc
             a channel.
         InputError: A criterion of the user's own cannot be imported.
     """
-    result: dict[str, dict[str, Scores]] = {}
-    for name in criteria:
-        function = criterion_of(name)
-        result[name] = {group.name: function(evidence, group) for group in evidence.network.groups}
-        for group, scores in result[name].items():
+    functions = {name: criterion_of(name) for name in criteria}
+    result: dict[str, dict[str, Scores]] = {name: {} for name in functions}
+    for group in evidence.network.groups:  # one group after the other: its criteria share what they invert
+        for name, function in functions.items():
+            result[name][group.name] = scores = function(evidence, group)
             if not np.isfinite(scores).all():
-                raise PolicyError(f"criterion {name!r} gives scores that are not finite for group {group!r}")
+                raise PolicyError(f"criterion {name!r} gives scores that are not finite for group {group.name!r}")
     return result
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from autoprune.errors import DataError
 from autoprune.network.calibration import Statistics
 from autoprune.network.groups import Links, PruningGroup, positions_in
+from autoprune.network.inverses import Inverse, Inverses
 from autoprune.network.trace import Network, evaluating
 
 Scores = np.ndarray
@@ -34,6 +35,8 @@ class Evidence:
     """Parameter → `(weight * gradient)²`, each weight's by itself, summed like that and averaged over batches."""
     ranks: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Module path → mean rank of each input channel's feature map, for layers that read images."""
+    inverses: Inverses = field(default_factory=Inverses, repr=False, compare=False)
+    """Inverted moments that several criteria and tables share."""
 
     def uses(self, group: PruningGroup, kinds: Iterable[str]) -> list[Links]:
         """Returns the layers of the given kinds that produce (or normalise) the group's channels, each weight once."""
@@ -54,6 +57,14 @@ class Evidence:
     def parameter(self, name: str) -> Tensor:
         """Returns a parameter of the dense model, detached."""
         return self.network.model.get_parameter(name).detach()
+
+    def rows(self, links: Links) -> Tensor:
+        """Returns the rows of a weight that a layer uses, detached, `(outputs, fan-in)` float64."""
+        return rows_of(links, self.parameter(links.layer.weight))
+
+    def inverse(self, links: Links, *, ridge: float) -> Inverse:
+        """Returns the inverted moments of a consumer's input, which must not be changed. See `Inverses.of`."""
+        return self.inverses.of(links, self.statistics[links.site], self.rows(links), ridge=ridge)
 
 
 Criterion = Callable[[Evidence, PruningGroup], Scores]

@@ -1,20 +1,18 @@
 """What is learnt about a dense network on calibration images before its channels are removed.
 
-Decides the order: moments, gradients, ranks, scores, dense outputs, error tables, what branches carry. Knows nothing of
-settings or of caches. `mask_learning` does the same for single weights.
+Decides the order: moments and dense outputs, gradients, ranks, scores, error tables, what branches carry. Knows nothing
+of settings or of caches. `mask_learning` does the same for single weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from autoprune.errors import DataError
-from autoprune.network.calibration import gather
 from autoprune.network.criteria import (
     NEEDS_FISHER,
     NEEDS_GRADIENTS,
@@ -28,8 +26,8 @@ from autoprune.network.criteria import (
 from autoprune.network.depth import removal_errors, with_depth
 from autoprune.network.evaluation import Loss, logits_of
 from autoprune.network.samples import Split
-from autoprune.network.sequential import gather_targets, target_images
 from autoprune.network.tables import error_tables
+from autoprune.network.targets import gather_both
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Knowledge
 
@@ -65,21 +63,22 @@ def learn(
     count = len(calibration)
     if not count:
         raise DataError("there are no calibration images")
-    batches = (x for x, _ in calibration.batches(_BATCH, device=device))
-    statistics = gather(network, batches, seed=seed, device=device, number=-(-count // _BATCH))
+
+    def batches(limit: int | None) -> Iterator[Tensor]:
+        return (x for x, _ in calibration.batches(_BATCH, limit=limit, device=device))
+
+    number = -(-count // _BATCH)
+    statistics, targets = gather_both(network, batches, count, number=number, seed=seed, device=device)
     gradients: dict[str, tuple[Tensor, ...]] = {}
     if NEEDS_GRADIENTS & set(criteria):
         gradients = gather_gradients(network, calibration.batches(_BATCH, device=device), mean, device=device)
     fisher: dict[str, Tensor] = {}
     if NEEDS_FISHER & set(criteria):
         fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean, device=device)
-    few = calibration.batches(_BATCH, limit=target_images(network, count), device=device)
-    images = torch.cat([x for x, _ in few])
-    ranks = gather_ranks(network, images, device=device) if NEEDS_RANKS & set(criteria) else {}
+    ranks = gather_ranks(network, targets.images, device=device) if NEEDS_RANKS & set(criteria) else {}
     evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
     scores = score(evidence, criteria)
-    targets = gather_targets(network, images, seed=seed)
-    tables = with_depth(error_tables(evidence, scores), removal_errors(network, images, statistics))
+    tables = with_depth(error_tables(evidence, scores), removal_errors(network, targets.images, statistics))
     return Knowledge(statistics, targets, scores, tables)
 
 

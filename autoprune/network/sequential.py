@@ -97,6 +97,12 @@ def target_images(network: Network, count: int) -> int:
     return max(8, min(count, IMAGE_BYTES // memory))
 
 
+def target_rows(network: Network, rows: int = ROWS) -> int:
+    """Returns how many of `rows` positions a layer are kept, so that all layers' outputs stay within `TARGET_BYTES`."""
+    outputs = sum(len(links.outputs) for links in refittable_layers(network).values())
+    return max(512, min(rows, TARGET_BYTES // max(1, 4 * outputs)))
+
+
 def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: int = 0) -> Targets:
     """Runs `images` `(B, ...)` through the dense network and keeps what its layers give at drawn positions.
 
@@ -104,8 +110,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     """
     layers = refittable_layers(network)
     images = images[: target_images(network, len(images))]
-    outputs = sum(len(links.outputs) for links in layers.values())
-    rows = max(512, min(rows, TARGET_BYTES // max(1, 4 * outputs)))
+    rows = target_rows(network, rows)
     modules = dict(network.model.named_modules())
     parts = {site: rows_of_site(network, links) for site, links in layers.items()}
     found: dict[str, Tensor] = {}

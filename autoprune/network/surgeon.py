@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.network.compensation import entries_of, layer_moments, regular_factor
-from autoprune.network.evidence import Evidence, Scores, is_inside, rows_of
+from autoprune.network.compensation import entries_of
+from autoprune.network.evidence import Evidence, Scores, is_inside
 from autoprune.network.groups import Links, PruningGroup, positions_in
+from autoprune.network.inverses import Inverse, grouped_rows
 
 RIDGE = 1e-3
 """Added to the diagonal of `C`, relative to its mean."""
@@ -42,11 +43,12 @@ def block_errors(evidence: Evidence, links: Links, group: PruningGroup) -> Tenso
     0 where it is none of the group's.
     """
     assert links.inputs is not None
-    weight, inverse = _inverted(evidence, links)
+    inverse = evidence.inverse(links, ridge=RIDGE)
+    weight = _scaled_weight(evidence, links, inverse)
     inside = np.flatnonzero(is_inside(links.inputs, group))
     k = evidence.statistics[links.site].kernel
     values = torch.zeros(len(links.inputs), dtype=torch.float64)
-    values[torch.from_numpy(inside)] = _costs(weight, inverse, entries_of(inside, k).reshape(-1, k)).cpu()
+    values[torch.from_numpy(inside)] = _costs(weight, inverse.matrix, entries_of(inside, k).reshape(-1, k)).cpu()
     return values
 
 
@@ -118,8 +120,11 @@ class _Consumer:
         table = np.full((group.size, int(lengths.max())), -1)
         for row, entries in zip(table, own, strict=True):
             row[: len(entries)] = entries
-        dense = cls(*_inverted(evidence, links), table, lengths)
-        return dense if (places >= 0).all() else dense.restricted(np.arange(group.size))
+        shared = evidence.inverse(links, ridge=RIDGE)
+        weight = _scaled_weight(evidence, links, shared)
+        if (places >= 0).all():
+            return cls(weight, shared.matrix.clone(), table, lengths)  # a copy, because removals change it
+        return cls(weight, shared.matrix, table, lengths).restricted(np.arange(group.size))
 
     def costs(self, channels: np.ndarray) -> np.ndarray:
         """Returns what each of the channels would cost now, `(len(channels),)`."""
@@ -156,17 +161,11 @@ class _Consumer:
         return torch.from_numpy(entries[used]).to(self._inverse.device)
 
 
-def _inverted(evidence: Evidence, links: Links) -> tuple[Tensor, Tensor]:
-    """Returns a consumer's weight `(G, d, N/G)`, scaled to an output power of one, and the inverse of the regularised
-    moments of its input `(G, d, d)`, both float64.
-    """
-    matrix = layer_moments(evidence.statistics[links.site], links).double()
-    groups = matrix.shape[0]
-    weight = rows_of(links, evidence.parameter(links.layer.weight))
-    flat = weight.reshape(groups, weight.shape[0] // groups, -1).double().to(matrix.device)
-    power = ((flat @ matrix) * flat).sum().clamp_min(1e-12)
-    inverse = torch.cholesky_inverse(regular_factor(matrix, RIDGE))
-    return (flat / power.sqrt()).transpose(1, 2).contiguous(), inverse
+def _scaled_weight(evidence: Evidence, links: Links, inverse: Inverse) -> Tensor:
+    """Returns a consumer's weight `(G, d, N/G)`, float64, scaled to an output power of one."""
+    flat = grouped_rows(evidence.rows(links), inverse.matrix)
+    scaled: Tensor = flat / max(inverse.power, 1e-12) ** 0.5
+    return scaled.transpose(1, 2).contiguous()
 
 
 def _costs(weight: Tensor, inverse: Tensor, entries: Tensor) -> Tensor:

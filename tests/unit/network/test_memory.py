@@ -1,5 +1,6 @@
 """Memory: many trials may not add up, and images that do not fit into it are streamed."""
 
+import ctypes
 import gc
 import os
 import sys
@@ -12,9 +13,12 @@ import torch
 from PIL import Image
 
 from autoprune.network import folders, sequential
+from autoprune.network.calibration import gather
+from autoprune.network.criteria import Evidence, score
 from autoprune.network.data import DataSettings, as_splits, load_data
 from autoprune.network.learning import learn
 from autoprune.network.samples import StreamSplit
+from autoprune.network.tables import error_tables
 from autoprune.network.trace import trace
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
@@ -47,6 +51,8 @@ def test_five_hundred_trials_do_not_grow_the_process(bench):
 
 def peak_of(call) -> int:
     """Returns by how many bytes the process grew at most while `call` ran."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls gave back must not hide what this one takes
     before = resident()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
     call()
@@ -72,6 +78,23 @@ def test_eight_times_the_calibration_images_are_learnt_from_in_the_same_memory(m
 
     learning(256)
     assert learning(2048) - learning(256) < 48 * MIB
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the resident size is read from /proc")
+def test_tables_and_inverses_hold_few_matrices_of_the_widest_layer_however_many_criteria_there_are():
+    """As the module `tables` says: two in float64, one in float32 and strips; for obs an inverse beside them."""
+    width = 2304
+    matrix = 8 * width**2  # 40 MiB: blocks beyond 32 MiB go back to the system at once
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 4)).eval()
+    x = torch.randn(4000, 8)
+    network = trace(model, x[:2])
+    evidence = Evidence(network, gather(network, [x]))
+    names = ["l1", "l2", "fpgm", "activation", "random"]
+    scores = score(evidence, names)
+    error_tables(evidence, {"l1": scores["l1"]})  # what is loaded at the first call does not count
+    assert peak_of(lambda: error_tables(evidence, scores)) < 3 * matrix
+    assert peak_of(lambda: score(evidence, ["obs"])) < 4 * matrix
 
 
 @pytest.fixture
