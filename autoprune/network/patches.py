@@ -58,7 +58,7 @@ def patch_rows(module: nn.Module | None, x: Tensor, limit: int, seed: int) -> Te
     x = x.detach()
     if module is None or isinstance(module, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])  # (B * ..., K)
-        return rows.index_select(0, _drawn(rows.shape[0], limit, seed).to(x.device)).unsqueeze(0)
+        return rows.index_select(0, drawn(rows.shape[0], limit, seed).to(x.device)).unsqueeze(0)
     assert isinstance(module, nn.modules.conv._ConvNd)
     rank = len(module.kernel_size)
     before = module._reversed_padding_repeated_twice[2 * rank - 2 :: -2]
@@ -103,7 +103,7 @@ def weight_of(solved: Tensor, shape: torch.Size) -> Tensor:
     return parts.permute(0, 3, 2, 1).reshape(shape)
 
 
-def _drawn(total: int, limit: int, seed: int) -> Tensor:
+def drawn(total: int, limit: int, seed: int) -> Tensor:
     """Returns up to `limit` of `total` positions; fewer of them are the first of more."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
 
@@ -111,7 +111,7 @@ def _drawn(total: int, limit: int, seed: int) -> Tensor:
 @lru_cache(maxsize=_GEOMETRIES)
 def _places(geometry: Geometry, limit: int, seed: int, device: torch.device) -> Places:
     sizes = geometry.sizes
-    place = torch.unravel_index(_drawn(math.prod(sizes), limit, seed), sizes)
+    place = torch.unravel_index(drawn(math.prod(sizes), limit, seed), sizes)
     index = place[0].unsqueeze(1)  # (rows, taps): positions in the flattened batch and space
     inside = torch.ones_like(index, dtype=torch.bool)
     for axis, space in enumerate(geometry.space):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.network.calibration import Statistics, gather
+from autoprune.network.patches import drawn
 from autoprune.network.sequential import Targets, gather_targets, refittable_layers, target_images, target_rows
 from autoprune.network.sites import listening, rows_of_site
 from autoprune.network.trace import Network, evaluating
@@ -94,9 +95,7 @@ class Watch:
         inner = len(rows) // (outer * self._now)
         if site not in self._places:
             total = outer * self._count * inner
-            generator = torch.Generator().manual_seed(self._seed)
-            drawn = torch.arange(total) if total <= self._rows else torch.randperm(total, generator=generator)
-            self._places[site] = drawn[: self._rows]
+            self._places[site] = drawn(total, self._rows, self._seed)
         block = self._places[site] // max(1, self._count * inner)
         places = self._places[site] - (block * self._count + self._seen) * inner  # within the images of this batch
         here = ((places >= 0) & (places < self._now * inner)).nonzero().squeeze(1)
