@@ -132,7 +132,8 @@ def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) ->
     """Writes an ONNX file with a dynamic batch, checked with onnxruntime.
 
     A model in half precision is written in float32, which holds the same weights: onnxruntime has few kernels for
-    anything else on a CPU. The graph is not optimised, as that folds parameters into others; runtimes do so on loading.
+    anything else on a CPU. Only what follows from constants is folded: parameters stay as they are, and runtimes fold
+    them into others on loading.
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
@@ -141,7 +142,7 @@ def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) ->
     """
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  the exporter needs it and says so only half-way
+        from onnxscript.optimizer import fold_constants, remove_unused_nodes  # the exporter needs onnxscript too
     except ImportError as error:
         raise MissingExtraError(f"FORMAT=onnx needs {error.name}: pip install 'autoprune[onnx]'") from error
     name = "model.onnx"
@@ -164,6 +165,10 @@ def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) ->
                 verbose=False,
             )
         assert written is not None
+        # What follows from constants alone, so that runtimes see plain biases and can fold batch norms into the layers
+        # before them. The exporter's own optimiser does that folding in the file, whose parameters are counted below.
+        fold_constants(written.model)
+        remove_unused_nodes(written.model)
         graph = written.model_proto.graph
         write_whole(target / name, written.model_proto.SerializeToString())
         session = onnxruntime.InferenceSession(str(target / name), providers=["CPUExecutionProvider"])
