@@ -5,7 +5,7 @@
 `make bench-preparation` calls it and keeps tests/benchmarks/results/preparation.md. Weights and images are random: time
 and memory do not depend on what is in them (fewer images than entries leave moments singular, which may cost a second
 factorisation). Each network runs in a process of its own, because a process tells only its highest memory. Rows of
-earlier runs are kept; a network that is measured again replaces its row.
+earlier runs are kept; a network that is measured again replaces its row (`--networks` alone writes the table again).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def row(found: dict[str, float | str]) -> str:
 def main() -> None:
     """Measures and writes the results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet50", "vit_b_16"], choices=sorted(NETWORKS))
+    parser.add_argument("--networks", nargs="*", default=["resnet20", "resnet50", "vit_b_16"], choices=sorted(NETWORKS))
     parser.add_argument("--images", type=int, help="calibration images; else 512 of 32 px and 64 of 224 px")
     parser.add_argument("--output", type=Path, default=Path("tests/benchmarks/results/preparation.md"))
     parser.add_argument("--journal", type=Path, default=HOME / "preparation.json")
