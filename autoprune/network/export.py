@@ -167,7 +167,13 @@ def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) ->
         assert written is not None
         # What follows from constants alone, so that runtimes see plain biases and can fold batch norms into the layers
         # before them. The exporter's own optimiser does that folding in the file, whose parameters are counted below.
-        fold_constants(written.model)
+        owners = dict(model.named_parameters(remove_duplicate=False))
+
+        def foldable(node: Any) -> bool | None:
+            reads = any(value is not None and value.name in owners for value in node.inputs)
+            return False if reads and node.op_type != "Shape" else None
+
+        fold_constants(written.model, should_fold=foldable)
         remove_unused_nodes(written.model)
         graph = written.model_proto.graph
         write_whole(target / name, written.model_proto.SerializeToString())

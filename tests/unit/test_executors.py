@@ -17,7 +17,7 @@ import pytest
 from autoprune.errors import AutopruneError, CheckpointError, InputError, MissingExtraError, TrialError
 from autoprune.executors import Beat, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share, processes
 
-WAIT = 30
+WAIT = 120
 
 
 class TwoArguments(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def test_training_longer_gives_a_model_with_the_same_channels_and_its_own_number
     assert after["kept"] == before["kept"]
     assert after["costs"] == before["costs"]
     assert after["finetune"]["from"] == "iris.tune/0"
-    fidelity = {"rung": "finetune", "epochs": 3, "images": None, "seeds": 1, "test": True, "scratch": False}
-    assert after["result"]["fidelity"] == fidelity
+    assert after["result"]["fidelity"] == asdict(Fidelity("finetune", epochs=3, test=True))
     old, new = load(saved).state_dict(), load(tmp_path / "1").state_dict()
     assert {k: v.shape for k, v in old.items()} == {k: v.shape for k, v in new.items()}
     assert any(not torch.equal(old[k], new[k]) for k in old)
