@@ -235,7 +235,7 @@ def evaluate_again(
         TrialError: The evaluation failed.
     """
     ingredients = ingredients_of(space, cache=cache)
-    network = trace_ingredients(ingredients)
+    network = trace_ingredients(ingredients, space)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(int(facts.get("threads", before)))

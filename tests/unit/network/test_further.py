@@ -135,6 +135,21 @@ def test_a_recorded_evaluation_gives_the_very_same_numbers(space: Space, saved: 
     assert result.model_path is None
 
 
+def test_an_evaluation_is_repeated_in_the_way_of_pruning_of_its_space(space: Space, cache: Path) -> None:
+    masked = space.model_copy(update={"pruning": "unstructured"})
+    result = further.evaluate_again(
+        masked,
+        lambda groups: uniform_policy(groups, 0.5, "l2"),
+        Fidelity("screen"),
+        facts={"precision": "float32, channels last"},
+        cache=cache,
+        note=quiet,
+    )
+    dense = pipeline.trace_ingredients(pipeline.ingredients_of(space, cache=cache)).cost_model.dense()
+    assert result.costs["params"] < dense["params"]
+    assert result.costs["activation_bytes"] == dense["activation_bytes"]  # single weights go, no channels
+
+
 def test_number_formats_are_written_and_read_back() -> None:
     for text in ("float32, channels last", "bfloat16, channels first"):
         assert further.precision_text(further.precision_from(text)) == text
