@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from hypothesis import settings
 # No deadline: the machine's cores may be shared, and a slow example is no failure.
 settings.register_profile("autoprune", deadline=None)
 settings.load_profile("autoprune")
+
+# A job in the background of a shell is started with interrupts ignored, which the processes that tests interrupt would
+# inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
