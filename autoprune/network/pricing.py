@@ -69,17 +69,18 @@ def _size(units: Labels, groups: Sequence[PruningGroup]) -> tuple[Term, ...]:
     rows, numbers = np.unique(np.sort(members, axis=1), axis=0, return_counts=True)
     for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
         counts[tuple(g for g in row if g >= 0)] = int(number)
-    linear = Form(
-        counts.get((), 0), tuple((k[0], n // groups[k[0]].size) for k, n in sorted(counts.items()) if len(k) == 1)
-    )
+    # Indices that hold only a part of a group count as if they stayed: the dense cost is exact, and the check of each
+    # group finds what a narrower one is then said to cost too much.
+    whole = {key: number // math.prod(groups[g].size for g in key) for key, number in counts.items() if key}
+    rest = sum(counts[key] - times * math.prod(groups[g].size for g in key) for key, times in whole.items())
+    linear = Form(counts.get((), 0) + rest, tuple((k[0], n) for k, n in sorted(whole.items()) if len(k) == 1 and n))
     found: list[Term] = []
     if linear.terms:
         found.append(Term(1, (linear,)))
     elif linear.const:
         found.append(Term(linear.const))
-    for key, number in counts.items():
-        if len(key) > 1:
-            repeats = number // math.prod(groups[g].size for g in key)
+    for key, repeats in whole.items():
+        if len(key) > 1 and repeats:
             found.append(Term(repeats, tuple(Form(0, ((g, 1),)) for g in key)))
     return tuple(found)
 
