@@ -6,6 +6,7 @@ zero or less is feasible, which is Optuna's sign.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,28 @@ class Budget:
 
     `limits` maps names of costs to inclusive upper limits. `primary` is the cost on the front's axis; the front is
     searched between `span[0]` and `span[1]`, fractions of the dense network's `primary` cost. The upper end never
-    exceeds the limit.
+    exceeds the limit. `points`, falling fractions, are the only ones that candidates are made for; empty: all of the
+    span.
     """
 
     limits: Mapping[str, int]
     primary: str
     span: tuple[float, float]
+    points: tuple[float, ...] = ()
+
+    def target(self, share: float) -> float:
+        """Returns the fraction of the dense primary cost at `share` (0 to 1) of the span, on a logarithmic scale.
+
+        Of points, each has the same share.
+        """
+        if self.points:
+            return self.points[::-1][min(int(share * len(self.points)), len(self.points) - 1)]
+        low, high = self.span
+        return high * (low / high) ** (1.0 - share) if low < high else high
+
+    def nearest(self, target: float) -> float:
+        """Returns the point whose ratio to `target` is least, `target` itself where there are no points."""
+        return min(self.points, key=lambda point: abs(math.log(point / target)), default=target)
 
     def violation(self, costs: Mapping[str, float]) -> float:
         """Returns the largest relative excess over a limit: at most 0 for a policy within the budget."""
@@ -112,6 +129,7 @@ def resolve_budget(
     groups: Sequence[Group],
     *,
     front: tuple[float, float] | None = None,
+    points: Sequence[float] = (),
 ) -> Budget:
     """Turns a space file's budget into absolute limits for one network and checks that some policy can meet it.
 
@@ -122,9 +140,11 @@ def resolve_budget(
         groups: The groups that may be pruned.
         front: Fractions of the dense primary cost between which the front is searched; by default from the least
             possible (at least 0.1 of dense) to the limit.
+        points: The fractions of the dense primary cost that are wanted; they make the span.
 
     Raises:
-        BudgetError: A key is unknown, a limit cannot be read, or not even the narrowest network meets it.
+        BudgetError: A key is unknown, a limit cannot be read, not even the narrowest network meets it, or a point
+            exceeds it or lies below what is possible.
     """
     dense = cost_model.dense()
     least = cost_model.costs({group.name: group.widths[0] for group in groups})
@@ -147,6 +167,9 @@ def resolve_budget(
     primary = KEYS[next(iter(wanted))] if wanted else MACS
     floor = least[primary] / dense[primary]
     ceiling = min(1.0, limits.get(primary, dense[primary]) / dense[primary])
+    if points:
+        _check_points(points, floor=floor, ceiling=ceiling, key=key_of(primary))
+        return Budget(limits, primary, (min(points), max(points)), tuple(sorted(set(points), reverse=True)))
     low, high = front if front is not None else (max(floor, 0.1 if ceiling > 0.1 else floor), ceiling)
     if not 0.0 < low <= high <= 1.0:
         raise BudgetError(f"front: {[low, high]} must rise within (0, 1]")
@@ -157,6 +180,16 @@ def resolve_budget(
             f"no policy lies on the front {[low, high]}: the least possible {key_of(primary)} is {floor:.3f} of dense"
         )
     return Budget(limits, primary, (low, high))
+
+
+def _check_points(points: Sequence[float], *, floor: float, ceiling: float, key: str) -> None:
+    for point in points:
+        if not 0.0 < point <= 1.0:
+            raise BudgetError(f"a point of the front is a fraction of the dense {key}, in (0, 1], got {point}")
+        if point > ceiling + 1e-9:
+            raise BudgetError(f"the point {point} exceeds the budget, {ceiling:.3f} of the dense {key}")
+        if point < floor:
+            raise BudgetError(f"no policy meets the point {point}: the least possible {key} is {floor:.3f} of dense")
 
 
 def _shown(name: str, value: int) -> str:

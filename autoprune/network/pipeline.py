@@ -293,7 +293,10 @@ def problem_of(network: Network, groups: Sequence[Group], space: Space) -> Probl
         BudgetError: No policy meets the budget.
         InputError: An activation is to be replaced and the network has no module of that kind.
     """
-    budget = resolve_budget(space.budget.limits, network.cost_model, groups, front=space.budget.front)
+    section = space.budget
+    budget = resolve_budget(
+        section.limits, network.cost_model, groups, front=section.front, points=section.points or ()
+    )
     activations = choices_of(network, space.activations.choices, _activation_scope(space))
     return Problem(tuple(groups), network.cost_model, budget, tuple(space.criteria.choices), activations)
 

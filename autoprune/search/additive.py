@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from autoprune.budget import Budget
 from autoprune.cost import MEMORY, CostModel
 from autoprune.errors import BudgetError
+from autoprune.pareto import spread_order
 from autoprune.policy import Choice, Group, Policy
 from autoprune.results import Problem
 from autoprune.search.projection import Projector
@@ -314,8 +315,14 @@ def policy_from_widths(problem: Problem, widths: Mapping[str, int], criteria: Ma
 
 
 def targets(budget: Budget, count: int) -> list[float]:
-    """Returns `count` fractions of the dense primary cost, from the span's upper end down at equal ratios."""
+    """Returns `count` fractions of the dense primary cost, from the span's upper end down at equal ratios.
+
+    Of a budget with points some of them, well spread, and never more than there are.
+    """
     low, high = budget.span
+    if budget.points:
+        order = spread_order(budget.points)[:count]
+        return sorted((budget.points[i] for i in order), reverse=True)
     if count == 1 or high <= low:
         return [high]
     return [high * (low / high) ** (i / (count - 1)) for i in range(count)]

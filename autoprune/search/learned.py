@@ -85,8 +85,7 @@ class LearnedAdditive:
             for group in self._problem.groups
         }
         chosen, curves = best_curves(self._problem, scaled)
-        low, high = self._problem.budget.span
-        target = high * (low / high) ** _radical_inverse(self._number) if low < high else high
+        target = self._problem.budget.target(1.0 - _radical_inverse(self._number))
         return policy_from_widths(self._problem, self._solver.solve(curves, target), chosen)
 
     def _draw(self, results: Sequence[TrialResult]) -> Weights:

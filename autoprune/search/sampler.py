@@ -213,7 +213,7 @@ class BudgetSampler(BaseSampler):
         low, high = self._problem.budget.span
         target = TARGET + key_of(self._problem.budget.primary)
         ratios = {group.name: proposed.get(RATIO + group.name, 0.0) for group in self._problem.groups}
-        widths = self._projector.project(ratios, proposed.get(target, high))
+        widths = self._projector.project(ratios, self._problem.budget.nearest(proposed.get(target, high)))
         projected = {name: value for name, value in proposed.items() if name.startswith((CRITERION, ACTIVATION))}
         for group in self._problem.groups:
             if len(group.widths) > 1:

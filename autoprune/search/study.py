@@ -167,6 +167,7 @@ def _network_digest(problem: Problem) -> str:
     least = {group.name: group.widths[0] for group in problem.groups}
     costs = [problem.cost_model.dense(), problem.cost_model.costs(least)]
     budget = [dict(problem.budget.limits), problem.budget.primary, list(problem.budget.span)]
+    budget += [list(problem.budget.points)] if problem.budget.points else []
     activations = [sorted((place, list(kinds)) for place, kinds in problem.activations.items())]
     return digest([groups, costs, budget, list(problem.criteria), *(activations if problem.activations else [])])
 

@@ -168,13 +168,13 @@ def warm_starts(problem: Problem, scores: Scores, tables: Tables, *, count: int)
 
 
 def _round(problem: Problem, criteria: Sequence[str | None], count: int) -> list[tuple[float, str | None]]:
-    """Returns `count` pairs of a target and a criterion: each target twice, with criteria that change from one to the
-    next.
+    """Returns `count` pairs of a target and a criterion: each target twice (of points each once, then again), with
+    criteria that change from one to the next.
     """
-    spread = targets(problem.budget, max(1, math.ceil(count / 2)))
+    spread = targets(problem.budget, max(1, count if problem.budget.points else math.ceil(count / 2)))
     pairs = [
         (spread[place], criteria[(i + turn) % len(criteria)])
-        for turn in range(2)
+        for turn in range(math.ceil(count / len(spread)))
         for i, place in enumerate(spread_order(spread))
     ]
     return pairs[:count]
@@ -202,12 +202,19 @@ def control_policies(problem: Problem, scores: Scores, *, count: int, seed: int 
     starts = [even(high), ranked(norm, high), _random(problem, norm, seed, projector=projector)]
     starts += [ranked(name, high) for name in problem.criteria if name not in (norm, "random")]
     lower = max(1, math.ceil((count - len(starts)) / 2))
-    for target in targets(problem.budget, lower + 2)[1:-1]:  # the least budget has a single policy
+    for target in _lower(problem, lower):
         starts += [even(target), ranked(norm, target)]
     distinct: dict[str, WarmStart] = {}
     for start in starts:
         distinct.setdefault(start.policy.id, start)
     return tuple(distinct.values())[:count]
+
+
+def _lower(problem: Problem, count: int) -> list[float]:
+    """Returns up to `count` fractions of the dense primary cost below the upper end of the span."""
+    if problem.budget.points:
+        return list(problem.budget.points[1 : count + 1])
+    return targets(problem.budget, count + 2)[1:-1]  # the least budget has a single policy
 
 
 def _random(problem: Problem, criterion: str, seed: int, *, projector: Projector) -> WarmStart:

@@ -99,6 +99,13 @@ class BudgetSettings(Section):
         "first of macs, params, size, memory, latency that has a limit (macs where none has). Null: from the "
         "least possible to the limit.",
     )
+    points: Annotated[tuple[float, ...] | None, BeforeValidator(as_tuple)] = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="In the place of `front`: the fractions of that cost at which candidates are wanted, and only "
+        "there, such as [0.7, 0.5, 0.35].",
+    )
 
     @property
     def limits(self) -> dict[str, float | str]:
@@ -115,6 +122,7 @@ class BudgetSettings(Section):
         """Checks that latency is limited once, and that the front rises within (0, 1] and reaches below the limit."""
         if raw.get("latency") is not None and raw.get("latency_ms") is not None:
             yield ("latency_ms",), "is the same limit as `latency`; give one of them"
+        yield from _point_faults(raw)
         front = raw.get("front")
         if not isinstance(front, (list, tuple)) or len(front) != 2:
             return
@@ -124,13 +132,36 @@ class BudgetSettings(Section):
         if not 0.0 < low < high <= 1.0:
             yield ("front",), f"rises within (0, 1], such as [0.25, 1.0]; got [{low}, {high}]"
             return
-        key = next((key for key in KEYS if raw.get(key) is not None), None)
-        try:
-            limit, fraction = read_limit(key, raw[key]) if key else (1.0, True)
-        except BudgetError:
-            return
-        if fraction and limit < low:
+        key, limit = _axis(raw)
+        if limit < low:
             yield ("front",), f"starts at {low}, above the budget {key}: {raw[key or '']}"
+
+
+def _axis(raw: Mapping[str, Any]) -> tuple[str | None, float]:
+    """Returns the key of the cost on the front's axis, and its limit as a fraction where it is given as one, else 1."""
+    key = next((key for key in KEYS if raw.get(key) is not None), None)
+    try:
+        limit, fraction = read_limit(key, raw[key]) if key else (1.0, True)
+    except BudgetError:
+        return key, 1.0
+    return key, limit if fraction else 1.0
+
+
+def _point_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
+    points = raw.get("points")
+    if not isinstance(points, (list, tuple)):
+        return
+    if raw.get("front") is not None:
+        yield ("points",), "takes the place of `front`; give one of them"
+    key, limit = _axis(raw)
+    for i, value in enumerate(points):
+        point = number(value)
+        if point is None:
+            continue
+        if not 0.0 < point <= 1.0:
+            yield ("points", i), f"is a fraction of the dense cost, in (0, 1]; got {point}"
+        elif point > limit:
+            yield ("points", i), f"{point} is above the budget {key}: {raw[key or '']}"
 
 
 class LatencySettings(Section):

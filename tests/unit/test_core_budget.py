@@ -118,6 +118,33 @@ def test_a_front_that_no_policy_lies_on_is_refused() -> None:
         resolve_budget({}, NET, GROUPS, front=(0.5, 0.2))
 
 
+def test_points_make_the_span_and_stand_once_each_from_the_highest_down() -> None:
+    budget = resolve_budget({"macs": 0.6}, NET, GROUPS, points=(0.2, 0.6, 0.4, 0.2))
+    assert budget.points == (0.6, 0.4, 0.2)
+    assert budget.span == (0.2, 0.6)
+    assert [budget.target(share) for share in (0.0, 0.3, 0.34, 0.66, 0.7, 1.0)] == [0.2, 0.2, 0.4, 0.4, 0.6, 0.6]
+    assert [budget.nearest(target) for target in (0.01, 0.28, 0.29, 0.9)] == [0.2, 0.2, 0.4, 0.6]
+
+
+def test_without_points_a_target_is_anywhere_on_the_span() -> None:
+    budget = resolve_budget({}, NET, GROUPS, front=(0.2, 0.8))
+    assert [budget.target(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.2, 0.4, 0.8])
+    assert budget.nearest(0.37) == 0.37
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ((0.7,), r"0\.7 exceeds the budget, 0\.600 of the dense macs"),
+        ((0.05,), r"no policy meets the point 0\.05: the least possible macs is 0\.100"),
+        ((0.0,), r"in \(0, 1\], got 0"),
+    ],
+)
+def test_a_point_that_no_policy_may_have_is_refused(points: tuple[float, ...], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        resolve_budget({"macs": 0.6}, NET, GROUPS, points=points)
+
+
 def test_an_unknown_cost_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(BudgetError, match="unknown budget 'parms'; did you mean 'params'"):
         resolve_budget({"parms": 0.5}, NET, GROUPS)

@@ -30,39 +30,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autoprune, sampler alone": {"search.sampler": "tpe", "search.warm_starts": "false"},
     "autoprune, NSGA-II": {"search.sampler": "nsga2"},
     "autoprune, random": {"search.sampler": "random"},
+    "autoprune, one rung": {"one_rung": True},
 }
+FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibration": 2048}
+"""The last rung of our search: its best candidates are repaired on more of the training images."""
 
 
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
-    """Our search with a single rung that trains nothing; the pick of a budget is the best candidate within it.
+    """Our search for the budgets, with two rungs that train nothing; a budget's pick is the best candidate within it.
 
-    `warm_only`: it ends with the warm starts, of which there are as many as in a search without end.
+    `warm_only`: it ends with the warm starts, of which there are as many as in a search without end. `one_rung`: no
+    candidate is repaired on more images.
     """
     from autoprune import search as studies
     from autoprune.coordinator.logs import SearchLog
     from autoprune.coordinator.session import Session
     from autoprune.network.pipeline import trace_ingredients, workbench_of
     from autoprune.report import Progress
+    from autoprune.space.method import RungSettings
 
     class WarmStartsAlone(Session):
         def _plan(self, workers: int, trials: int) -> studies.LadderPlan:
             plan = super()._plan(workers, trials)
             rung = replace(plan.rungs[0], trials=len(plan.warm_starts))
-            return replace(plan, rungs=(rung,), sampler=None)
+            return replace(plan, rungs=(rung, *plan.rungs[1:]), sampler=None)
 
     changes = dict(VARIANTS[variant])
-    warm_only = changes.pop("warm_only", False)
+    warm_only, one_rung = changes.pop("warm_only", False), changes.pop("one_rung", False)
     candidates = 100_000
+    ladder = task.space.search.ladder[:1]
     section = task.space.search.model_copy(
         update={
             "trials": candidates,
             "controls": 0,
-            "ladder": task.space.search.ladder[:1],
+            "ladder": ladder if one_rung else (*ladder, RungSettings(**FINAL)),
             "sampler": changes.get("search.sampler", task.space.search.sampler),
             "warm_starts": changes.get("search.warm_starts") != "false",
         }
     )
-    space = task.space.model_copy(update={"search": section})
+    budget = task.space.budget.model_copy(update={"front": None, "points": BUDGETS})
+    space = task.space.model_copy(update={"search": section, "budget": budget})
     home = journal.folder / "home"
     with SearchLog(home, space.name) as log, Progress() as progress:
         sections = space.fingerprint_sections()
@@ -71,23 +78,30 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
         )
         deadline = journal.started + seconds
         session.run(workers=1, deadline=deadline, trials=candidates, summary=False)
-    study = studies.load_rung(studies.open_storage(home / "optuna.db"), space.name, space.search.ladder[0].rung)
-    begun = min(trial.datetime_start for trial in study.trials if trial.datetime_start)
-    offset = journal.seconds
-    last = max(trial.datetime_complete for trial in study.trials if trial.datetime_complete)
-    prepared = offset - (last - begun).total_seconds()
-    trials = [t for t in studies.distinct(studies.read_results(study)) if t.result is not None]
-    for trial in trials:
-        ended = study.trials[trial.number].datetime_complete
-        spent = prepared + (ended - begun).total_seconds()
-        journal.candidate(trial.result.costs["macs"] / task.dense_macs, trial.result.metrics["val_accuracy"], spent)
+    rungs = []
+    for rung in space.search.ladder:
+        study = studies.load_rung(studies.open_storage(home / "optuna.db"), space.name, rung.rung)
+        rungs.append((rung, study, [t for t in studies.distinct(studies.read_results(study)) if t.result is not None]))
+    begun = min(trial.datetime_start for trial in rungs[0][1].trials if trial.datetime_start)
+    last = max(trial.datetime_complete for _, study, _ in rungs for trial in study.trials if trial.datetime_complete)
+    prepared = journal.seconds - (last - begun).total_seconds()
+    for _, study, trials in rungs:
+        for trial in trials:
+            ended = study.trials[trial.number].datetime_complete
+            spent = prepared + (ended - begun).total_seconds()
+            journal.candidate(trial.result.costs["macs"] / task.dense_macs, trial.result.metrics["val_accuracy"], spent)
     network = trace_ingredients(task.ingredients)
     bench = workbench_of(space, task.ingredients, network, cache=home / "cache", models=None, note=lambda text: None)
-    for budget in BUDGETS:
-        within = [t for t in trials if t.result.costs["macs"] <= budget * task.dense_macs]
+    for limit in BUDGETS:
+        within = [
+            (trial.result.metrics["val_accuracy"], number, rung.calibration, trial)
+            for number, (rung, _, trials) in enumerate(rungs)
+            for trial in trials
+            if trial.result.costs["macs"] <= limit * task.dense_macs
+        ]
         if within:
-            best = max(within, key=lambda t: t.result.metrics["val_accuracy"])
-            journal.keep(budget, bench.repair(bench.selection(best.policy)), best.result.metrics["val_accuracy"])
+            accuracy, _, calibration, best = max(within, key=lambda found: found[:2])
+            journal.keep(limit, bench.repair(bench.selection(best.policy), calibration=calibration), accuracy)
 
 
 # --- Torch-Pruning ------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ PEERS = {
 }
 QUICK = ("autoprune", "Torch-Pruning, uniform", "Torch-Pruning, global", "plain Optuna")
 FULL = (*QUICK, "ModelOpt FastNAS", "autoprune without learned weights", "autoprune, warm starts alone")
-ABLATION = ("autoprune, sampler alone", "autoprune, NSGA-II", "autoprune, random")
+ABLATION = ("autoprune, sampler alone", "autoprune, NSGA-II", "autoprune, random", "autoprune, one rung")
 
 
 def slug(name: str) -> str:
