@@ -23,7 +23,7 @@ def finish(task: Task, model: nn.Module, *, epochs: float, seed: int) -> dict[st
     """Returns MACs, and the test accuracy before and after fine-tuning by the same recipe for every contender."""
     row = {"macs": task.fraction(model), "before": task.test(model)}
     if epochs > 0:
-        recipe = replace(recipe_of(task.space), batch_size=128, lr=0.02)
+        recipe = replace(recipe_of(task.space), batch_size=128, lr=0.01)
         teacher = copy.deepcopy(task.ingredients.model)
         fine_tune(
             model,
