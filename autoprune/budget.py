@@ -168,8 +168,10 @@ def resolve_budget(
     floor = least[primary] / dense[primary]
     ceiling = min(1.0, limits.get(primary, dense[primary]) / dense[primary])
     if points:
-        _check_points(points, floor=floor, ceiling=ceiling, key=key_of(primary))
-        return Budget(limits, primary, (min(points), max(points)), tuple(sorted(set(points), reverse=True)))
+        for point in points:
+            _check_point(point, floor=floor, ceiling=ceiling, rounding=1.0 / dense[primary], key=key_of(primary))
+        span = (min(points), min(max(points), ceiling))
+        return Budget(limits, primary, span, tuple(sorted(set(points), reverse=True)))
     low, high = front if front is not None else (max(floor, 0.1 if ceiling > 0.1 else floor), ceiling)
     if not 0.0 < low <= high <= 1.0:
         raise BudgetError(f"front: {[low, high]} must rise within (0, 1]")
@@ -182,14 +184,14 @@ def resolve_budget(
     return Budget(limits, primary, (low, high))
 
 
-def _check_points(points: Sequence[float], *, floor: float, ceiling: float, key: str) -> None:
-    for point in points:
-        if not 0.0 < point <= 1.0:
-            raise BudgetError(f"a point of the front is a fraction of the dense {key}, in (0, 1], got {point}")
-        if point > ceiling + 1e-9:
-            raise BudgetError(f"the point {point} exceeds the budget, {ceiling:.3f} of the dense {key}")
-        if point < floor:
-            raise BudgetError(f"no policy meets the point {point}: the least possible {key} is {floor:.3f} of dense")
+def _check_point(point: float, *, floor: float, ceiling: float, rounding: float, key: str) -> None:
+    """Checks a point; limits are rounded down to whole numbers, so it may exceed one by `rounding`."""
+    if not 0.0 < point <= 1.0:
+        raise BudgetError(f"a point of the front is a fraction of the dense {key}, in (0, 1], got {point}")
+    if point > ceiling + rounding:
+        raise BudgetError(f"the point {point} exceeds the budget, {ceiling:.3f} of the dense {key}")
+    if point < floor:
+        raise BudgetError(f"no policy meets the point {point}: the least possible {key} is {floor:.3f} of dense")
 
 
 def _shown(name: str, value: int) -> str:

@@ -7,15 +7,15 @@ patches `x` of `d` entries these are the mean of `x` and the Gram matrix, the me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoprune.errors import DataError
 from autoprune.network.groups import Links
+from autoprune.network.patches import entries_at, laid_out, places_of
 from autoprune.network.sites import listening, multiplied, rows_of_site
 from autoprune.network.trace import Network, evaluating
 
@@ -148,44 +148,18 @@ def _patches(
             yield part.float().unsqueeze(0)
         return
     assert isinstance(module, nn.modules.conv._ConvNd)
-    rank = len(module.kernel_size)
-    padding = list(module._reversed_padding_repeated_twice[2 * rank - 2 :: -2])  # what comes before each axis
-    after = list(module._reversed_padding_repeated_twice[2 * rank - 1 :: -2])
-    if module.padding_mode != "zeros":
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding, after = [0] * rank, [0] * rank
-    space = x.shape[2:]
-    spans = [(k - 1) * d + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    sizes = [
-        x.shape[0],
-        *((space[a] + padding[a] + after[a] - spans[a]) // module.stride[a] + 1 for a in range(rank)),
-    ]
-    total = math.prod(sizes)
+    x, geometry = laid_out(module, x)
+    total = math.prod(geometry.sizes)
     drawn = torch.arange(total) if total <= limit else torch.randperm(total, generator=generator)[:limit]
-    patch_bytes = 4 * x.shape[1] * math.prod(module.kernel_size)
-    step = len(drawn) if most is None else max(1, most // patch_bytes)
+    taps = math.prod(module.kernel_size)
+    step = len(drawn) if most is None else max(1, most // (4 * x.shape[1] * taps))
     for part in torch.split(drawn.to(x.device), max(1, step)):
-        yield _read_patches(module, x, torch.unravel_index(part, sizes), padding)
-
-
-def _read_patches(
-    module: nn.modules.conv._ConvNd, x: Tensor, place: Sequence[Tensor], padding: Sequence[int]
-) -> Tensor:
-    """Returns the patches `(G, rows, d)` of a convolution's outputs at `place`: its index along each axis."""
-    rank, space = len(module.kernel_size), x.shape[2:]
-    index = place[0].unsqueeze(1)  # (rows, taps): positions in the flattened batch and space
-    inside = torch.ones_like(index, dtype=torch.bool)
-    for axis in range(rank):
-        taps = torch.arange(module.kernel_size[axis], device=x.device) * module.dilation[axis] - padding[axis]
-        at = (place[1 + axis] * module.stride[axis]).unsqueeze(1) + taps  # (rows, k)
-        inside = (inside.unsqueeze(2) & ((at >= 0) & (at < space[axis])).unsqueeze(1)).flatten(1)
-        at = at.clamp(0, space[axis] - 1)
-        index = (index.unsqueeze(2) * space[axis] + at.unsqueeze(1)).flatten(1)
-    picked = x.movedim(1, -1).reshape(-1, x.shape[1]).index_select(0, index.flatten())  # (rows * taps, C)
-    picked.index_fill_(0, (~inside).flatten().nonzero().squeeze(1), 0.0)
-    by_group = picked.view(len(index), -1, module.groups, x.shape[1] // module.groups).permute(2, 0, 3, 1)
-    patches = torch.empty(by_group.shape, dtype=torch.float32, device=x.device)  # converted and laid out in one pass
-    return patches.copy_(by_group).flatten(2)  # channel-major
+        picked = entries_at(x, places_of(geometry, part))  # (rows * taps, C)
+        by_group = picked.view(len(part), taps, module.groups, x.shape[1] // module.groups).permute(2, 0, 3, 1)
+        patches = torch.empty(
+            by_group.shape, dtype=torch.float32, device=x.device
+        )  # converted and laid out in one pass
+        yield patches.copy_(by_group).flatten(2)  # (G, rows, d), channel-major
 
 
 def products(rows: Tensor) -> Tensor:

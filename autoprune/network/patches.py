@@ -60,29 +60,31 @@ def patch_rows(module: nn.Module | None, x: Tensor, limit: int, seed: int) -> Te
         rows = x.reshape(-1, x.shape[-1])  # (B * ..., K)
         return rows.index_select(0, drawn(rows.shape[0], limit, seed).to(x.device)).unsqueeze(0)
     assert isinstance(module, nn.modules.conv._ConvNd)
+    x, geometry = laid_out(module, x)
+    picked = entries_at(x, _places(geometry, limit, seed, x.device))
+    taps, groups = math.prod(module.kernel_size), module.groups
+    if groups == 1:
+        return picked.view(1, -1, taps * x.shape[1])
+    by_group = picked.view(-1, taps, groups, x.shape[1] // groups).permute(2, 0, 1, 3)
+    return by_group.flatten(2)
+
+
+def laid_out(module: nn.modules.conv._ConvNd, x: Tensor) -> tuple[Tensor, Geometry]:
+    """Returns a convolution's input, padded where that is not by zeros, and where its patches lie in it."""
     rank = len(module.kernel_size)
     before = module._reversed_padding_repeated_twice[2 * rank - 2 :: -2]
     after = module._reversed_padding_repeated_twice[2 * rank - 1 :: -2]
     if module.padding_mode != "zeros":
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         before, after = [0] * rank, [0] * rank
-    geometry = Geometry(
-        x.shape[0],
-        tuple(x.shape[2:]),
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        tuple(module.dilation),
-        tuple(before),
-        tuple(after),
-    )
-    places = _places(geometry, limit, seed, x.device)
-    picked = x.movedim(1, -1).reshape(-1, x.shape[1]).index_select(0, places.index)  # (rows * taps, C)
-    picked.index_fill_(0, places.outside, 0.0)
-    taps, groups = math.prod(module.kernel_size), module.groups
-    if groups == 1:
-        return picked.view(1, -1, taps * x.shape[1])
-    by_group = picked.view(-1, taps, groups, x.shape[1] // groups).permute(2, 0, 1, 3)
-    return by_group.flatten(2)
+    sides = (x.shape[2:], module.kernel_size, module.stride, module.dilation, before, after)
+    return x, Geometry(x.shape[0], *(tuple(side) for side in sides))
+
+
+def entries_at(x: Tensor, places: Places) -> Tensor:
+    """Returns what an input `(B, C, space...)` holds at places, `(rows * taps, C)`; zeros outside."""
+    picked = x.movedim(1, -1).reshape(-1, x.shape[1]).index_select(0, places.index)
+    return picked.index_fill_(0, places.outside, 0.0)
 
 
 def tap_major(weight: Tensor, groups: int) -> Tensor:
@@ -110,15 +112,19 @@ def drawn(total: int, limit: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=_GEOMETRIES)
 def _places(geometry: Geometry, limit: int, seed: int, device: torch.device) -> Places:
-    sizes = geometry.sizes
-    place = torch.unravel_index(drawn(math.prod(sizes), limit, seed), sizes)
+    found = places_of(geometry, drawn(math.prod(geometry.sizes), limit, seed))
+    return Places(found.index.to(device), found.outside.to(device))
+
+
+def places_of(geometry: Geometry, positions: Tensor) -> Places:
+    """Returns where the patches of a convolution's outputs lie, which are numbered over the batch and its output."""
+    place = torch.unravel_index(positions, geometry.sizes)
     index = place[0].unsqueeze(1)  # (rows, taps): positions in the flattened batch and space
     inside = torch.ones_like(index, dtype=torch.bool)
     for axis, space in enumerate(geometry.space):
-        taps = torch.arange(geometry.kernel[axis]) * geometry.dilation[axis] - geometry.before[axis]
-        at = (place[1 + axis] * geometry.stride[axis]).unsqueeze(1) + taps  # (rows, k)
+        taps = torch.arange(geometry.kernel[axis], device=index.device) * geometry.dilation[axis]
+        at = (place[1 + axis] * geometry.stride[axis] - geometry.before[axis]).unsqueeze(1) + taps  # (rows, k)
         inside = (inside.unsqueeze(2) & ((at >= 0) & (at < space)).unsqueeze(1)).flatten(1)
         at = at.clamp(0, space - 1)
         index = (index.unsqueeze(2) * space + at.unsqueeze(1)).flatten(1)
-    outside = (~inside).flatten().nonzero().squeeze(1)
-    return Places(index.flatten().contiguous().to(device), outside.to(device))
+    return Places(index.flatten().contiguous(), (~inside).flatten().nonzero().squeeze(1))

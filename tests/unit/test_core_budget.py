@@ -126,6 +126,12 @@ def test_points_make_the_span_and_stand_once_each_from_the_highest_down() -> Non
     assert [budget.nearest(target) for target in (0.01, 0.28, 0.29, 0.9)] == [0.2, 0.2, 0.4, 0.6]
 
 
+def test_a_point_may_be_the_limit_itself_which_is_rounded_down() -> None:
+    budget = resolve_budget({"macs": 1 / 3}, NET, GROUPS, points=(1 / 3, 0.2))
+    assert budget.limits[MACS] == 333
+    assert budget.points == (1 / 3, 0.2)
+
+
 def test_without_points_a_target_is_anywhere_on_the_span() -> None:
     budget = resolve_budget({}, NET, GROUPS, front=(0.2, 0.8))
     assert [budget.target(share) for share in (0.0, 0.5, 1.0)] == pytest.approx([0.2, 0.4, 0.8])

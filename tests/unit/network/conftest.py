@@ -22,6 +22,24 @@ from autoprune.network.verify import relative_error
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Group, feasible_widths
 
+CONVOLUTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"stride": 2},
+    {"padding": 1},
+    {"padding": (0, 2), "stride": (2, 1)},
+    {"dilation": 2, "padding": 2},
+    {"padding": "same"},
+    {"padding": 1, "padding_mode": "reflect"},
+    {"padding": 1, "padding_mode": "circular", "dilation": 2},
+    {"groups": 3, "padding": 1},
+)
+
+
+@pytest.fixture(params=CONVOLUTIONS, ids=str)
+def convolution_options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Every way in which a convolution of three channels lays out its patches."""
+    return dict(request.param)
+
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draws every parameter and batch norm statistic anew, so that no channel is neutral."""
