@@ -32,15 +32,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "autoprune, random": {"search.sampler": "random"},
     "autoprune, one rung": {"one_rung": True},
 }
+CANDIDATES = 60
+"""Of our search's first rung, where the time is enough for them."""
 FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibration": 2048}
 """The last rung of our search: its best candidates are repaired on more of the training images."""
 
 
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
-    """Our search for the budgets, with two rungs that train nothing; a budget's pick is the best candidate within it.
+    """Our search for the budgets, with two rungs that train nothing; a budget's pick is the best candidate for it.
 
-    `warm_only`: it ends with the warm starts, of which there are as many as in a search without end. `one_rung`: no
-    candidate is repaired on more images.
+    `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate is repaired on more images, and the
+    first rung lasts as long as the search.
     """
     from autoprune import search as studies
     from autoprune.coordinator.logs import SearchLog
@@ -57,7 +59,7 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
 
     changes = dict(VARIANTS[variant])
     warm_only, one_rung = changes.pop("warm_only", False), changes.pop("one_rung", False)
-    candidates = 100_000
+    candidates = 100_000 if one_rung else CANDIDATES
     ladder = task.space.search.ladder[:1]
     section = task.space.search.model_copy(
         update={
@@ -93,15 +95,13 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     network = trace_ingredients(task.ingredients)
     bench = workbench_of(space, task.ingredients, network, cache=home / "cache", models=None, note=lambda text: None)
     for limit in BUDGETS:
-        within = [
-            (trial.result.metrics["val_accuracy"], number, rung.calibration, trial)
-            for number, (rung, _, trials) in enumerate(rungs)
-            for trial in trials
-            if trial.result.costs["macs"] <= limit * task.dense_macs
-        ]
-        if within:
-            accuracy, _, calibration, best = max(within, key=lambda found: found[:2])
-            journal.keep(limit, bench.repair(bench.selection(best.policy), calibration=calibration), accuracy)
+        for rung, _, trials in reversed(rungs):  # the last one that has measured a candidate for this budget
+            near = [t for t in trials if 0.97 * limit <= t.result.costs["macs"] / task.dense_macs <= limit]
+            if near:
+                best = max(near, key=lambda t: t.result.metrics["val_accuracy"])
+                repaired = bench.repair(bench.selection(best.policy), calibration=rung.calibration)
+                journal.keep(limit, repaired, best.result.metrics["val_accuracy"])
+                break
 
 
 # --- Torch-Pruning ------------------------------------------------------------------------------------------------

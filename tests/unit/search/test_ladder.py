@@ -360,6 +360,15 @@ def test_the_time_is_shared_by_planned_work_and_the_last_rung_has_the_rest(
     assert rung_deadline(plan, index, 300.0, 200.0) == 300.0
 
 
+def test_a_rung_that_repairs_on_more_images_gets_more_of_the_time(problem: Problem) -> None:
+    deep = Fidelity("final", calibration=2048)
+    plain, deeper = (
+        LadderPlan("n", problem, (RungPlan(SCREEN, 60), RungPlan(last, 20)), "f") for last in (Fidelity("final"), deep)
+    )
+    assert rung_deadline(plain, 0, 0.0, 100.0) == pytest.approx(75.0)
+    assert rung_deadline(deeper, 0, 0.0, 100.0) == pytest.approx(100.0 * 60 / (60 + 2.5 * 20))
+
+
 def test_a_deadline_that_passes_after_the_last_trial_does_no_harm(storage: Any, problem: Problem, submit: Any) -> None:
     run(storage, plan_for(problem), submit)
     assert run(storage, plan_for(problem), submit, deadline=time.monotonic() - 1).complete
