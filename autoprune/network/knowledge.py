@@ -1,12 +1,14 @@
-"""The cache of what was learnt about a dense network: one safetensors file, written whole.
+"""What is learnt about a dense network before it is pruned, and its cache: one safetensors file, written whole.
 
-Decides names and layout in that file. A file that cannot be read is learnt anew; nothing is ever unpickled.
+Decides what that is, and names and layout in that file. A file that cannot be read is learnt anew; nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,23 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import CheckpointError
-from autoprune.network.calibration import Moments
+from autoprune.network.calibration import Moments, Statistics
 from autoprune.network.checkpoints import read_metadata, read_state, save_state
+from autoprune.network.criteria import Scores
 from autoprune.network.sequential import Targets
 from autoprune.network.tables import Tables
-from autoprune.network.workbench import Knowledge
 
 SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What was learnt about the dense network on calibration images: moments, targets, scores, error tables."""
+
+    statistics: Statistics = field(default_factory=dict)
+    targets: Targets | None = None
+    scores: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
 
 
 def write_knowledge(path: Path, knowledge: Knowledge) -> None:

@@ -25,11 +25,11 @@ from autoprune.network.criteria import (
 )
 from autoprune.network.depth import removal_errors, with_depth
 from autoprune.network.evaluation import Loss, logits_of
+from autoprune.network.knowledge import Knowledge
 from autoprune.network.samples import Split
 from autoprune.network.tables import error_tables
 from autoprune.network.targets import gather_both
 from autoprune.network.trace import Network
-from autoprune.network.workbench import Knowledge
 
 _BATCH = 64
 _FISHER_BATCH = 8

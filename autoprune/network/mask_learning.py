@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from autoprune.errors import DataError
+from autoprune.network.knowledge import Knowledge
 from autoprune.network.mask_repair import gather_evidence
 from autoprune.network.mask_scores import weight_scores, weight_tables
 from autoprune.network.sequential import gather_targets
 from autoprune.network.trace import Network
-from autoprune.network.workbench import Knowledge
 from autoprune.policy import Group
 
 

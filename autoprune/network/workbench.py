@@ -16,31 +16,26 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from autoprune.cost import LATENCY
 from autoprune.errors import AutopruneError, TrialError
 from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
-from autoprune.network.calibration import Statistics, gather
-from autoprune.network.compensation import compensate
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
-from autoprune.network.deeper import repair_images
-from autoprune.network.evaluation import Loss, Precision, Score, autocast, evaluate, recalibrate, samples_at_once
+from autoprune.network.evaluation import Loss, Precision, Score, evaluate, samples_at_once
 from autoprune.network.failures import described, free_memory, out_of_memory
 from autoprune.network.folding import Pairs, folded, folded_copy
-from autoprune.network.mask_repair import repair_masked
+from autoprune.network.knowledge import Knowledge
 from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
-from autoprune.network.merging import merge
 from autoprune.network.recipe import History, Recipe, Stage, fine_tune
+from autoprune.network.repair import Repairs
 from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
 from autoprune.network.scratch import forget
-from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
+from autoprune.network.sequential import Targets
 from autoprune.network.stages import StageClock
 from autoprune.network.surgery import Selection, cut
-from autoprune.network.tables import Tables
 from autoprune.network.timing import Conditions, ieee, measure_latency, measure_peak_memory, one_at_a_time
 from autoprune.network.trace import Network
 from autoprune.policy import Group, Policy, digest
@@ -53,16 +48,6 @@ PARTS = (1, 2, 4)
 _LISTED = 100_000
 _SAMPLED = 8192
 """More than any layer has channels: only groups of single weights are sampled."""
-
-
-@dataclass(frozen=True)
-class Knowledge:
-    """What was learnt about the dense network on calibration images: moments, targets, scores, error tables."""
-
-    statistics: Statistics = field(default_factory=dict)
-    targets: Targets | None = None
-    scores: Mapping[str, Mapping[str, Scores]] = field(default_factory=dict)
-    tables: Tables = field(default_factory=dict)
 
 
 def _unheard() -> None:
@@ -177,7 +162,7 @@ class Workbench:
 
         `calibration` is how many images compensation refits on; None: those set aside for it.
         """
-        return self._repaired(self._pruned(selection), selection, targets=self._targets(calibration))
+        return self._repairs.repaired(self._pruned(selection), selection, calibration=calibration)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Returns latency and, on CUDA, peak memory a sample of a model, under the workbench's conditions."""
@@ -190,13 +175,18 @@ class Workbench:
 
     # --- the steps of a trial ---
 
-    def _learnt(self, network: Network) -> Knowledge:
-        """Gathers what compensation needs to know about a network that a schedule has trained."""
-        if self.recipe.compensation is not True:
-            return Knowledge()
-        inputs = [x for x, _ in self.splits.calibration.batches(64, device=self.device)]
-        statistics = gather(network, inputs, seed=self.seed, device=self.device)
-        return Knowledge(statistics, gather_targets(network, torch.cat(inputs), seed=self.seed))
+    @property
+    def _repairs(self) -> Repairs:
+        return Repairs(
+            self.network,
+            self.splits,
+            self.recipe,
+            self.knowledge,
+            device=self.device,
+            precision=self.precision,
+            seed=self.seed,
+            deeper=self.deeper,
+        )
 
     def _evaluate(self, policy: Policy, fidelity: Fidelity) -> TrialResult:
         clock = StageClock(self.clock, self.beat)
@@ -215,7 +205,7 @@ class Workbench:
             with clock("evaluation"):
                 metrics |= self._scored("val", model, fidelity.images, "_pruned")
         with clock("compensation"):
-            model = self._repaired(model, selection, targets=self._targets(fidelity.calibration))
+            model = self._repairs.repaired(model, selection, calibration=fidelity.calibration)
         with clock("evaluation"), folded(model, self.folds):
             repaired = self._scored("val", model, fidelity.images, "_recalibrated")
         metrics |= repaired
@@ -313,7 +303,7 @@ class Workbench:
 
         def repair(network: Network, model: nn.Module, selection: Selection) -> None:
             with clock("compensation"):
-                self._repaired(model, selection, network)
+                self._repairs.repaired(model, selection, network)
 
         def watch(step: str, model: nn.Module) -> None:
             with clock("evaluation"):
@@ -323,54 +313,6 @@ class Workbench:
             replace_activations(model, self.replaced(policy))
 
         return Tools(train, repair, watch, alter)
-
-    def _targets(self, calibration: int | None) -> Targets | None:
-        """Returns the dense network's targets on so many images, None where no more were asked for than are known."""
-        known, count = self.knowledge.targets, len(self.splits.calibration)
-        if calibration is None or known is None or calibration == count:
-            return None
-        if calibration not in self.deeper:
-            images = repair_images(self.splits, calibration, seed=self.seed, device=self.device)
-            rows = round(known.rows * calibration / count)
-            self.deeper[calibration] = gather_targets(self.network, images, rows=rows, seed=self.seed)
-        return self.deeper[calibration]
-
-    def _repaired(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        cut_from: Network | None = None,
-        *,
-        targets: Targets | None = None,
-    ) -> nn.Module:
-        """Repairs `model` in place, which was cut from the dense network or from what a schedule made of it."""
-        recipe, network = self.recipe, cut_from or self.network
-        knowledge = self.knowledge if network is self.network else self._learnt(network)
-        if targets is not None and network is self.network:
-            knowledge = replace(knowledge, targets=targets)
-        passes = autocast(self.device, self.precision.autocast_dtype)  # images go through in the type that scores have
-        if network.masked and recipe.compensation and selection:
-            targets = knowledge.targets if recipe.recalibration_batches > 0 else None
-            with passes:
-                repair_masked(network, model, selection, knowledge.statistics, targets, ridge=recipe.ridge)
-            if targets is not None:
-                return model
-        elif recipe.compensation == "merge" and selection:
-            merge(network, model, selection)
-        elif recipe.compensation and selection and knowledge.statistics:
-            recalibrated = recipe.recalibration_batches > 0
-            ridge, statistics = recipe.ridge, knowledge.statistics
-            if knowledge.targets is not None and recalibrated:
-                wanted = replace(knowledge.targets, statistics=statistics)
-                with passes:
-                    refit_sequentially(network, model, selection, wanted, ridge=ridge)
-                return model  # that pass took the batch norms' statistics too
-            compensate(network, model, selection, statistics, ridge=ridge, recalibrated=recalibrated)
-        # The very same statistics for every candidate: the same images in the same order.
-        batches, calibration = recipe.recalibration_batches, self.splits.calibration
-        with passes:
-            recalibrate(model, calibration, batches=batches, device=self.device, seed=self.seed)
-        return model
 
     def _tuned(
         self, start: nn.Module, selection: Selection, fidelity: Fidelity, clock: StageClock

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 
 from autoprune.network.checkpoints import read_metadata, read_state, save_state
-from autoprune.network.knowledge import SCHEMA, read_knowledge, write_knowledge
-from autoprune.network.workbench import Knowledge
+from autoprune.network.knowledge import SCHEMA, Knowledge, read_knowledge, write_knowledge
 
 
 def test_knowledge_comes_back_as_it_was(bench, tmp_path):

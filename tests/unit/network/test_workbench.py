@@ -12,8 +12,8 @@ import torch
 from autoprune.errors import PolicyError, TrialError
 from autoprune.network.artifacts import load, read_document
 from autoprune.network.complexity import count_macs, count_params
-from autoprune.network.deeper import repair_images
 from autoprune.network.evaluation import evaluate
+from autoprune.network.repair import repair_images
 from autoprune.policy import Choice, Policy, uniform_policy
 from autoprune.results import Fidelity, TrialResult
 
