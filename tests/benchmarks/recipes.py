@@ -1,11 +1,11 @@
 """Which recipe wins back most in few epochs: learning rate, distillation, weight averaging.
 
-    python tests/benchmarks/recipes.py [--epochs 0.2] [--budgets 0.5 0.35] [--seeds 1] [--journal FILE] [--output FILE]
+    python tests/benchmarks/recipes.py [--network resnet20] [--epochs 0.2] [--budgets 0.5 0.35] [--journal FILE]
 
-`make recipes` calls it. Needs AUTOPRUNE_DATA. The additive solutions for ResNet-20 at the budgets are cut and repaired
-as in a search, then trained for the same epochs by every recipe, which differ in one setting from the default, and
-scored on all 5,000 validation images. Averages of the weights are taken during the default's training, so that they
-cost no run.
+`make recipes` calls it. Needs AUTOPRUNE_DATA. Additive solutions at the budgets, cut and repaired as in a search, and
+uniform ratios whose BatchNorm statistics are recalibrated and nothing else, are trained for the same epochs by every
+recipe, which differ in one setting from the default, and scored on all 5,000 validation images. Averages of the weights
+are taken during the default's training, so that they cost no run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,11 +28,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autoprune.network import pipeline
-from autoprune.network.evaluation import evaluate
+from autoprune.network.evaluation import evaluate, recalibrate
 from autoprune.network.recipe import Distillation, Recipe, fine_tune
+from autoprune.network.surgery import cut
 from autoprune.network.workbench import Workbench
-from autoprune.policy import Policy
-from autoprune.search.warmstart import additive
+from autoprune.results import Problem
+from autoprune.search.warmstart import additive, uniform
 from autoprune.space import load_space
 
 HERE = Path(__file__).parent
@@ -49,6 +50,9 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }
 DECAYS = (0.9, 0.97, 0.99)
 """Of the exponential moving averages, a step."""
+STARTS = ("repaired", "repaired on 2,048 images", "uniform")
+"""What is trained: additive solutions by obs_greedy, repaired on the 512 calibration images or more, and uniform ratios
+by l1 with recalibrated BatchNorm statistics, which is where heuristics begin."""
 
 
 @contextmanager
@@ -74,12 +78,24 @@ def score(bench: Workbench, model: nn.Module) -> float:
     return evaluate(model, bench.splits.val, autocast_dtype=bench.precision.autocast_dtype).accuracy
 
 
-def train(bench: Workbench, policy: Policy, recipe: Recipe, *, epochs: float, seed: int) -> dict[str, float]:
-    """Returns the accuracy before and after training, and of the averages; `seconds` of the processor."""
-    model = bench.repair(bench.selection(policy))
+def started(bench: Workbench, problem: Problem, start: str, budget: float) -> nn.Module:
+    """Returns the pruned network that training begins with."""
+    if start == "uniform":
+        model = cut(bench.network, bench.selection(uniform(problem, "l1", budget)))
+        recalibrate(model, bench.splits.calibration, batches=10, seed=0)
+        return model
+    policy = additive(problem, bench.knowledge.tables, budget, criterion="obs_greedy")
+    return bench.repair(bench.selection(policy), calibration=2048 if start == STARTS[1] else None)
+
+
+def train(
+    bench: Workbench, model: nn.Module, recipe: Recipe, *, epochs: float, seed: int, averaged: bool
+) -> dict[str, float]:
+    """Returns the accuracy before and after training, and of the averages where wanted; `seconds` of the processor."""
     found = {"before": score(bench, model)}
     begun = time.process_time()
-    with averages(model) as followers:
+    with ExitStack() as stack:
+        followers = stack.enter_context(averages(model)) if averaged else {}
         fine_tune(
             model,
             bench.splits.train,
@@ -96,9 +112,18 @@ def train(bench: Workbench, policy: Policy, recipe: Recipe, *, epochs: float, se
     return found
 
 
-def run(options: argparse.Namespace) -> dict[tuple[str, float], list[dict[str, float]]]:
-    """Trains by every recipe at every budget; what the journal holds is not repeated."""
-    overrides = ["data.preprocessing.flip=true", "data.preprocessing.crop_padding=4"]
+Table = dict[tuple[str, str, float], list[dict[str, float]]]
+"""Recipe, start, budget → one training a seed."""
+
+
+def run(options: argparse.Namespace) -> Table:
+    """Trains by every recipe from every start at every budget; what the journal holds is not repeated."""
+    overrides = [
+        f"model.name={options.network}",
+        f"checkpoint=${{AUTOPRUNE_DATA}}/{options.network}_cifar10jpeg.safetensors",
+        "data.preprocessing.flip=true",
+        "data.preprocessing.crop_padding=4",
+    ]
     space = load_space(HERE / "resnet20_no_finetuning.yaml", overrides=overrides, env=os.environ)
     ingredients = pipeline.ingredients_of(space, cache=options.cache)
     network = pipeline.trace_ingredients(ingredients, space)
@@ -108,45 +133,53 @@ def run(options: argparse.Namespace) -> dict[tuple[str, float], list[dict[str, f
     known: dict[str, dict[str, float]] = {}
     if options.journal and options.journal.is_file():
         known = json.loads(options.journal.read_text(encoding="utf-8"))
-    table: dict[tuple[str, float], list[dict[str, float]]] = {}
+    table: Table = {}
     for seed in range(options.seeds):
         for budget in options.budgets:
-            policy = additive(problem, bench.knowledge.tables, budget, criterion="l1")
-            for name in options.recipes:
-                key = f"{name} | {budget} | {options.epochs} | {seed}"
-                if key not in known:
-                    recipe = replace(basic, **CHANGES[name])
-                    known[key] = train(bench, policy, recipe, epochs=options.epochs, seed=seed)
-                    if options.journal:
-                        options.journal.write_text(json.dumps(known, indent=1), encoding="utf-8")
-                table.setdefault((name, budget), []).append(known[key])
-                print(key, {k: round(v, 4) for k, v in known[key].items()}, flush=True)
+            for start in options.starts:
+                for name in options.recipes:
+                    key = " | ".join(map(str, (options.network, start, budget, name, options.epochs, seed)))
+                    if key not in known:
+                        recipe, model = replace(basic, **CHANGES[name]), started(bench, problem, start, budget)
+                        averaged = name == DEFAULT
+                        known[key] = train(bench, model, recipe, epochs=options.epochs, seed=seed, averaged=averaged)
+                        if options.journal:
+                            options.journal.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                    table.setdefault((name, start, budget), []).append(known[key])
+                    print(key, {k: round(v, 4) for k, v in known[key].items()}, flush=True)
     return table
 
 
-def render(table: Mapping[tuple[str, float], list[dict[str, float]]], options: argparse.Namespace) -> str:
+def render(table: Table, options: argparse.Namespace) -> str:
     """Returns the comparison as Markdown."""
     lines = [
-        "# Recipes in few epochs (`make recipes`)",
+        f"## {options.network}, {options.epochs:g} epochs",
         "",
-        f"ResNet-20, CIFAR-10 (JPEG), additive solutions repaired as in a search and trained for {options.epochs:g}",
-        f"epochs, batch {options.batch_size}; accuracy in % on 5,000 validation images (standard error 0.5, all see",
-        f"the same ones), {options.seeds} seed(s). Each row changes one setting. Seconds: of the processor,",
-        f"of a training on one core; torch {torch.__version__}.",
+        f"Batch {options.batch_size}, {options.seeds} seed(s), one core, torch {torch.__version__}.",
         "",
-        "| recipe | " + " | ".join(f"{budget:g} of the MACs" for budget in options.budgets) + " | seconds |",
-        "|---|" + "---|" * (len(options.budgets) + 1),
+        "| start, part of the MACs | before | " + " | ".join(options.recipes) + " | seconds |",
+        "|---|---|" + "---|" * (len(options.recipes) + 1),
     ]
-    rows = [("before training", DEFAULT, "before"), *((name, name, "after") for name in options.recipes)]
-    rows += [(f"default, moving average {decay:g} a step", DEFAULT, f"average {decay}") for decay in DECAYS]
-    for title, name, key in rows:
-        cells = []
-        for budget in options.budgets:
-            values = [100 * found[key] for found in table[name, budget]]
-            cells.append(f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else ""))
-        seconds = fmean(found["seconds"] for budget in options.budgets for found in table[name, budget])
-        lines.append(f"| {title} | " + " | ".join([*cells, "" if key == "before" else f"{seconds:.0f}"]) + " |")
+    for budget in options.budgets:
+        for start in options.starts:
+            found = [table[name, start, budget] for name in options.recipes]
+            cells = [_spread([run["before"] for run in found[0]])]
+            cells += [_spread([run["after"] for run in runs]) for runs in found]
+            seconds = fmean(run["seconds"] for runs in found for run in runs)
+            lines.append(f"| {start}, {budget:g} | " + " | ".join([*cells, f"{seconds:.0f}"]) + " |")
+    averaged = [runs for (name, _, _), runs in table.items() if name == DEFAULT]
+    for decay in DECAYS if averaged else ():
+        gains = [run[f"average {decay}"] - run["after"] for runs in averaged for run in runs]
+        lines += [
+            "",
+            f"A moving average of {decay:g} a step gains {_spread(gains)} points on the default's last weights.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _spread(fractions: list[float]) -> str:
+    values = [100 * value for value in fractions]
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -154,6 +187,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=float, default=0.2)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35])
+    parser.add_argument("--network", default="resnet20", choices=["resnet20", "resnet56"])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=[STARTS[0], STARTS[2]])
     parser.add_argument("--recipes", nargs="+", choices=CHANGES, default=list(CHANGES), help="the default's name first")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=128)
