@@ -242,7 +242,13 @@ class Session:
             seed=self.space.seed,
             workers=workers,
             tables=self.bench.knowledge.tables or None,
+            samples=len(self.bench.splits.val) if self._counts else 0,
         )
+
+    @property
+    def _counts(self) -> bool:
+        """Whether an accuracy is a fraction of samples, not a metric of the user's own."""
+        return self.bench.metric is None and self.bench.splits.num_classes > 0
 
     def _background(self, workers: int, threads: int) -> Background:
         """Returns what is kept of this call; the setup's `facts` hold what its space leaves open and a number depends
@@ -267,7 +273,7 @@ class Session:
             curves=curves_of(self.problem, bench.knowledge.tables),
             samples={name: len(getattr(bench.splits, name)) for name in ("train", "calibration", "val", "test")},
             classes=bench.splits.num_classes,
-            accuracy=bench.metric is None and bench.splits.num_classes > 0,
+            accuracy=self._counts,
             origin=str(bench.origin.get("name") or bench.origin.get("factory") or bench.origin.get("class")),
             data="given in Python" if at_hand else str(data.name or data.factory),
             device=device_name(bench.device),

@@ -28,6 +28,7 @@ from autoprune.search.mirror import Mirror
 from autoprune.search.records import Candidate, StoredTrial
 from autoprune.search.rung import AHEAD, LEARNED, Proposer, Rung, Work, recover
 from autoprune.search.sampler import AUTO, LEARNED_ALONE, SAMPLERS, params_of, policy_of
+from autoprune.search.shrinkage import shrunk_errors
 from autoprune.search.storage import quiet_optuna
 from autoprune.search.study import open_study, study_name
 
@@ -64,7 +65,8 @@ class LadderPlan:
     from others is refused. `warm_starts` are tried first, in their order. With `sampler` None nothing but the warm
     starts is measured; with `auto` and error `tables` the learned additive model makes three of four proposals and TPE
     the fourth. `workers` evaluations (of many workers an eighth more) are kept in flight; from `MANY` workers on an
-    eighth of their number of proposals is made ahead.
+    eighth of their number of proposals is made ahead. `samples` are the validation images that there are, where the
+    accuracy is a fraction of them: with error tables they say how far a measured accuracy is to be believed.
     """
 
     name: str
@@ -77,6 +79,7 @@ class LadderPlan:
     seed: int = 0
     workers: int = 1
     tables: Tables | None = None
+    samples: int = 0
 
     def __post_init__(self) -> None:
         names = [plan.fidelity.rung for plan in self.rungs]
@@ -176,7 +179,7 @@ def _climb(storage: BaseStorage, plan: LadderPlan, studies: Mapping[str, Study],
         if previous is None:
             complete = _explore(study, plan, rung, own)
         else:
-            complete = _measure_promoted(study, previous, plan, rung, work=own)
+            complete = _measure_promoted(study, previous, plan, plan.rungs[index - 1], rung, work=own)
         stored[_name(rung)] = tuple(records.read_trials(study, plan.problem))
         whole = whole and complete
         if work.expired and not complete:
@@ -205,14 +208,20 @@ def _work(fidelity: Fidelity) -> float:
     return max(fidelity.epochs, _UNTRAINED * (1.0 + repair) / 2) * fidelity.seeds
 
 
-def promoted(trials: Sequence[StoredTrial], problem: Problem, count: int) -> list[Candidate]:
+def promoted(
+    trials: Sequence[StoredTrial], problem: Problem, count: int, *, tables: Tables | None = None, samples: int = 0
+) -> list[Candidate]:
     """Returns the candidates that a rung's trials hand on: good ones, well spread along the primary cost.
 
-    They come in an order of which any beginning is well spread too, for a rung that is cut short.
+    They come in an order of which any beginning is well spread too, for a rung that is cut short. With error `tables`
+    and the number of validation images the measured errors are drawn towards what the tables predict, see
+    `shrunk_errors`.
     What was measured beside other workers decides nothing here: it cost a search its best half when it did.
     """
     measured = [(t, t.result) for t in records.distinct(trials) if t.result is not None]
-    points = [records.objectives(problem, result) for _, result in measured]
+    results = [result for _, result in measured]
+    errors = shrunk_errors(problem, tables, results, samples)
+    points = [(e, records.objectives(problem, r)[1]) for e, r in zip(errors, results, strict=True)]
     chosen = pareto.select_spread(points, count)
     ordered = [measured[chosen[i]][0] for i in pareto.spread_order([points[j][1] for j in chosen])]
     return [Candidate(t.policy, t.identity, t.number, t.source) for t in ordered]
@@ -271,12 +280,17 @@ def _proposer(plan: LadderPlan, study: Study) -> Iterator[Proposer | None]:
         yield ahead
 
 
-def _measure_promoted(study: Study, previous: Study, plan: LadderPlan, rung: RungPlan, *, work: Work) -> bool:
+def _measure_promoted(
+    study: Study, previous: Study, plan: LadderPlan, before: RungPlan, rung: RungPlan, *, work: Work
+) -> bool:
     problem = plan.problem
     owed = recover(study, problem)
     trials = records.read_trials(study, problem)
     settled = {t.identity for t in trials if not t.abandoned} | {candidate.identity for candidate in owed}
-    fresh = promoted(records.read_trials(previous, problem), problem, rung.trials)
+    images = before.fidelity.images
+    samples = plan.samples if images is None else min(plan.samples, images)
+    known = records.read_trials(previous, problem)
+    fresh = promoted(known, problem, rung.trials, tables=plan.tables, samples=samples)
     queue = [*owed, *(candidate for candidate in fresh if candidate.identity not in settled)]
     runner = Rung(study, problem, fidelity=rung.fidelity, queue=queue, mirror=None, live=True)
     return runner.run(work, len(records.distinct(trials)) + len(queue))

@@ -162,6 +162,11 @@ def fit_weights(
     return _fit(problem, _seen(problem, tables, results), np.ones(len(results)) if counts is None else counts)
 
 
+def table_errors(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> Array:
+    """Returns the table error of each result's groups, `(results, groups)`, by the criterion that each was pruned by."""
+    return _seen(problem, tables, results).errors
+
+
 def _fit(problem: Problem, seen: _Seen, rows: Array) -> Weights:
     errors, used, losses = seen.errors, seen.used, seen.losses  # (n, G), (n, G), (n,)
     factors = np.ones(len(problem.criteria))
@@ -186,7 +191,7 @@ def _seen(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> _
             criterion = result.policy.choices[group.name].criterion
             errors[i, j] = tables[group.name][criterion][result.widths[group.name]]
             used[i, j] = place[criterion]
-    return _Seen(errors, used, np.array([result.metrics["val_loss"] for result in results]))
+    return _Seen(errors, used, np.array([result.metrics.get("val_loss", math.nan) for result in results]))
 
 
 def _ridge(x: Array, y: Array, rows: Array, strength: float) -> tuple[Array, float]:
