@@ -111,6 +111,20 @@ def test_a_larger_target_never_gives_an_additive_start_with_a_larger_error(probl
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.parametrize("criteria", [("l2", "obs_greedy"), ("obs_greedy", "l1", "random"), ("l1", "l2")])
+def test_the_tables_choice_comes_first_at_every_target_where_obs_greedy_may_be_chosen(make_chain, criteria):
+    problem = make_chain(6, criteria=criteria, scope=lambda name: name)
+    starts = [s for s in warm_starts(problem, *learnt(problem), count=20) if s.origin.startswith("additive")]
+    first, rest = starts[:6], starts[6:]
+    shares = [costs(problem, start.policy) for start in first]
+    assert len({round(share, 2) for share in shares}) == len(shares)  # one at each of six targets
+    if "obs_greedy" in criteria:
+        assert {start.origin for start in first} == {"additive"}
+        assert all(start.origin != "additive" for start in rest)
+    else:
+        assert {start.origin for start in first} == {"additive", "additive-l1", "additive-l2"}
+
+
 def test_warm_starts_hold_every_limit_of_the_budget(make_chain):
     problem = make_chain(5, budget={"macs": 0.6, "params": 0.3, "memory": 0.5})
     scores, tables = learnt(problem)
