@@ -163,7 +163,7 @@ def fit_weights(
 
 
 def table_errors(problem: Problem, tables: Tables, results: Sequence[TrialResult]) -> Array:
-    """Returns the table error of each result's groups, `(results, groups)`, by the criterion that each was pruned by."""
+    """Returns the table errors of results, `(results, groups)`, by the criterion that each group was pruned by."""
     return _seen(problem, tables, results).errors
 
 

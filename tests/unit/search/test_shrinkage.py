@@ -98,9 +98,7 @@ def test_a_lucky_candidate_is_not_promoted_for_its_luck(problem: Problem) -> Non
     for number, policy in enumerate(drawn):
         error = truth[policy.id] - (lucky + 0.01 if policy is worst else 0.0)
         result = result_of(problem, policy, error)
-        trials.append(
-            StoredTrial(number, "complete", policy, policy.id, "sampler", "sampler", result)
-        )
+        trials.append(StoredTrial(number, "complete", policy, policy.id, "sampler", "sampler", result))
     plain = {c.policy.id for c in promoted(trials, problem, 6)}
     steady = {c.policy.id for c in promoted(trials, problem, 6, tables=tables_of(problem), samples=100)}
     assert worst.id in plain
