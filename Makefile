@@ -122,6 +122,9 @@ bench-speed: $(READY) ## how near trials come to their bare passes: on the GPU w
 bench-preparation: $(READY) ## what ResNet-50 and ViT-B/16 at 224 px cost before the first candidate: tests/benchmarks/results/preparation.md
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/preparation.py $(BENCH)
 
+bench-memory: $(READY) ## the most memory that a search of ResNet-50 at 224 px, batch 64, holds (about ten minutes)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python tests/benchmarks/memory.py $(BENCH)
+
 check: $(READY) ## lint, format, types and import rules
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/python -m pytest -q tests/unit/test_architecture.py
 

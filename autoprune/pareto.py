@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 
 Point = tuple[float, float]
+_SAME = 0.02
+"""Part of a cost by which another one may exceed it and still count as equal where candidates are chosen."""
 
 
 def dominates(a: Point, b: Point) -> bool:
@@ -71,12 +73,15 @@ def select_spread(points: Sequence[Point], count: int) -> list[int]:
 
     The cost axis is cut into `count` intervals of equal ratio (from 1 to 1/2 is as far as from 1/2 to 1/4); rounds over
     the intervals take the best remaining point of each, by rank and then by error, so that a crowded stretch does not
-    crowd out an end of the front.
+    crowd out an end of the front. Costs within 2 % of each other count as equal there: a far worse point that is a
+    thousandth cheaper is no alternative.
     """
     finite = [i for i, p in enumerate(points) if math.isfinite(p[0]) and math.isfinite(p[1])]
     if count <= 0 or not finite:
         return []
-    depth = ranks(points)
+    levels = cost_levels([points[i][1] for i in finite])
+    level = dict(zip(finite, levels, strict=True))
+    depth = ranks([(p[0], level.get(i, p[1])) for i, p in enumerate(points)])
     low = min(points[i][1] for i in finite)
     scale = math.log if low > 0 else float
     span = scale(max(points[i][1] for i in finite)) - scale(low) or 1.0
@@ -93,6 +98,17 @@ def select_spread(points: Sequence[Point], count: int) -> list[int]:
                 break
             chosen.append(members.pop())
     return sorted(chosen, key=lambda i: (points[i][1], points[i][0]))
+
+
+def cost_levels(costs: Sequence[float]) -> list[float]:
+    """Returns for each cost the least one that counts as equal to it: a level reaches 2 % beyond its lowest cost."""
+    result = [0.0] * len(costs)
+    lowest = -math.inf
+    for i in sorted(range(len(costs)), key=lambda i: costs[i]):
+        if not costs[i] <= lowest + _SAME * abs(lowest):
+            lowest = costs[i]
+        result[i] = lowest
+    return result
 
 
 def spread_order(values: Sequence[float]) -> list[int]:

@@ -223,7 +223,9 @@ def promoted(
     errors = shrunk_errors(problem, tables, results, samples)
     points = [(e, records.objectives(problem, r)[1]) for e, r in zip(errors, results, strict=True)]
     chosen = pareto.select_spread(points, count)
-    ordered = [measured[chosen[i]][0] for i in pareto.spread_order([points[j][1] for j in chosen])]
+    levels = dict(zip(chosen, pareto.cost_levels([points[i][1] for i in chosen]), strict=True))
+    chosen.sort(key=lambda i: (levels[i], points[i][0]))  # of equal costs the better one first
+    ordered = [measured[chosen[i]][0] for i in pareto.spread_order([levels[i] for i in chosen])]
     return [Candidate(t.policy, t.identity, t.number, t.source) for t in ordered]
 
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoprune.pareto import dominates, front_indices, hypervolume, knee_index, ranks, select_spread, spread_order
+from autoprune.pareto import (
+    cost_levels,
+    dominates,
+    front_indices,
+    hypervolume,
+    knee_index,
+    ranks,
+    select_spread,
+    spread_order,
+)
 
 # A coarse grid makes ties and duplicates, which is where such code goes wrong.
 values = st.integers(0, 24).map(lambda i: i / 16)
@@ -73,6 +82,17 @@ def test_a_crowded_stretch_does_not_crowd_out_an_end() -> None:
     crowded = [(0.10 - i * 1e-4, 0.9 + i * 1e-3) for i in range(50)]
     chosen = select_spread([*crowded, (0.5, 0.2)], 4)
     assert 50 in chosen
+
+
+def test_a_far_worse_point_that_is_a_thousandth_cheaper_is_no_alternative() -> None:
+    near_half = [(0.30, 0.4990), (0.14, 0.4995), (0.13, 0.5), (0.15, 0.4992)]
+    assert select_spread([*near_half, (0.1, 0.7), (0.11, 0.7)], 4) == [1, 2, 4, 5]
+
+
+def test_costs_within_two_percent_are_one_level_which_does_not_chain() -> None:
+    assert cost_levels([1.0, 1.03, 1.01, 1.02, 2.0]) == [1.0, 1.03, 1.0, 1.0, 2.0]
+    assert cost_levels([0.0, 0.0, -1.0]) == [0.0, 0.0, -1.0]
+    assert cost_levels([]) == []
 
 
 def test_the_knee_of_an_elbow_is_its_corner() -> None:

@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 CANDIDATES = 40
 """Of our search's first rung, where the time is enough for them."""
-FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibration": 4096}
+FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibration": 2048}
 """The last rung of our search: its best candidates are repaired on more of the training images."""
 
 

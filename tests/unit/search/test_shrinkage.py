@@ -103,3 +103,19 @@ def test_a_lucky_candidate_is_not_promoted_for_its_luck(problem: Problem) -> Non
     steady = {c.policy.id for c in promoted(trials, problem, 6, tables=tables_of(problem), samples=100)}
     assert worst.id in plain
     assert worst.id not in steady
+
+
+def test_a_rung_that_is_cut_short_has_measured_the_better_one_of_two_at_the_same_cost(problem: Problem) -> None:
+    drawn = sorted(policies(problem, 40), key=lambda policy: problem.costs(policy)["macs"])
+    low, high = drawn[0], drawn[-1]
+    apart = problem.costs(high)["macs"] / problem.costs(low)["macs"]
+    assert apart > 1.5
+    trials = []
+    for policy, error, scale in ((low, 0.4, 1.0), (low, 0.3, 1.001), (high, 0.2, 1.0), (high, 0.1, 1.001)):
+        costs = {**problem.costs(policy), "macs": int(problem.costs(policy)["macs"] * scale)}
+        identity = f"{policy.id}-{scale}"
+        result = TrialResult(
+            policy, identity, FIDELITY, policy.widths(problem.groups), costs, {"val_accuracy": 1 - error}
+        )
+        trials.append(StoredTrial(len(trials), "complete", policy, identity, "sampler", "sampler", result))
+    assert [candidate.identity[-5:] for candidate in promoted(trials, problem, 4)][:2] == ["1.001", "1.001"]
