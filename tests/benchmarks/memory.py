@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-import torchvision
 
 import autoprune
+from autoprune.network.vision import import_torchvision
 
 
 def peak_mib() -> int:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = torchvision.models.resnet50(num_classes=10)
+    model = import_torchvision().models.resnet50(num_classes=10)
     images = torch.rand(options.train + 128, 3, 224, 224)
     labels = torch.randint(0, 10, (len(images),))
     splits = {"calibration": slice(0, 64), "val": slice(64, 128), "train": slice(128, None)}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -375,3 +376,18 @@ def test_a_precision_arranges_images_and_weights_and_keeps_their_values():
         assert precision.arrange(torch.rand(2, 3, 4, 4)).is_contiguous(memory_format=memory)
     table = torch.rand(2, 3)
     assert Precision().arrange(table) is table
+
+
+@pytest.mark.parametrize(("pause", "most"), [(0.3, 2), (0.0, 64)])
+def test_a_slow_network_is_probed_on_a_few_samples(pause: float, most: int) -> None:
+    """Eight passes of 64 large images, forward and backward, would take minutes on a CPU."""
+    seen = []
+
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            time.sleep(pause * len(x))
+            return x
+
+    probe_precision(Slow(), torch.rand(64, 3), seconds=0.05)
+    assert max(seen) == most
