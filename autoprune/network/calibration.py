@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from autoprune.errors import DataError
@@ -165,9 +167,15 @@ def _patches(
 def products(rows: Tensor) -> Tensor:
     """Returns `xᵀ x` `(G, d, d)` of `rows` `(G, n, d)`.
 
-    It is symmetric, so strips of it leave out what lies below the diagonal: the same numbers in 0.6 to 0.8 of the time.
+    It is symmetric. One thread leaves it to NumPy, whose product of a matrix with itself is BLAS's `syrk`: 0.6 to 0.75
+    of the time. Several threads would be one pool beside another: there, and on a GPU, strips of it leave out what lies
+    below the diagonal, in 0.6 to 0.8 of the time.
     """
     size = rows.shape[2]
+    if rows.device.type == "cpu" and torch.get_num_threads() == 1 and len(rows) == 1:
+        with _blas().limit(limits=1, user_api="blas"):
+            matrix = rows[0].numpy(force=True)
+            return torch.from_numpy(matrix.T @ matrix).unsqueeze(0)
     if size < _STRIPS_FROM:
         return rows.transpose(1, 2) @ rows
     gram = rows.new_empty(rows.shape[0], size, size)
@@ -178,3 +186,8 @@ def products(rows: Tensor) -> Tensor:
         gram[:, start:stop, start:] = strip
         gram[:, stop:, start:stop] = strip[:, :, stop - start :].transpose(1, 2)
     return gram
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()

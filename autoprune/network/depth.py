@@ -72,7 +72,7 @@ def removal_errors(network: Network, images: Tensor, statistics: Statistics) -> 
     def join(path: str, run: _Run) -> None:
         for name in [n for n, within in around.items() if n not in places and _encloses(path, within)]:
             with _without(network, twin, name, statistics):
-                if _error(*run()) is not None:
+                if run() is not None:
                     places[name] = path
 
     _visit(network, twin, images[:2], join)
@@ -81,14 +81,14 @@ def removal_errors(network: Network, images: Tensor, statistics: Statistics) -> 
     def measure(path: str, run: _Run) -> None:
         for name in [n for n, place in places.items() if place == path and n not in found]:
             with _without(network, twin, name, statistics):
-                found[name] = _error(*run()) or 1.0
+                found[name] = run() or 1.0
 
     _visit(network, twin, images[:IMAGES], measure)
     return found
 
 
-_Run = Callable[[], tuple[Any, Any]]
-"""Returns what a module of the twin gives for the input that the dense one just had, and what that one gave."""
+_Run = Callable[[], float | None]
+"""Runs a module of the twin on the input that the dense one just had; returns its output's error: see `_error`."""
 
 
 def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[str, _Run], None]) -> None:
@@ -97,7 +97,14 @@ def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[s
 
     def hook(path: str) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            visit(path, lambda: (inside[path](*args, **kwargs), output))
+            power: list[float] = []  # once for all that is tried at this call
+
+            def run() -> float | None:
+                if not power:
+                    power.append(_variance(output))
+                return _error(inside[path](*args, **kwargs), output, power[0])
+
+            visit(path, run)
 
         return called
 
@@ -173,19 +180,20 @@ def _without(network: Network, twin: nn.Module, name: str, statistics: Statistic
                 tensor.copy_(value)
 
 
-def _error(removed: Any, dense: Any) -> float | None:
-    """Returns the relative error of a module's output, or None where it does not depend on its input any more."""
-    pairs = list(zip(_tensors(removed), _tensors(dense), strict=True))
-    power = sum(_variance(b) for _, b in pairs)
-    if power <= 0.0 or sum(_variance(a) for a, _ in pairs) <= _ALIVE * power:
+def _error(removed: Any, dense: Any, power: float) -> float | None:
+    """Returns the error of a module's output relative to the `power` of the dense one, or None where it does not depend
+    on its input any more.
+    """
+    if power <= 0.0 or _variance(removed) <= _ALIVE * power:
         return None
-    return sum(float((a - b).double().square().mean(0).sum()) for a, b in pairs) / power
+    pairs = zip(_tensors(removed), _tensors(dense), strict=True)
+    return sum(float((a - b).float().square_().mean(0).sum(dtype=torch.float64)) for a, b in pairs) / power
 
 
 def _tensors(output: Any) -> Sequence[Tensor]:
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
 
 
-def _variance(x: Tensor) -> float:
+def _variance(output: Any) -> float:
     """Returns the variance over the batch, summed over everything else."""
-    return float(x.double().var(0, correction=0).sum())
+    return sum(float(x.float().var(0, correction=0).sum(dtype=torch.float64)) for x in _tensors(output))

@@ -22,7 +22,7 @@ from autoprune.network.criteria import Scores
 from autoprune.network.sequential import Targets
 from autoprune.network.tables import Tables
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)

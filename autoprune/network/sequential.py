@@ -57,10 +57,10 @@ IMAGE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The dense network's outputs that refits reproduce: site → `(G, rows, N/G)`, and the images behind them.
+    """The dense network's outputs that refits reproduce: site → `(G, N/G, rows)`, and the images behind them.
 
-    `seed` drew the positions; a refit draws the same ones. `statistics` are moments of what the dense layers read,
-    where these are to count too.
+    A channel's outputs lie together, as candidates take some of the channels. `seed` drew the positions; a refit draws
+    the same ones. `statistics` are moments of what the dense layers read, where these are to count too.
     """
 
     images: Tensor
@@ -118,7 +118,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     def record(site: str, x: Tensor) -> None:
         weight, _ = parts[site].of(network.model)
         patches = patch_rows(modules.get(site), x, rows, seed).float()  # (G, rows, d)
-        found[site] = patches @ tap_major(weight, patches.shape[0]).float()
+        found[site] = (patches @ tap_major(weight, patches.shape[0]).float()).transpose(1, 2).contiguous()
 
     sites = {site: None if layers[site].called else part for site, part in parts.items()}
     with listening(network.model, sites, record), evaluating(network.model), torch.no_grad():
@@ -161,23 +161,23 @@ def refit_sequentially(
 
     def refit_site(site: str, x: Tensor) -> None:
         links, module = layers[site], modules.get(site)
-        wanted = targets.outputs[site]  # (G, rows, N/G)
+        wanted = targets.outputs[site]  # (G, N/G, rows)
         index = torch.from_numpy(kept_indices(links.outputs, kept)).to(wanted.device)
-        per_group = wanted.shape[2]
-        if len(index) < per_group * wanted.shape[0]:
+        groups, per_group, _ = wanted.shape
+        if len(index) < per_group * groups:
             # Groups of a convolution shrink alike, so the first group's positions serve all.
-            wanted = wanted.index_select(2, index[: len(index) // wanted.shape[0]] % per_group)
+            wanted = wanted.index_select(1, index[: len(index) // groups] % per_group)
         weight, shift = parts[site].of(model)
         whole, bias = dense[site].of(network.model)
         bias = None if bias is None else bias.index_select(0, index)
         scale = scales.get(links.layer.weight)
         if scale is not None:  # the queries of an attention are wanted in the scale of their new width
             scale = scale[parts[site].start : parts[site].start + len(index)]
-            wanted = wanted * scale.to(wanted)
+            wanted = wanted * scale.to(wanted).view(groups, -1, 1)
             bias = None if bias is None else bias * scale.to(bias)
         if module is not None and emptied(module):
             if bias is not None:
-                set_constant(module, bias + wanted.mean(1).reshape(-1))
+                set_constant(module, bias + wanted.mean(2).reshape(-1))
             return
         centred = links.layer.normalised or bias is not None
         fit = _equations(module, x, weight, wanted, targets, centred=centred)
@@ -217,18 +217,19 @@ class _Equations:
 def _equations(
     module: nn.Module | None, x: Tensor, weight: Tensor, wanted: Tensor, targets: Targets, *, centred: bool
 ) -> _Equations:
-    """Returns the equations of a layer's `weight` from its actual input and its wanted outputs `(G, rows, n)`."""
+    """Returns the equations of a layer's `weight` from its actual input and its wanted outputs `(G, n, rows)`."""
     share = min(1.0, max(0.5, WIDE / weight[0].numel()))
-    rows = min(wanted.shape[1], math.ceil(share * targets.rows))
-    wanted = wanted[:, :rows]  # the first of positions that are drawn at random are a random sample too
+    rows = min(wanted.shape[2], math.ceil(share * targets.rows))
+    wanted = wanted[:, :, :rows]  # the first of positions that are drawn at random are a random sample too
     patches = patch_rows(module, x, rows, targets.seed)  # (G, rows, s)
     mean_in = patches.mean(1, keepdim=True, dtype=torch.float32)
-    mean_out = wanted.mean(1, keepdim=True)
+    mean_out = wanted.mean(2).unsqueeze(1)
     if not centred:
         mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
     inputs = patches - mean_in if centred else patches.float()  # one pass converts and centres
     gram = (products(inputs) / rows).double()
-    cross = (inputs.transpose(1, 2) @ (wanted - mean_out) / rows).double()
+    cross = (wanted @ inputs).transpose(1, 2)  # of centred inputs: what their rounding leaves of a mean goes too
+    cross = (cross - inputs.sum(1).unsqueeze(2) * mean_out).double() / rows
     return _Equations(gram, cross, mean_in, mean_out, rows, centred)
 
 

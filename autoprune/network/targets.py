@@ -108,8 +108,9 @@ class Watch:
         self._found[site].index_copy_(1, here.to(rows.device), given)
 
     def targets(self) -> Targets:
-        """Returns what was kept."""
-        return Targets(torch.cat(self._images), dict(self._found), self._rows, self._seed)
+        """Returns what was kept, once: it is given away."""
+        outputs = {site: self._found.pop(site).transpose(1, 2).contiguous() for site in list(self._found)}
+        return Targets(torch.cat(self._images), outputs, self._rows, self._seed)
 
 
 @contextmanager

@@ -168,18 +168,23 @@ def trace(
     with evaluating(model):
         program = export_program(model, inputs)
         record, unknown = walk(program, model, inputs[0].shape[0])
-    record, assembly, uncounted = _with_uncounted(record, model, inputs)
-    network = Network(model, inputs, record, assembly, {}, (*_notes(unknown), *uncounted))
+    verify = verify and pruning == CHANNEL
+    network = Network(model, inputs, record, assemble(record, {}), {}, _notes(unknown))
+    early = _verified(network) if verify and not unknown and network.groups else None
+    if early is not None and not early.broken:
+        return early  # pruned copies have the MACs that are predicted, and so has the dense network
+    whole = _with_uncounted(network)
+    found, network = early if whole is network else None, whole
     if pruning != CHANNEL:
         from autoprune.network.masks import mask_assembly
 
-        assembly = mask_assembly(record, assembly.cost_model.dense(), pruning)
-        network = replace(network, assembly=assembly, pruning=pruning, notes=tuple(uncounted))
+        assembly = mask_assembly(network.record, network.cost_model.dense(), pruning)
+        notes = network.notes[len(_notes(unknown)) :]  # masks change no shape: an operator needs no rule for them
+        network = replace(network, assembly=assembly, pruning=pruning, notes=notes)
+    elif found is not None:
+        network = found
     elif verify and network.groups:
-        from autoprune.network.computed_sizes import with_told_sizes
-        from autoprune.network.verify import verified
-
-        network = with_told_sizes(verified(network))
+        network = _verified(network)
     if not network.groups:
         reasons = "\n".join(f"  {f.name} ({f.size}): {f.reason}" for f in network.frozen[:10])
         raise TraceError(
@@ -188,18 +193,24 @@ def trace(
     return network
 
 
-def _with_uncounted(record: Record, model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Record, Assembly, list[str]]:
+def _verified(network: Network) -> Network:
+    from autoprune.network.computed_sizes import with_told_sizes
+    from autoprune.network.verify import verified
+
+    return with_told_sizes(verified(network))
+
+
+def _with_uncounted(network: Network) -> Network:
     """Adds the MACs of operators without a rule as a constant: what they read is frozen, so their cost stays."""
     from autoprune.network.complexity import count_macs
 
-    assembly = assemble(record, {})
-    rest = count_macs(model, inputs) - assembly.cost_model.dense()["macs"]
+    rest = count_macs(network.model, network.example_inputs) - network.cost_model.dense()["macs"]
     if rest <= 0:
-        return record, assembly, []
-    product = Product(rest * record.batch, ())
+        return network
+    product = Product(rest * network.record.batch, ())
     note = f"{rest:,} MACs are spent in operators without a rule; they stay whatever is pruned"
-    record = replace(record, products=(*record.products, product))
-    return record, assemble(record, {}), [note]
+    record = replace(network.record, products=(*network.record.products, product))
+    return replace(network, record=record, assembly=assemble(record, {}), notes=(*network.notes, note))
 
 
 @contextmanager

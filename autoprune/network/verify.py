@@ -36,10 +36,12 @@ def verified(network: Network) -> Network:
     whole = [group.name for group in network.groups]
     reasons: dict[str, str] = {}
     for names in (exact, whole):
-        if names is whole and exact == whole and not reasons:
+        alike = exact == whole
+        if names is whole and alike and not reasons:
             break  # these very groups were tried together and are sound
         left = {group.name for group in network.groups}
-        reasons = bisected(_checked(network, shapes), [name for name in names if name in left])
+        counted = alike or names is whole  # MACs of the exact ones are counted with all others'
+        reasons = bisected(_checked(network, shapes if counted else None), [name for name in names if name in left])
         if reasons:
             network, shapes = network.freeze(reasons), shapes.freeze(reasons)
     return network
@@ -55,7 +57,7 @@ def on_meta(network: Network) -> Network:
     return replace(network, model=copy.deepcopy(network.model, memo))
 
 
-def _checked(network: Network, shapes: Network) -> Callable[[list[str]], str | None]:
+def _checked(network: Network, shapes: Network | None) -> Callable[[list[str]], str | None]:
     return lambda names: check(network, names, shapes)
 
 
@@ -114,19 +116,19 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
     return {group.name: np.sort(rng.choice(group.size, size=widths[group.name], replace=False)) for group in chosen}
 
 
-def check(network: Network, names: list[str], shapes: Network | None = None) -> str | None:
-    """Halves the named groups on a copy; returns what is wrong, or None where all is well.
-
-    `shapes` is what `on_meta` returns, where it is at hand.
-    """
+def check(network: Network, names: list[str], shapes: Network | None) -> str | None:
+    """Halves the named groups on a copy; returns what is wrong, or None where all is well. See `faults`."""
     return faults(network, halved(network, names), shapes)
 
 
-def faults(network: Network, selection: Selection, shapes: Network | None = None) -> str | None:
-    """Prunes a copy to `selection`; returns what is wrong, or None where all is well. See `check` for `shapes`."""
+def faults(network: Network, selection: Selection, shapes: Network | None) -> str | None:
+    """Prunes a copy to `selection`; returns what is wrong, or None where all is well.
+
+    `shapes` is what `on_meta` returns; None: MACs are not counted.
+    """
     inputs = informative(network.example_inputs)
     try:
-        counted = count_macs(cut(shapes or on_meta(network), selection), network.example_inputs)
+        counted = None if shapes is None else count_macs(cut(shapes, selection), network.example_inputs)
         pruned = cut(network, selection)
         with evaluating(pruned), torch.no_grad():
             output = pruned(*inputs)
@@ -143,7 +145,7 @@ def faults(network: Network, selection: Selection, shapes: Network | None = None
             return f"the pruned network differs from its masked twin (relative error {difference:.1e})"
     widths = {name: len(kept) for name, kept in selection.items()}
     priced = network.cost_model.cost("macs", widths)
-    if counted != priced:
+    if counted is not None and counted != priced:
         return f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
     return None
 

@@ -161,7 +161,9 @@ def residual_targets(case: Case, model: nn.Module) -> Iterator[None]:
             norm = dense[f"{name}.bn2"]
             factor = (norm.running_var + norm.eps).sqrt() / norm.weight  # of the normalised output, in its input
             actual = shortcut(module, args[0])
-            targets.outputs[f"{name}.conv2"] = wanted[f"{name}.conv2"] + (shortcuts[name] - rows(actual)) * factor
+            targets.outputs[f"{name}.conv2"] = wanted[f"{name}.conv2"] + (
+                (shortcuts[name] - rows(actual)) * factor
+            ).transpose(1, 2)
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(make_up))
     try:

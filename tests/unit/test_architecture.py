@@ -23,6 +23,7 @@ OWNERS: dict[str, set[str]] = {
     "torchvision": {"network"},
     "safetensors": {"network"},
     "sklearn": {"network"},
+    "threadpoolctl": {"network"},
     "scipy": {"network", "search"},
     "PIL": {"network"},
     "onnx": {"network"},

@@ -1,5 +1,7 @@
 """Calibration statistics: moments of exactly the patches that layers read."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -37,10 +39,31 @@ def test_patches_of_other_ranks_are_right_too(rank):
     torch.testing.assert_close(rows[0] @ layer.weight.detach().reshape(4, -1).T, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("size", [5, 255, 256, 301, 2049])
-def test_products_in_strips_are_the_whole_gram_matrix(size):
-    rows = torch.randn(2, 20, size, generator=generator())
+def test_products_are_the_whole_gram_matrix_however_many_threads_there_are(threads, number, groups, size):
+    threads(number)
+    rows = torch.randn(groups, 20, size, generator=generator())
     torch.testing.assert_close(products(rows), rows.transpose(1, 2) @ rows)
+    assert products(rows[:, :0]).count_nonzero() == 0
+
+
+def test_one_thread_means_one_thread_of_numpy_too(threads):
+    threads(1)
+    rows = torch.randn(1, 4096, 512, generator=generator())
+    products(rows)
+    begun, worked = time.perf_counter(), time.process_time()  # a process's time is that of all of its threads
+    for _ in range(5):
+        products(rows)
+    assert time.process_time() - worked < 1.5 * (time.perf_counter() - begun)
 
 
 @pytest.mark.parametrize("options", [{"padding": "same", "kernel_size": 2}, {"padding": 2, "kernel_size": 3}], ids=str)

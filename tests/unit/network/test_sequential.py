@@ -147,7 +147,7 @@ def test_targets_are_the_dense_layers_outputs_without_bias_and_the_dense_model_i
     with torch.no_grad():
         expected = F.conv2d(x, network.model[0].weight, padding=1).movedim(1, -1).reshape(-1, 12)
     drawn = torch.randperm(len(expected), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(targets.outputs["0"][0], expected[drawn], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(targets.outputs["0"][0], expected[drawn].T, atol=1e-5, rtol=1e-4)
     assert all(not m._forward_pre_hooks for m in network.model.modules())
 
 

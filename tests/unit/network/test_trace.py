@@ -275,3 +275,13 @@ def test_a_residual_input_stays_alive_until_it_is_added():
     model = Calling(lambda m, x: m.head((m.conv(x) + m.conv(x)).mean((2, 3))))
     dense = trace(model, X).cost_model.dense()
     assert dense["activation_bytes"] == max(3 * 64 + 2 * 8 * 36, 3 * 8 * 36) * 4
+
+
+def test_a_cost_that_no_rule_foresees_stays_whatever_is_pruned(monkeypatch):
+    network = trace(cnn(), X)
+    monkeypatch.setattr("autoprune.network.complexity.count_macs", lambda *a, count=count_macs: 7 + count(*a))
+    monkeypatch.setattr("autoprune.network.verify.count_macs", lambda *a, count=count_macs: 7 + count(*a))
+    dearer = trace(cnn(), X)
+    assert [group.name for group in dearer.groups] == [group.name for group in network.groups]
+    assert dearer.cost_model.dense()["macs"] == network.cost_model.dense()["macs"] + 7
+    assert any(note.startswith("7 MACs are spent in operators without a rule") for note in dearer.notes)

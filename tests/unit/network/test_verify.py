@@ -6,7 +6,7 @@ from torch import nn
 
 from autoprune.errors import TraceError
 from autoprune.network.trace import trace
-from autoprune.network.verify import check, halved, relative_error
+from autoprune.network.verify import check, halved, on_meta, relative_error
 
 X = torch.zeros(2, 3, 6, 6)
 
@@ -52,8 +52,8 @@ def test_groups_that_break_only_together_lose_one_of_them():
 
 def test_a_sound_network_passes_and_a_broken_one_is_told_why():
     network = trace(Chain(3, {1}), X, verify=False)
-    assert check(network, ["convs.0", "convs.2"]) is None
-    fault = check(network, ["convs.1"])
+    assert check(network, ["convs.0", "convs.2"], on_meta(network)) is None
+    fault = check(network, ["convs.1"], on_meta(network))
     assert fault == "the pruned network does not run: ValueError: it is 8 wide"
 
 
