@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.network.criteria import Evidence, score
+from autoprune.network.depth import removal_errors
 from autoprune.network.models import build_model
 from autoprune.network.tables import error_tables
 from autoprune.network.targets import gather_both
@@ -78,19 +79,21 @@ def measured(name: str, count: int) -> dict[str, float | str]:
     network = trace(model, torch.zeros(2, 3, side, side))
     found["groups"] = len(network.groups)
     done("trace")
-    statistics, _ = gather_both(network, batches, count, number=-(-count // BATCH))
+    statistics, targets = gather_both(network, batches, count, number=-(-count // BATCH))
     done("moments and targets")
     evidence = Evidence(network, statistics)
     scores = score(evidence, CRITERIA)
     done("scores")
     error_tables(evidence, scores)
     done("tables")
+    removal_errors(network, targets.images, statistics)
+    done("branches")
     return found
 
 
 def row(found: dict[str, float | str]) -> str:
     """Returns what was measured as a row of the table."""
-    stages = ("trace", "moments and targets", "scores", "tables")
+    stages = ("trace", "moments and targets", "scores", "tables", "branches")
     cells = [str(found["network"]), str(found["groups"]), str(found["images"])]
     cells += [f"{float(found[stage]):.1f} s" for stage in stages]
     cells += [f"**{sum(float(found[stage]) for stage in stages):.0f} s**"]
@@ -128,10 +131,10 @@ def main() -> None:
         "",
         f"Processor time, n = 1; criteria {', '.join(CRITERIA)}, each with an error table for every group and width; "
         "random weights and images. Memory is the process's highest until the end of each stage, in MiB: with the "
-        "model alone / trace / moments and targets / scores / tables.",
+        "model alone / trace / moments and targets / scores / tables / what branches carry.",
         "",
-        "| network | groups | images | trace | moments and targets | scores | tables | all | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| network | groups | images | trace | moments and targets | scores | tables | branches | all | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(row(rows[name]) for name in NETWORKS if name in rows),
         "",
     ]

@@ -25,6 +25,7 @@ from torch import nn
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoprune": {},
+    "autoprune, 100 s": {"seconds": 100.0},
     "autoprune without learned weights": {"search.sampler": "tpe"},
     "autoprune, warm starts alone": {"warm_only": True},
     "autoprune, sampler alone": {"search.sampler": "tpe", "search.warm_starts": "false"},
@@ -41,8 +42,8 @@ FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibrat
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
     """Our search for the budgets, with two rungs that train nothing; a budget's pick is the best candidate for it.
 
-    `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate is repaired on more images, and the
-    first rung lasts as long as the search.
+    `seconds`: no more time than that. `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate is
+    repaired on more images, and the first rung lasts as long as the search.
     """
     from autoprune import search as studies
     from autoprune.coordinator.logs import SearchLog
@@ -59,6 +60,7 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
 
     changes = dict(VARIANTS[variant])
     warm_only, one_rung = changes.pop("warm_only", False), changes.pop("one_rung", False)
+    seconds = min(seconds, changes.pop("seconds", seconds))
     candidates = 100_000 if one_rung else CANDIDATES
     ladder = task.space.search.ladder[:1]
     section = task.space.search.model_copy(

@@ -38,7 +38,13 @@ PEERS = {
     ],
 }
 QUICK = ("autoprune", "Torch-Pruning, uniform", "Torch-Pruning, global", "plain Optuna")
-FULL = (*QUICK, "ModelOpt FastNAS", "autoprune without learned weights", "autoprune, warm starts alone")
+FULL = (
+    *QUICK,
+    "ModelOpt FastNAS",
+    "autoprune, 100 s",
+    "autoprune without learned weights",
+    "autoprune, warm starts alone",
+)
 ABLATION = ("autoprune, sampler alone", "autoprune, NSGA-II", "autoprune, random", "autoprune, one rung")
 
 
