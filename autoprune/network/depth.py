@@ -28,8 +28,11 @@ from autoprune.network.surgery import ignoring, uniform_norms, unit_mask
 from autoprune.network.tables import Tables
 from autoprune.network.trace import Network, evaluating
 
-IMAGES = 64
-"""Images that a removal is measured on: every block runs once more for each group that is removed in it."""
+IMAGES, FEW = 64, 16
+"""Images that a removal is measured on at most, and large ones at least: every block runs once more for each group that
+is removed in it."""
+ELEMENTS = 3 * 128 * 128 * 16
+"""Elements of all these images from which on fewer are used."""
 _ALIVE = 1e-6
 """A module whose output varies less than this part of what it did has lost its input."""
 _NONE = np.empty(0, dtype=np.int64)
@@ -60,7 +63,7 @@ def removal_errors(network: Network, images: Tensor, statistics: Statistics) -> 
 
     Args:
         network: The traced network.
-        images: Calibration images `(B, ...)`, of which the first `IMAGES` are used.
+        images: Calibration images `(B, ...)`, of which the first `IMAGES` are used, of large ones `FEW`.
         statistics: Moments of what the consumers read.
     """
     network = replace(network, removable=frozenset(group.name for group in network.groups))  # to be tried, no more
@@ -72,7 +75,7 @@ def removal_errors(network: Network, images: Tensor, statistics: Statistics) -> 
     def join(path: str, run: _Run) -> None:
         for name in [n for n, within in around.items() if n not in places and _encloses(path, within)]:
             with _without(network, twin, name, statistics):
-                if run() is not None:
+                if run(True) is not None:
                     places[name] = path
 
     _visit(network, twin, images[:2], join)
@@ -81,14 +84,17 @@ def removal_errors(network: Network, images: Tensor, statistics: Statistics) -> 
     def measure(path: str, run: _Run) -> None:
         for name in [n for n, place in places.items() if place == path and n not in found]:
             with _without(network, twin, name, statistics):
-                found[name] = run() or 1.0
+                found[name] = run(False) or 1.0
 
-    _visit(network, twin, images[:IMAGES], measure)
+    enough = max(FEW, min(IMAGES, ELEMENTS // max(1, images[0].numel())))
+    _visit(network, twin, images[:enough], measure)
     return found
 
 
-_Run = Callable[[], float | None]
-"""Runs a module of the twin on the input that the dense one just had; returns its output's error: see `_error`."""
+_Run = Callable[[bool], float | None]
+"""Runs a module of the twin on the input that the dense one just had; returns its output's error. See `_error` for what
+it is told.
+"""
 
 
 def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[str, _Run], None]) -> None:
@@ -99,10 +105,10 @@ def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[s
         def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             power: list[float] = []  # once for all that is tried at this call
 
-            def run() -> float | None:
+            def run(alive: bool) -> float | None:
                 if not power:
                     power.append(_variance(output))
-                return _error(inside[path](*args, **kwargs), output, power[0])
+                return _error(inside[path](*args, **kwargs), output, power[0], alive=alive)
 
             visit(path, run)
 
@@ -180,14 +186,13 @@ def _without(network: Network, twin: nn.Module, name: str, statistics: Statistic
                 tensor.copy_(value)
 
 
-def _error(removed: Any, dense: Any, power: float) -> float | None:
-    """Returns the error of a module's output relative to the `power` of the dense one, or None where it does not depend
-    on its input any more.
+def _error(removed: Any, dense: Any, power: float, *, alive: bool) -> float | None:
+    """Returns the error of a module's output relative to the `power` of the dense one; None where that is 0, or where
+    the output must be `alive` and does not depend on its input any more.
     """
-    if power <= 0.0 or _variance(removed) <= _ALIVE * power:
+    if power <= 0.0 or (alive and _variance(removed) <= _ALIVE * power):
         return None
-    pairs = zip(_tensors(removed), _tensors(dense), strict=True)
-    return sum(float((a - b).float().square_().mean(0).sum(dtype=torch.float64)) for a, b in pairs) / power
+    return sum(_power(a, b) for a, b in zip(_tensors(removed), _tensors(dense), strict=True)) / power
 
 
 def _tensors(output: Any) -> Sequence[Tensor]:
@@ -196,4 +201,9 @@ def _tensors(output: Any) -> Sequence[Tensor]:
 
 def _variance(output: Any) -> float:
     """Returns the variance over the batch, summed over everything else."""
-    return sum(float(x.float().var(0, correction=0).sum(dtype=torch.float64)) for x in _tensors(output))
+    return sum(_power(x, x.float().mean(0)) for x in _tensors(output))
+
+
+def _power(x: Tensor, other: Tensor) -> float:
+    """Returns the squared difference, summed over everything but the batch; its mean over that."""
+    return float((x.float() - other).square_().sum(dtype=torch.float64)) / len(x)

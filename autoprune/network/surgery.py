@@ -81,7 +81,7 @@ def cut(network: Network, selection: Selection) -> nn.Module:
     for name, factors in row_factors(network, kept).items():
         tensor = smaller.get(name, state[name].detach())
         smaller[name] = tensor * factors.to(tensor).view(-1, *[1] * (tensor.ndim - 1))
-    model = rebuild(network, smaller)
+    model = rebuild(network, smaller, own=True)
     set_attributes(model, attribute_values(network, kept))
     tell(model, told_numbers(network, kept))
     return settle(model, uniform_norms(network, kept))
@@ -127,19 +127,21 @@ def attribute_values(network: Network, kept: np.ndarray) -> Numbers:
     return values
 
 
-def rebuild(network: Network, tensors: Mapping[str, Tensor]) -> nn.Module:
+def rebuild(network: Network, tensors: Mapping[str, Tensor], *, own: bool = False) -> nn.Module:
     """Returns a copy of the dense model in which `tensors` replace parameters and buffers, module attributes following.
 
-    Tied parameters are replaced wherever they appear. Gradients are not copied.
+    Tied parameters are replaced wherever they appear. Gradients are not copied. With `own` the copy keeps the very
+    tensors, but for those that are the dense model's.
     """
     state = _state(network.model)
     memo: dict[int, object] = {}
     for name, tensor in tensors.items():
         old = state[name]
-        if isinstance(old, nn.Parameter):
-            memo[id(old)] = nn.Parameter(tensor.clone().contiguous(), requires_grad=old.requires_grad)
-        else:
-            memo[id(old)] = tensor.clone().contiguous()
+        shared = not own or tensor.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()
+        tensor = (tensor.clone() if shared else tensor).contiguous()
+        memo[id(old)] = (
+            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        )
     for parameter in network.model.parameters():
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -198,7 +200,7 @@ def masked_twin(network: Network, selection: Selection) -> nn.Module:
     surgically pruned network must give the same output.
     """
     twin = copy.deepcopy(network.model)
-    _silence(network, twin, selection)
+    _silence(network, twin, selection, keep=False)
     return twin
 
 
@@ -217,15 +219,21 @@ def ignoring(network: Network, twin: nn.Module, selection: Selection) -> Iterato
                 state[name].copy_(weight)
 
 
-def _silence(network: Network, twin: nn.Module, selection: Selection) -> dict[str, Tensor]:
-    """Zeroes the weights that consume what `selection` leaves out, in place; returns what they were, by name."""
+def _silence(network: Network, twin: nn.Module, selection: Selection, *, keep: bool = True) -> dict[str, Tensor]:
+    """Zeroes the weights that consume what `selection` leaves out, in place; returns what they were, by name, where
+    that is to `keep`.
+    """
     kept = unit_mask(network, selection)
     state = _state(twin)
     before: dict[str, Tensor] = {}
 
+    def remember(name: str) -> None:
+        if keep and name not in before:
+            before[name] = state[name].detach().clone()
+
     def zero(name: str, dim: int, gone: np.ndarray, start: int = 0) -> None:
         if gone.any():
-            before.setdefault(name, state[name].detach().clone())
+            remember(name)
             index = torch.from_numpy(start + np.flatnonzero(gone)).to(state[name].device)
             with torch.no_grad():
                 state[name].index_fill_(dim, index, 0.0)
@@ -240,7 +248,7 @@ def _silence(network: Network, twin: nn.Module, selection: Selection) -> dict[st
             gone = ~stays(links.inputs, kept)
             if layer.out_dim == 0 and len(links.outputs) < len(state[layer.weight]):
                 # One of several layers that share a packed weight: its rows alone.
-                before.setdefault(layer.weight, state[layer.weight].detach().clone())
+                remember(layer.weight)
                 _zero(state[layer.weight][layer.start : layer.start + len(links.outputs)], layer.in_dim, gone)
             else:
                 zero(layer.weight, layer.in_dim, gone)

@@ -42,8 +42,8 @@ FINAL = {"rung": "final", "epochs": 0, "images": IMAGES, "trials": 10, "calibrat
 def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> None:
     """Our search for the budgets, with two rungs that train nothing; a budget's pick is the best candidate for it.
 
-    `seconds`: no more time than that. `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate is
-    repaired on more images, and the first rung lasts as long as the search.
+    `seconds`: no more time than that. `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate
+    is repaired on more images, and the first rung lasts as long as the search.
     """
     from autoprune import search as studies
     from autoprune.coordinator.logs import SearchLog
