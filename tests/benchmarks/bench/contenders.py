@@ -25,7 +25,7 @@ from torch import nn
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "autoprune": {},
-    "autoprune, 100 s": {"seconds": 100.0},
+    "autoprune, 75 s": {"seconds": 75.0},
     "autoprune without learned weights": {"search.sampler": "tpe"},
     "autoprune, warm starts alone": {"warm_only": True},
     "autoprune, sampler alone": {"search.sampler": "tpe", "search.warm_starts": "false"},

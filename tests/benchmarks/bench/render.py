@@ -23,7 +23,7 @@ from autoprune.pareto import hypervolume
 REFERENCE = (0.5, 1.0)
 LEAST = 0.35
 """The least budget: no contender was asked for less, so that nothing is gained below it."""
-OURS = ("autoprune", "autoprune, 100 s")
+OURS = ("autoprune", "autoprune, 75 s")
 RESULTS = Path(__file__).parents[1] / "results"
 
 

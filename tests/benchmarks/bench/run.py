@@ -41,7 +41,7 @@ QUICK = ("autoprune", "Torch-Pruning, uniform", "Torch-Pruning, global", "plain 
 FULL = (
     *QUICK,
     "ModelOpt FastNAS",
-    "autoprune, 100 s",
+    "autoprune, 75 s",
     "autoprune without learned weights",
     "autoprune, warm starts alone",
 )
