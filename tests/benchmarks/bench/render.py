@@ -173,7 +173,7 @@ def speed(contenders: dict[str, list[dict[str, object]]]) -> list[str]:
                 lines[-1:] = [
                     f"After the same fine-tuning {name} has a hypervolume of {reached_volume:.4f} from {seconds:.0f} s "
                     f"of search, the best peer ({peer}) one of {goal:.4f} from {theirs:.0f} s: "
-                    f"{seconds / theirs:.2f} of its time.",
+                    f"{seconds / theirs:.3f} of its time.",
                     "",
                 ]
     return lines
