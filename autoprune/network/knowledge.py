@@ -22,7 +22,7 @@ from autoprune.network.criteria import Scores
 from autoprune.network.sequential import Targets
 from autoprune.network.tables import Tables
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from autoprune.network.knowledge import Knowledge
 from autoprune.network.mask_repair import repair_masked
 from autoprune.network.merging import merge
 from autoprune.network.recipe import Recipe
-from autoprune.network.sequential import Targets, gather_targets, refit_sequentially
+from autoprune.network.sequential import DEEP_ROWS, ROWS, Targets, gather_targets, refit_sequentially
 from autoprune.network.surgery import Selection
 from autoprune.network.targets import gather_both
 from autoprune.network.trace import Network
@@ -98,7 +98,7 @@ class Repairs:
             return None
         if calibration not in self.deeper:
             images = repair_images(self.splits, calibration, seed=self.seed, device=self.device)
-            rows = round(known.rows * calibration / count)
+            rows = round(known.rows * DEEP_ROWS / ROWS * calibration / count)
             self.deeper[calibration] = gather_targets(self.network, images, rows=rows, seed=self.seed)
         return self.deeper[calibration]
 

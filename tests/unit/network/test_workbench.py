@@ -14,6 +14,7 @@ from autoprune.network.artifacts import load, read_document
 from autoprune.network.complexity import count_macs, count_params
 from autoprune.network.evaluation import evaluate
 from autoprune.network.repair import repair_images
+from autoprune.network.sequential import DEEP_ROWS, ROWS
 from autoprune.policy import Choice, Policy, uniform_policy
 from autoprune.results import Fidelity, TrialResult
 
@@ -162,7 +163,8 @@ def test_a_rung_may_repair_on_more_images_than_are_set_aside_for_calibration(ben
     assert more.identity == plain.identity
     assert more.metrics["val_loss"] != plain.metrics["val_loss"]
     assert len(bench.deeper[256].images) == 256
-    assert bench.deeper[256].rows == 4 * bench.knowledge.targets.rows
+    assert bench.deeper[256].rows == 4 * DEEP_ROWS
+    assert bench.knowledge.targets.rows == ROWS < DEEP_ROWS
     again = bench.evaluate(chosen, Fidelity("final", calibration=256))
     assert again.metrics == more.metrics
 
