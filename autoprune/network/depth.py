@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -103,12 +104,10 @@ def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[s
 
     def hook(path: str) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            power: list[float] = []  # once for all that is tried at this call
+            power = cache(partial(_variance, output))  # once for all that is tried at this call
 
             def run(alive: bool) -> float | None:
-                if not power:
-                    power.append(_variance(output))
-                return _error(inside[path](*args, **kwargs), output, power[0], alive=alive)
+                return _error(inside[path](*args, **kwargs), output, power(), alive=alive)
 
             visit(path, run)
 

@@ -168,23 +168,17 @@ def trace(
     with evaluating(model):
         program = export_program(model, inputs)
         record, unknown = walk(program, model, inputs[0].shape[0])
-    verify = verify and pruning == CHANNEL
-    network = Network(model, inputs, record, assemble(record, {}), {}, _notes(unknown))
-    early = _verified(network) if verify and not unknown and network.groups else None
-    if early is not None and not early.broken:
-        return early  # pruned copies have the MACs that are predicted, and so has the dense network
-    whole = _with_uncounted(network)
-    found, network = early if whole is network else None, whole
+    notes = _notes(unknown) if pruning == CHANNEL else ()  # masks change no shape: an operator needs no rule for them
+    network = Network(model, inputs, record, assemble(record, {}), {}, notes)
+    if verify and pruning == CHANNEL and network.groups:
+        network = _verified(network, ruled=not unknown)
+    else:
+        network = _with_uncounted(network)
     if pruning != CHANNEL:
         from autoprune.network.masks import mask_assembly
 
         assembly = mask_assembly(network.record, network.cost_model.dense(), pruning)
-        notes = network.notes[len(_notes(unknown)) :]  # masks change no shape: an operator needs no rule for them
-        network = replace(network, assembly=assembly, pruning=pruning, notes=notes)
-    elif found is not None:
-        network = found
-    elif verify and network.groups:
-        network = _verified(network)
+        network = replace(network, assembly=assembly, pruning=pruning)
     if not network.groups:
         reasons = "\n".join(f"  {f.name} ({f.size}): {f.reason}" for f in network.frozen[:10])
         raise TraceError(
@@ -193,11 +187,19 @@ def trace(
     return network
 
 
-def _verified(network: Network) -> Network:
+def _verified(network: Network, *, ruled: bool) -> Network:
+    """Verifies a network, whose operators all have a rule where it is `ruled`: then pruned copies tell whether MACs are
+    those that are predicted, and the dense network is counted only where they are not.
+    """
     from autoprune.network.computed_sizes import with_told_sizes
     from autoprune.network.verify import verified
 
-    return with_told_sizes(verified(network))
+    if ruled:
+        found = with_told_sizes(verified(network))
+        if not found.broken:
+            return found
+    whole = _with_uncounted(network)
+    return found if ruled and whole is network else with_told_sizes(verified(whole))
 
 
 def _with_uncounted(network: Network) -> Network:

@@ -29,19 +29,20 @@ more."""
 def verified(network: Network) -> Network:
     """Returns the network with every group frozen that does not survive pruning, with the reason.
 
-    Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all.
+    Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all. MACs
+    are counted with all of them.
     """
     shapes = on_meta(network)
     exact = [group.name for group in network.groups if not group.approximate]
     whole = [group.name for group in network.groups]
     reasons: dict[str, str] = {}
     for names in (exact, whole):
-        alike = exact == whole
-        if names is whole and alike and not reasons:
+        if names is whole and exact == whole and not reasons:
             break  # these very groups were tried together and are sound
         left = {group.name for group in network.groups}
-        counted = alike or names is whole  # MACs of the exact ones are counted with all others'
-        reasons = bisected(_checked(network, shapes if counted else None), [name for name in names if name in left])
+        tried = [name for name in names if name in left]
+        uncounted = tried if names is exact and exact != whole else None
+        reasons = bisected(_checked(network, shapes, uncounted), tried)
         if reasons:
             network, shapes = network.freeze(reasons), shapes.freeze(reasons)
     return network
@@ -57,8 +58,8 @@ def on_meta(network: Network) -> Network:
     return replace(network, model=copy.deepcopy(network.model, memo))
 
 
-def _checked(network: Network, shapes: Network | None) -> Callable[[list[str]], str | None]:
-    return lambda names: check(network, names, shapes)
+def _checked(network: Network, shapes: Network, uncounted: list[str] | None) -> Callable[[list[str]], str | None]:
+    return lambda names: check(network, names, None if names == uncounted else shapes)
 
 
 def bisected(tried: Callable[[list[str]], str | None], names: list[str]) -> dict[str, str]:

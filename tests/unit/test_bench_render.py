@@ -9,8 +9,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "bench" / "render.py"
 
 
-@pytest.fixture(scope="module")
-def render():
+@pytest.fixture
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(SOURCE.parent)  # where `common` lies
     spec = importlib.util.spec_from_file_location("bench_render", SOURCE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from common import BUDGETS, REFERENCE
 
 from autoprune.pareto import hypervolume
 
-REFERENCE = (0.5, 1.0)
-LEAST = 0.35
+LEAST = min(BUDGETS)
 """The least budget: no contender was asked for less, so that nothing is gained below it."""
 OURS = ("autoprune", "autoprune, 75 s")
 RESULTS = Path(__file__).parents[1] / "results"
@@ -158,7 +158,7 @@ def speed(contenders: dict[str, list[dict[str, object]]]) -> list[str]:
     theirs = fmean(d["seconds"] for d in contenders[peer])
     reached = "does not reach" if ours is None else f"reaches after {ours:.0f} s"
     line = f"On the validation images autoprune {reached} the last hypervolume of the best peer "
-    lines = [line + f"({peer}: {goals[peer]:.4f} after {theirs:.0f} s); preparation is counted.", ""]
+    lines = [line + f"({peer}: {goals[peer]:.4f} after {theirs:.0f} s); preparation is counted."]
     after = {
         name: (fmean(volume(d["rows"], "after") for d in documents), fmean(d["seconds"] for d in documents))
         for name, documents in contenders.items()
@@ -168,15 +168,13 @@ def speed(contenders: dict[str, list[dict[str, object]]]) -> list[str]:
     if peers:
         peer = max(peers, key=lambda name: peers[name][0])
         goal, theirs = peers[peer]
-        for name, (reached_volume, seconds) in after.items():
-            if name in OURS and reached_volume >= goal:
-                lines[-1:] = [
-                    f"After the same fine-tuning {name} has a hypervolume of {reached_volume:.4f} from {seconds:.0f} s "
-                    f"of search, the best peer ({peer}) one of {goal:.4f} from {theirs:.0f} s: "
-                    f"{seconds / theirs:.3f} of its time.",
-                    "",
-                ]
-    return lines
+        lines += [
+            f"After the same fine-tuning {name} has a hypervolume of {reached_volume:.4f} from {seconds:.0f} s of "
+            f"search, the best peer ({peer}) one of {goal:.4f} from {theirs:.0f} s: {seconds / theirs:.3f} of its time."
+            for name, (reached_volume, seconds) in after.items()
+            if name in OURS and reached_volume >= goal
+        ]
+    return [*lines, ""]
 
 
 def plot(network: str, contenders: dict[str, list[dict[str, object]]], file: Path) -> None:
