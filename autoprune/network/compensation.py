@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoprune.network.calibration import Moments, Statistics
 from autoprune.network.groups import Links
 from autoprune.network.labels import Labels
-from autoprune.network.sites import shifted
+from autoprune.network.narrowing import shifted
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
 from autoprune.network.trace import Network
 

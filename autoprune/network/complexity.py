@@ -23,11 +23,26 @@ def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Returns the multiply-accumulates of one forward pass for one sample, as `torch.utils.flop_counter` counts
     them.
     """
-    twin = copy.deepcopy(model).to("meta").requires_grad_(False)  # the counter wants gradients of what could have some
+    return macs_on_meta(on_meta(model), inputs)
+
+
+def macs_on_meta(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Returns what `count_macs` does, of a model on the meta device, which afterwards needs no gradients."""
+    model.requires_grad_(False)  # the counter wants gradients of what could have some
     fake = tuple(torch.empty_like(x, device="meta") for x in inputs)
-    with evaluating(twin), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():  # type: ignore[no-untyped-call]
-        twin(*fake)
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():  # type: ignore[no-untyped-call]
+        model(*fake)
     return int(counter.get_total_flops()) // 2 // int(inputs[0].shape[0])
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Returns a copy without its numbers, on the meta device."""
+    memo: dict[int, object] = {}  # `Module.to` would untie tied parameters, after numbers were copied
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, memo)
 
 
 def count_params(model: nn.Module) -> int:

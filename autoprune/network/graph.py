@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from autoprune.errors import TraceError
 from autoprune.network.groups import LiveTensor
@@ -68,7 +69,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     printed = io.StringIO()
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
-        with torch.no_grad(), _unlogged(), redirect_stderr(printed), warnings.catch_warnings():
+        with torch.no_grad(), _unlogged(), _hastily(), redirect_stderr(printed), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
@@ -91,6 +92,21 @@ def _unlogged() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _hastily() -> Iterator[None]:
+    """Keeps torch.export from writing down where in the code each node was made, and from compiling code for the graph
+    after each of its passes: a third of its time, for what nobody reads here.
+    """
+    config: Any = torch.fx.config
+    before = config.do_not_emit_stack_traces
+    config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        config.do_not_emit_stack_traces = before
 
 
 def _why(model: nn.Module, error: Exception, graph: str) -> str:

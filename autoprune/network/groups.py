@@ -190,7 +190,8 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     frozen: list[Frozen] = []
     stages = stages_of(record.layers)
     offset = 0
-    for name, first, members in _buckets(record, producers):
+    buckets = _buckets(record, producers)
+    for (name, first, members), users in zip(buckets, _users(record, [b[2] for b in buckets]), strict=True):
         reason = broken.get(name)
         if reason is None and len(members) < 2:
             reason = _alone(int((solution.factors_of(first.outputs) == members[0]).any(axis=1).sum()))
@@ -200,11 +201,15 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
                 frozen.append(Frozen(name, len(members), reason))
             continue
         unit[members] = np.arange(offset, offset + len(members))
-        groups.append(_group(record, name, members, (offset, stages[first.weight])))
+        groups.append(_group(record, name, members, (offset, stages[first.weight]), users))
         offset += len(members)
 
+    known_units: dict[int, Labels] = {}  # the record holds the labels, so that none is made with the id of another
+
     def units(labels: Labels) -> Labels:
-        return units_of(solution, unit, labels)
+        if id(labels) not in known_units:
+            known_units[id(labels)] = units_of(solution, unit, labels)
+        return known_units[id(labels)]
 
     whole = _frozen(record, producers, units, reasons)
     whole += tuple(Frozen(*entry) for entry in record.computed if entry[0] not in {found.name for found in whole})
@@ -231,7 +236,6 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
 def _buckets(record: Record, producers: Sequence[Layer]) -> list[tuple[str, Layer, Labels]]:
     """Returns name, first producer and components of every set of channels that lie in the same places."""
     solution = record.solution
-    signature = _signatures(record)
     movable = np.ones(solution.number, dtype=bool)
     movable[list(solution.frozen)] = False
     produced = np.zeros(solution.number, dtype=bool)
@@ -239,16 +243,18 @@ def _buckets(record: Record, producers: Sequence[Layer]) -> list[tuple[str, Laye
         factors = solution.factors_of(layer.outputs)
         produced[factors[factors >= 0]] = True
     # A channel that nothing consumes and nothing produces (a table, a mask) is no group.
-    buckets: dict[int, list[int]] = {}
-    for c in np.flatnonzero(movable & produced).tolist():
-        buckets.setdefault(int(signature[c]), []).append(c)
+    members = np.flatnonzero(movable & produced)
+    signatures, own = np.unique(_signatures(record)[members], return_inverse=True)
+    bucket = np.full(solution.number, -1)
+    bucket[members] = own
+    buckets = np.split(members[np.argsort(own, kind="stable")], np.cumsum(np.bincount(own, minlength=1))[:-1])
     found: list[tuple[str, Layer, Labels]] = []
     names: dict[str, int] = {}
-    for key, (first, slot) in _first_producer(producers, solution, buckets).items():
+    for key, (first, slot) in _first_producer(producers, solution, bucket, len(signatures)).items():
         base = module_of(first.weight) + ("" if slot is None else (":heads", ":dims")[min(slot, 1)])
         names[base] = names.get(base, 0) + 1
         name = base if names[base] == 1 else f"{base}:{names[base]}"
-        found.append((name, first, np.array(buckets[key], dtype=np.int64)))
+        found.append((name, first, buckets[key]))
     return found
 
 
@@ -287,18 +293,29 @@ def _signatures(record: Record) -> Labels:
 
 
 def _first_producer(
-    producers: Sequence[Layer], solution: Solution, buckets: dict[int, list[int]]
+    producers: Sequence[Layer], solution: Solution, bucket: Labels, number: int
 ) -> dict[int, tuple[Layer, int | None]]:
-    """Returns the first layer that makes each bucket, and which factor of its outputs the bucket is (None: all)."""
-    bucket_of: dict[int, int] = {c: key for key, members in buckets.items() for c in members}
+    """Returns the first layer that makes each bucket, and which factor of its outputs the bucket is (None: all).
+
+    `bucket` is `(components,)`: which of the `number` buckets each is in, -1 for none.
+    """
+    free = np.ones(solution.number + 1, dtype=bool)
+    free[[-1, *solution.frozen]] = False  # the last one is for a factor that is not there
+    unseen = np.ones(number + 1, dtype=bool)
+    unseen[-1] = False
     seen: dict[int, tuple[Layer, int | None]] = {}
     for layer in producers:
-        for row in solution.factors_of(layer.outputs).tolist():
-            free = [c for c in row if c >= 0 and c not in solution.frozen]
-            for slot, c in enumerate(free):
-                key = bucket_of.get(c)
-                if key is not None and key not in seen:
-                    seen[key] = (layer, slot if len(free) > 1 else None)
+        factors = solution.factors_of(layer.outputs)
+        movable = free[factors]
+        keys = np.where(movable, bucket[factors], -1).ravel()
+        places = np.flatnonzero(unseen[keys])
+        new, at = np.unique(keys[places], return_index=True)
+        slots = (movable.cumsum(axis=1) - 1).ravel()
+        several = np.repeat(movable.sum(axis=1) > 1, factors.shape[1])
+        for k in np.argsort(at):
+            place = places[at[k]]
+            seen[int(new[k])] = (layer, int(slots[place]) if several[place] else None)
+        unseen[new] = False
     return seen
 
 
@@ -325,29 +342,44 @@ def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
     return stages
 
 
-def _group(record: Record, name: str, members: Labels, place: tuple[int, str]) -> PruningGroup:
-    factors_of = record.solution.factors_of
-    inside = np.zeros(record.solution.number + 1, dtype=bool)  # the last one is for a factor that is not there
-    inside[members] = True
-    made: list[str] = []
-    used: list[str] = []
-    for layer in record.layers:
-        if layer.kind != "norm" and inside[factors_of(layer.outputs)].any():
-            made.append(module_of(layer.weight))
-        if layer.inputs is not None and inside[factors_of(layer.inputs)].any():
-            used.append(module_of(layer.weight))
-    approximate = next(
-        (record.solution.approximate[c] for c in members.tolist() if c in record.solution.approximate), None
-    )
+def _group(record: Record, name: str, members: Labels, place: tuple[int, str], users: _Users) -> PruningGroup:
+    approximate = record.solution.approximate
     return PruningGroup(
         name=name,
         size=len(members),
         offset=place[0],
-        producers=tuple(dict.fromkeys(made)),
-        consumers=tuple(dict.fromkeys(used)),
+        producers=tuple(dict.fromkeys(users[0])),
+        consumers=tuple(dict.fromkeys(users[1])),
         stage=place[1],
-        approximate=approximate,
+        approximate=next((approximate[c] for c in members.tolist() if c in approximate), None),
     )
+
+
+_Users = tuple[list[str], list[str]]
+"""Modules that make a set of channels, and modules that use it, in the order of the graph."""
+
+
+def _users(record: Record, buckets: Sequence[Labels]) -> list[_Users]:
+    """Returns which modules make and use each set of components."""
+    bucket = np.full(record.solution.number + 1, -1)  # the last one is for a factor that is not there
+    for k, members in enumerate(buckets):
+        bucket[members] = k
+    found: list[_Users] = [([], []) for _ in buckets]
+
+    def touched(labels: Labels) -> list[int]:
+        hit = np.zeros(len(buckets) + 1, dtype=bool)
+        hit[bucket[record.solution.factors_of(labels)]] = True
+        return np.flatnonzero(hit[:-1]).tolist()
+
+    for layer in record.layers:
+        module = module_of(layer.weight)
+        if layer.kind != "norm":
+            for k in touched(layer.outputs):
+                found[k][0].append(module)
+        if layer.inputs is not None:
+            for k in touched(layer.inputs):
+                found[k][1].append(module)
+    return found
 
 
 _Units = Callable[[Labels], Labels]

@@ -114,10 +114,8 @@ class LabelStore:
                 break
             left = np.concatenate([left, *(a for a, _ in pairs)])
             right = np.concatenate([right, *(b for _, b in pairs)])
-        children = {
-            int(c): (int(a), int(b))
-            for c, a, b in zip(component[whole], component[parts[0]], component[parts[1]], strict=True)
-        }
+        outer, inner = (component[part].tolist() for part in parts)
+        children = dict(zip(component[whole].tolist(), zip(outer, inner, strict=True), strict=True))
         frozen = _reasons(component, self._frozen)
         approximate = _reasons(component, self._approximate)
         factors = _factors(int(number), children, frozen)
@@ -151,7 +149,10 @@ class Solution:
 
 def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int, str]) -> Labels:
     """Returns the `(number, k)` table of factors; a component that would be its own factor is frozen."""
-    found: dict[int, tuple[int, ...]] = {}
+    nested = sorted(c for c, (a, b) in children.items() if a in children or b in children)
+    found: dict[int, tuple[int, ...]] = {c: (a, b) if a != b else (a,) for c, (a, b) in children.items()}
+    for c in nested:
+        del found[c]
 
     def expand(c: int, above: frozenset[int]) -> tuple[int, ...] | None:
         if c not in children:
@@ -168,16 +169,21 @@ def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int
             found[c] = tuple(dict.fromkeys(factor for part in whole for factor in part))
         return found[c]
 
-    rows: list[tuple[int, ...]] = [expand(c, frozenset()) or (c,) for c in range(number)]
-    table = np.full((number, max((len(row) for row in rows), default=1)), -1, dtype=np.int64)
-    for c, row in enumerate(rows):
-        table[c, : len(row)] = row
+    for c in nested:
+        expand(c, frozenset())
+    lengths = {len(row) for row in found.values()}
+    table = np.full((number, max(lengths, default=1)), -1, dtype=np.int64)
+    table[:, 0] = np.arange(number)  # what is no product is its own only factor
+    for length in lengths:
+        alike = {c: row for c, row in found.items() if len(row) == length}
+        table[list(alike), :length] = list(alike.values())
     return table
 
 
 def _reasons(component: Labels, entries: list[tuple[Labels, str]]) -> dict[int, str]:
-    reasons: dict[int, str] = {}
-    for labels, reason in entries:
-        for c in np.unique(component[labels]).tolist():
-            reasons.setdefault(c, reason)
-    return reasons
+    first = np.full(int(component.max(initial=-1)) + 1, -1)
+    for k in reversed(range(len(entries))):
+        first[component[entries[k][0]]] = k
+    found = np.flatnonzero(first >= 0)
+    found = found[np.argsort(first[found], kind="stable")]
+    return {c: entries[first[c]][1] for c in found.tolist()}

@@ -66,8 +66,12 @@ def _size(units: Labels, groups: Sequence[PruningGroup]) -> tuple[Term, ...]:
     table = units.reshape(len(units), -1)
     members = np.where(table < 0, -1, np.searchsorted(bounds, table, side="right") - 1)
     counts: dict[tuple[int, ...], int] = {}
-    rows, numbers = np.unique(np.sort(members, axis=1), axis=0, return_counts=True)
-    for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+    members.sort(axis=1)
+    codes = np.zeros(len(members), dtype=np.int64)  # a number for each set of groups
+    for column in members.T:
+        codes = np.unique(codes * (len(groups) + 1) + column, return_inverse=True)[1]
+    _, first, numbers = np.unique(codes, return_index=True, return_counts=True)
+    for row, number in zip(members[first].tolist(), numbers.tolist(), strict=True):
         counts[tuple(g for g in row if g >= 0)] = int(number)
     # Indices that hold only a part of a group count as if they stayed: the dense cost is exact, and the check of each
     # group finds what a narrower one is then said to cost too much.

@@ -60,7 +60,9 @@ def _source(node: Any) -> tuple[str, str | None, Labels] | None:
         value = value[step.args[1]] if step.target is operator.getitem else _apply(step, value)
     assert isinstance(value, Tensor)
     assert isinstance(weight, torch.fx.Node)
-    return weight.name, None if bias is None else bias.name, np.unique(value.numpy())
+    used = torch.zeros(int(shape[-1]), dtype=torch.bool)
+    used[value] = True
+    return weight.name, None if bias is None else bias.name, np.flatnonzero(used.numpy())
 
 
 def _moves(node: torch.fx.Node) -> bool:

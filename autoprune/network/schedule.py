@@ -16,12 +16,11 @@ import numpy as np
 from torch import nn
 
 from autoprune.network.criteria import Evidence, Scores, choose, score
-from autoprune.network.groups import GONE, Assembly, IndexMap, stays
 from autoprune.network.labels import Labels
+from autoprune.network.narrowing import narrowed
 from autoprune.network.recipe import History, Recipe, Stage
 from autoprune.network.regularisation import regulariser_of
-from autoprune.network.surgery import Selection, cut, kept_indices, unit_mask
-from autoprune.network.tape import Query
+from autoprune.network.surgery import Selection, cut
 from autoprune.network.trace import Network
 
 WEIGHT_CRITERIA = frozenset({"l1", "l2", "bn_scale", "fpgm", "lamp"})
@@ -137,51 +136,3 @@ def renumbered(network: Network, before: Selection, after: Selection) -> Selecti
         if len(kept) < len(held):
             found[name] = np.searchsorted(held, kept)
     return found
-
-
-def narrowed(network: Network, selection: Selection, model: nn.Module) -> Network:
-    """Returns `network` as it is after `cut`: groups, index map, links and costs of the smaller `model`.
-
-    The labels of the trace stay those of the dense network, so groups cannot be frozen any more.
-    """
-    kept = unit_mask(network, selection)
-    new = np.where(kept, np.cumsum(kept) - 1, -1)
-
-    def shrunk(units: Labels) -> Labels:
-        stay = units[kept_indices(units, kept)]
-        return np.where(stay < 0, -1, new[np.maximum(stay, 0)])
-
-    groups, offset = [], 0
-    for group in network.groups:
-        size = int(kept[group.offset : group.offset + group.size].sum())
-        groups.append(replace(group, size=size, offset=offset))
-        offset += size
-    index_map: IndexMap = {
-        name: {dim: shrunk(units) for dim, units in dims.items()} for name, dims in network.index_map.items()
-    }
-    links = tuple(
-        replace(
-            links,
-            inputs=None if links.inputs is None else shrunk(links.inputs),
-            outputs=shrunk(links.outputs),
-        )
-        for links in network.links
-    )
-    costs = replace(network.cost_model, sizes=tuple(group.size for group in groups))
-    unit = network.assembly.unit
-    left = np.append(np.where(kept, new, GONE), [GONE, -1])  # the last two are for -2 and for -1
-    assembly = Assembly(tuple(groups), network.frozen, index_map, links, costs, left[unit])
-    followers = tuple(replace(attribute, units=shrunk(attribute.units)) for attribute in network.attributes)
-    queries = tuple(replace(query, rows=_renumbered_rows(network, query, kept)) for query in network.record.queries)
-    record = replace(network.record, queries=queries)
-    return replace(network, model=model, assembly=assembly, record=record, followers=followers)
-
-
-def _renumbered_rows(network: Network, query: Query, kept: np.ndarray) -> Labels:
-    """Returns where the rows that make queries lie in the smaller parameter."""
-    units = network.index_map.get(query.weight, {}).get(0)
-    if units is None:
-        return query.rows
-    stay = stays(units, kept)
-    rows: Labels = (np.cumsum(stay) - 1)[query.rows[stay[query.rows]]]
-    return rows

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from autoprune.network.groups import Links
-from autoprune.network.surgery import kept_indices
+from autoprune.network.narrowing import shifted
 from autoprune.network.trace import Network
 
 Heard = Callable[[str, Tensor], None]
@@ -51,12 +51,6 @@ def rows_of_site(network: Network, links: Links, kept: np.ndarray | None = None)
     start, stop = (shifted(network, layer.weight, k, kept) for k in (layer.start, layer.start + count))
     bias_start = 0 if layer.bias is None else shifted(network, layer.bias, layer.bias_start, kept)
     return Rows(layer.weight, start, stop - start, layer.bias, bias_start)
-
-
-def shifted(network: Network, name: str, index: int, kept: np.ndarray) -> int:
-    """Returns where the entry `index` along a parameter's first dimension, or the next one that stays, is found."""
-    units = network.index_map.get(name, {}).get(0)
-    return index if units is None else int(np.searchsorted(kept_indices(units, kept), index))
 
 
 def multiplied(network: Network) -> dict[str, Links]:

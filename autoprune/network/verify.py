@@ -6,17 +6,18 @@ first; only where that fails are they halved until the guilty ones are found.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.network.complexity import count_macs
+from autoprune.network.complexity import macs_on_meta, on_meta
+from autoprune.network.narrowing import narrowed
 from autoprune.network.surgery import Selection, cut, masked_twin
 from autoprune.network.trace import Network, evaluating
 
@@ -24,17 +25,21 @@ BREAKS = "the pruned network does not run"
 TOLERANCE = 1e-3
 """Largest difference from the masked twin, relative to the largest output: float32 rounding in deep networks, no
 more."""
+LARGE = 2 * 10**9
+"""Networks that spend more MACs on the batch that they were traced with are run on its first sample."""
 
 
 def verified(network: Network) -> Network:
     """Returns the network with every group frozen that does not survive pruning, with the reason.
 
-    Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all. MACs
-    are counted with all of them.
+    First all are tried at once. Where one is guilty, groups that must equal their masked twin are compared with it
+    alone, then all are tried, unless these are all. MACs are counted with all of them.
     """
-    shapes = on_meta(network)
+    shapes = shapes_of(network)
     exact = [group.name for group in network.groups if not group.approximate]
     whole = [group.name for group in network.groups]
+    if exact and exact != whole and _sound(network, shapes):
+        return network
     reasons: dict[str, str] = {}
     for names in (exact, whole):
         if names is whole and exact == whole and not reasons:
@@ -48,14 +53,24 @@ def verified(network: Network) -> Network:
     return network
 
 
-def on_meta(network: Network) -> Network:
-    """Returns the network without its numbers: shapes alone, in which what does not run fails in no time."""
-    memo: dict[int, object] = {}  # `Module.to` would untie tied parameters
-    for parameter in network.model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    for buffer in network.model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return replace(network, model=copy.deepcopy(network.model, memo))
+def _sound(network: Network, shapes: Network) -> bool:
+    """Whether all groups can be halved at once, those that must equal their masked twin on the network without the
+    others: there the twin is smaller, and what normalises over channels normalises over the same ones.
+    """
+    selection = halved(network, [group.name for group in network.groups])
+    exact = {group.name: selection[group.name] for group in network.groups if not group.approximate}
+    others = {name: kept for name, kept in selection.items() if name not in exact}
+    try:
+        counted = macs_on_meta(cut(shapes, selection), network.example_inputs)
+        smaller = narrowed(network, others, cut(network, others))
+    except Exception:  # `faults` says which group it is
+        return False
+    return _miscounted(network, selection, counted) is None and faults(smaller, exact, None) is None
+
+
+def shapes_of(network: Network) -> Network:
+    """Returns the network on the meta device: what does not run there fails in no time."""
+    return replace(network, model=on_meta(network.model))
 
 
 def _checked(network: Network, shapes: Network, uncounted: list[str] | None) -> Callable[[list[str]], str | None]:
@@ -125,30 +140,57 @@ def check(network: Network, names: list[str], shapes: Network | None) -> str | N
 def faults(network: Network, selection: Selection, shapes: Network | None) -> str | None:
     """Prunes a copy to `selection`; returns what is wrong, or None where all is well.
 
-    `shapes` is what `on_meta` returns; None: MACs are not counted.
+    `shapes` is what `shapes_of` returns; None: MACs are not counted.
     """
-    inputs = informative(network.example_inputs)
     try:
-        counted = None if shapes is None else count_macs(cut(shapes, selection), network.example_inputs)
+        counted = None if shapes is None else macs_on_meta(cut(shapes, selection), network.example_inputs)
         pruned = cut(network, selection)
-        with evaluating(pruned), torch.no_grad():
-            output = pruned(*inputs)
     except Exception as error:  # whatever the model's own code raises on unexpected widths
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return f"{BREAKS}: {_told(type(error).__name__, line)}"
+        return _broken(error)
     # A group that is gone as a whole has nothing left that its norm could shift.
-    if not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups):
-        twin = masked_twin(network, selection)
-        with evaluating(twin), torch.no_grad():
-            expected = twin(*inputs)
-        difference = relative_error(output, expected)
-        if not difference <= TOLERANCE:
-            return f"the pruned network differs from its masked twin (relative error {difference:.1e})"
-    widths = {name: len(kept) for name, kept in selection.items()}
-    priced = network.cost_model.cost("macs", widths)
-    if counted is not None and counted != priced:
-        return f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
+    exact = not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups)
+    twin = cache(partial(masked_twin, network, selection)) if exact else None
+    fault: str | None = None
+    for batch in _batches(network):  # some code needs the whole batch: a fault counts that shows in each
+        fault = _compared(pruned, twin, batch)
+        if fault is None:
+            break
+    return fault if fault is not None or counted is None else _miscounted(network, selection, counted)
+
+
+def _batches(network: Network) -> list[tuple[Tensor, ...]]:
+    """Returns the inputs to run a network on, each where the one before did not do."""
+    inputs = informative(network.example_inputs)
+    if network.cost_model.dense()["macs"] * network.record.batch <= LARGE:
+        return [inputs]
+    return [tuple(x[:1] if x.ndim and len(x) == len(inputs[0]) else x for x in inputs), inputs]
+
+
+def _compared(pruned: nn.Module, twin: Callable[[], nn.Module] | None, inputs: Sequence[Tensor]) -> str | None:
+    """Runs a pruned network, and its masked twin where it must be equal to one; returns what is wrong, or None."""
+    try:
+        output = _run(pruned, inputs)
+        difference = 0.0 if twin is None else relative_error(output, _run(twin(), inputs))
+    except Exception as error:
+        return _broken(error)
+    if not difference <= TOLERANCE:
+        return f"the pruned network differs from its masked twin (relative error {difference:.1e})"
     return None
+
+
+def _miscounted(network: Network, selection: Selection, counted: int) -> str | None:
+    priced = network.cost_model.cost("macs", {name: len(kept) for name, kept in selection.items()})
+    return None if counted == priced else f"its MACs cannot be predicted (counted {counted:,}, predicted {priced:,})"
+
+
+def _run(model: nn.Module, inputs: Sequence[Tensor]) -> object:
+    with evaluating(model), torch.no_grad():
+        return model(*inputs)
+
+
+def _broken(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{BREAKS}: {_told(type(error).__name__, line)}"
 
 
 def _told(kind: str, line: str) -> str:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -33,6 +34,7 @@ from autoprune.network.data import as_splits
 from autoprune.network.devices import resolve_device
 from autoprune.network.models import build_model
 from autoprune.network.timing import device_name
+from autoprune.network.trace import trace
 from autoprune.network.vision import import_torchvision
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
@@ -45,6 +47,7 @@ RESULTS = Path("tests/benchmarks/results")
 GROWTH = (("resnet20", 32), ("resnet20", 64), ("resnet56", 32), ("vit", 32), ("vit", 56))
 TRANSFORMER = {"patch_size": 4, "num_layers": 6, "num_heads": 6, "hidden_dim": 192, "mlp_dim": 768}
 """At 56 px it has the 196 patches of ViT-B/16 at 224 px."""
+TRACED = ("resnet20", "resnet56", "resnet50", "vit_b_16")
 GOALS = {"screen": 1.2, "tune": 1.05}
 RATIO = 0.5
 
@@ -171,6 +174,33 @@ def growth_row(network: str, size: int, device: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def trace_row(network: str, options: argparse.Namespace) -> str:
+    """Returns a trace of a model beside its plain export, as a row; in turn, the medians."""
+    torch.manual_seed(0)
+    size = 224 if network in ("resnet50", "vit_b_16") else 32
+    if size == 224:
+        model = import_torchvision().models.get_model(network)
+    else:
+        model = build_model(name=network, factory=None, arguments={}, weights=None, num_classes=10, seed=0)
+    model, example = model.eval(), torch.zeros(2, 3, size, size)
+    runs: dict[str, Callable[[], object]] = {
+        "export": lambda: torch.export.export(model, (example,), strict=False),
+        "unverified": lambda: trace(model, example, verify=False),
+        "whole": lambda: trace(model, example),
+    }
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            with torch.no_grad():
+                run()
+            took[name].append(time.process_time() - start)
+    export, unverified, whole = (median(took[name][1:]) for name in runs)  # the first ones load what is loaded once
+    spread = f"{min(took['whole'][1:]):.2f} to {max(took['whole'][1:]):.2f}"
+    cells = [f"{network}, {size} px", f"{options.repeats}", f"{export:.2f} s", f"{unverified:.2f} s"]
+    return f"| {' | '.join([*cells, f'{whole:.2f} s ({spread})', f'**{whole / export:.2f}**', '2'])} |"
+
+
 def machine(device: str) -> str:
     """Returns hardware and versions in a line."""
     cpu = platform.processor() or platform.machine()
@@ -228,6 +258,13 @@ def main() -> None:
             kept(f"{where}{network} {size}", partial(growth_row, network, size, options.device), options)
             for network, size in GROWTH
         ),
+        "",
+        "A trace beside plain `torch.export` of the same model (processor time of one CPU thread, medians of n; two "
+        "images of random weights):",
+        "",
+        "| network | n | torch.export | trace without running pruned copies | trace | ratio | goal |",
+        "|---|---|---|---|---|---|---|",
+        *(kept(f"trace {network}", partial(trace_row, network, options), options) for network in TRACED),
         "",
     ]
     options.output.write_text("\n".join(text), encoding="utf-8")

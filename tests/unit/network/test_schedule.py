@@ -16,10 +16,11 @@ from autoprune.network.compensation import compensated_tensors
 from autoprune.network.complexity import count_macs
 from autoprune.network.evaluation import evaluate
 from autoprune.network.models import LstmClassifier
+from autoprune.network.narrowing import narrowed
 from autoprune.network.recipe import History, Iterative, Recipe, Stage, fine_tune
 from autoprune.network.regularisation import STRENGTHS, Regularisation
-from autoprune.network.schedule import Ranking, Tools, narrowed, renumbered, run_schedule
-from autoprune.network.surgery import cut
+from autoprune.network.schedule import Ranking, Tools, renumbered, run_schedule
+from autoprune.network.surgery import cut, masked_twin
 from autoprune.network.trace import trace
 from autoprune.network.verify import relative_error
 from autoprune.policy import uniform_policy
@@ -64,11 +65,26 @@ class Attending(nn.Module):
         return self.head((x + self.proj(y)).mean(1))
 
 
+class Packed(nn.Module):
+    """Cross-attention: queries, keys and values are rows of one parameter that are used one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention = nn.Linear(4, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        first = x[:, :2]
+        return self.head((first + self.attention(first, x, x, need_weights=False)[0]).mean(1))
+
+
 def models():
     torch.manual_seed(0)
     return {
         "block": (Block().eval(), torch.randn(2, 3, 6, 6)),
         "attention": (Attending().eval(), torch.randn(2, 5, 4)),
+        "packed": (Packed().eval(), torch.randn(2, 5, 4)),
         "lstm": (LstmClassifier(in_features=4, hidden=8, layers=2, num_classes=3).eval(), torch.randn(2, 5, 4)),
     }
 
@@ -82,7 +98,7 @@ def halfway(network, select):
     }
 
 
-@pytest.mark.parametrize("name", ["attention", "block", "lstm"])
+@pytest.mark.parametrize("name", ["attention", "block", "lstm", "packed"])
 def test_two_cuts_give_the_network_of_one(name, select, output):
     model, x = models()[name]
     network = trace(model, x)
@@ -96,7 +112,7 @@ def test_two_cuts_give_the_network_of_one(name, select, output):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # queries take the change of their scale twice
 
 
-@pytest.mark.parametrize("name", ["attention", "block", "lstm"])
+@pytest.mark.parametrize("name", ["attention", "block", "lstm", "packed"])
 def test_a_narrowed_network_prices_and_describes_the_smaller_model(name, select):
     model, x = models()[name]
     network = trace(model, x)
@@ -113,17 +129,31 @@ def test_a_narrowed_network_prices_and_describes_the_smaller_model(name, select)
             assert np.array_equal(between.index_map[parameter][dim], units), (parameter, dim)
 
 
-def test_compensation_works_on_a_narrowed_network(select, output):
-    model, x = models()["block"]
+@pytest.mark.parametrize("name", ["attention", "block", "lstm", "packed"])
+def test_a_narrowed_network_equals_its_masked_twin(name, select, output):
+    model, x = models()[name]
     network = trace(model, x)
     first, second = halfway(network, select)
     between = narrowed(network, first, cut(network, first))
     stay = renumbered(between, first, second)
-    images = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(3))
-    tensors = compensated_tensors(between, stay, gather(between, [images]))
+    assert relative_error(output(cut(between, stay), x), output(masked_twin(between, stay), x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["block", "packed"])
+def test_compensation_works_on_a_narrowed_network(name, select, output):
+    model, x = models()[name]
+    network = trace(model, x)
+    first, second = halfway(network, select)
+    between = narrowed(network, first, cut(network, first))
+    stay = renumbered(between, first, second)
+    images = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(3))
+    statistics = gather(between, [images])
+    tensors = compensated_tensors(between, stay, statistics)
     small = cut(between, stay)
     wanted = output(between.model, images)
     bare = (output(small, images) - wanted).square().mean()
+    for weight, refitted in ((small.state_dict()[n], t) for n, t in tensors.items() if t.ndim > 1):
+        assert (weight != refitted).flatten(1).any(1).all()  # each row of it, of packed ones too
     small.load_state_dict({**small.state_dict(), **tensors})
     assert (output(small, images) - wanted).square().mean() < bare
 

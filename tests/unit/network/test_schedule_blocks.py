@@ -16,9 +16,10 @@ from autoprune.network.complexity import count_macs, count_params
 from autoprune.network.emptied import Absent
 from autoprune.network.evaluation import evaluate
 from autoprune.network.learning import learn
+from autoprune.network.narrowing import narrowed
 from autoprune.network.recipe import Iterative, fine_tune
 from autoprune.network.regularisation import STRENGTHS, Regularisation
-from autoprune.network.schedule import Ranking, narrowed, renumbered
+from autoprune.network.schedule import Ranking, renumbered
 from autoprune.network.sequential import gather_targets, refit_sequentially
 from autoprune.network.surgery import cut
 from autoprune.network.trace import trace

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from autoprune.errors import TraceError
+from autoprune.network import verify
 from autoprune.network.trace import trace
-from autoprune.network.verify import check, halved, on_meta, relative_error
+from autoprune.network.verify import check, halved, relative_error, shapes_of
 
 X = torch.zeros(2, 3, 6, 6)
+real = verify._run
 
 
 class Chain(nn.Module):
@@ -52,9 +54,86 @@ def test_groups_that_break_only_together_lose_one_of_them():
 
 def test_a_sound_network_passes_and_a_broken_one_is_told_why():
     network = trace(Chain(3, {1}), X, verify=False)
-    assert check(network, ["convs.0", "convs.2"], on_meta(network)) is None
-    fault = check(network, ["convs.1"], on_meta(network))
+    assert check(network, ["convs.0", "convs.2"], shapes_of(network)) is None
+    fault = check(network, ["convs.1"], shapes_of(network))
     assert fault == "the pruned network does not run: ValueError: it is 8 wide"
+
+
+class Normed(nn.Module):
+    """A residual stream under a LayerNorm, of which `code` can rely on the widths or the batch."""
+
+    def __init__(self, code=lambda stream, hidden: None):
+        super().__init__()
+        self.stem, self.norm = nn.Linear(4, 12), nn.LayerNorm(12)
+        self.up, self.down, self.head = nn.Linear(12, 10), nn.Linear(10, 12), nn.Linear(12, 3)
+        self.code = code
+
+    def forward(self, x):
+        stream = self.stem(x)
+        hidden = self.up(self.norm(stream)).relu()
+        self.code(stream, hidden)
+        return self.head(stream + self.down(hidden))
+
+
+def demands(what):
+    def code(stream, hidden):
+        if not what(stream, hidden):
+            raise ValueError("it is 12 and 10 wide, and two of them")
+
+    return code
+
+
+def test_groups_under_a_norm_are_tried_with_the_others_in_two_passes(monkeypatch):
+    runs = []
+    monkeypatch.setattr(verify, "_run", lambda model, inputs: runs.append(len(inputs[0])) or real(model, inputs))
+    network = trace(Normed(), torch.zeros(2, 4))
+    assert [(g.name, bool(g.approximate)) for g in network.groups] == [("stem", True), ("up", False)]
+    assert runs == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [
+        (lambda stream, hidden: stream.shape[-1] == 12, "up"),
+        (lambda stream, hidden: hidden.shape[-1] == 10, "stem"),
+        (lambda stream, hidden: stream.shape[-1] == 12 or hidden.shape[-1] == 10, "stem"),
+    ],
+    ids=["the stream", "the hidden width", "both together"],
+)
+@pytest.mark.parametrize("large", [0, verify.LARGE])
+def test_a_guilty_group_is_found_under_a_norm_or_beside_it(what, left, large, monkeypatch):
+    monkeypatch.setattr(verify, "LARGE", large)
+    network = trace(Normed(demands(what)), torch.zeros(2, 4))
+    assert [g.name for g in network.groups] == [left]
+    assert "it is 12 and 10 wide" in next(iter(network.broken.values()))
+
+
+def test_a_large_network_runs_on_one_sample_and_on_all_where_it_needs_them(monkeypatch):
+    monkeypatch.setattr(verify, "LARGE", 0)
+    runs = []
+    monkeypatch.setattr(verify, "_run", lambda model, inputs: runs.append(len(inputs[0])) or real(model, inputs))
+    assert len(trace(Chain(2, ()), X).groups) == 2
+    assert runs == [1, 1]
+    runs.clear()
+    network = trace(Normed(demands(lambda stream, hidden: len(stream) == 2)), torch.zeros(2, 4))
+    assert not network.broken
+    assert runs == [1, 2, 2]
+
+
+def test_a_large_network_that_differs_from_its_twin_is_found_on_one_sample(monkeypatch):
+    monkeypatch.setattr(verify, "LARGE", 0)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y) * y.shape[1]
+
+    with pytest.raises(TraceError, match="differs from its masked twin"):
+        trace(Scaled(), torch.zeros(2, 4))
 
 
 def test_about_half_of_each_named_group_is_picked_and_never_the_same_fraction():
