@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import InputError
+from autoprune.network import evaluation
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import (
     Precision,
@@ -359,7 +360,33 @@ def test_the_probe_times_networks_that_return_no_plain_tensor():
     assert probe_precision(model, torch.rand(4, 3), training=True, seconds=0.05).channels_last
 
 
-def test_the_probe_leaves_out_formats_that_the_network_cannot_run_but_hides_no_other_error():
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_probe_tries_bfloat16_unless_the_processor_emulates_it(emulated, monkeypatch):
+    monkeypatch.setattr(evaluation, "_is_emulated", lambda: emulated)
+    tried = set()
+
+    class Watching(nn.Module):
+        def forward(self, x):
+            tried.add(torch.is_autocast_enabled("cpu"))
+            return x
+
+    probe_precision(Watching(), torch.rand(2, 3), seconds=0.05)
+    assert tried == ({False} if emulated else {False, True})
+
+
+@pytest.mark.parametrize(("ratio", "emulated"), [(0.5, False), (1.9, False), (2.1, True)])
+def test_a_processor_that_takes_twice_as_long_for_bfloat16_emulates_it(ratio, emulated, monkeypatch):
+    monkeypatch.setattr(evaluation, "_small_products", lambda dtype: ratio if dtype == torch.bfloat16 else 1.0)
+    assert evaluation._is_emulated.__wrapped__() is emulated
+
+
+def test_small_products_are_timed_in_both_formats():
+    assert evaluation._small_products(torch.float32) > 0
+    assert evaluation._small_products(torch.bfloat16) > 0
+
+
+def test_the_probe_leaves_out_formats_that_the_network_cannot_run_but_hides_no_other_error(monkeypatch):
+    monkeypatch.setattr(evaluation, "_is_emulated", lambda: False)
     assert probe_precision(NoHalf(), torch.rand(2, 3), seconds=0.05) == Precision(None, channels_last=True)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         probe_precision(Never(), torch.rand(2, 3), seconds=0.05)
