@@ -278,8 +278,15 @@ def replace_attention(model: nn.Module) -> nn.Module:
 
 
 def prunable(model: nn.Module) -> nn.Module:
-    """Returns `model` itself, or a copy with our attention modules where it has some that cannot lose heads."""
-    return replace_attention(copy.deepcopy(model)) if replaceable(model) else model
+    """Returns `model` itself, or a copy with our attention modules where it has some that cannot lose heads.
+
+    The copy has the very parameters and buffers of `model`: what is trained, loaded or moved in one is so in the other.
+    """
+    if not replaceable(model):
+        return model
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    shared = [*tables, *(tensor for table in tables for tensor in table.values())]
+    return replace_attention(copy.deepcopy(model, {id(part): part for part in shared}))
 
 
 def _name(module: nn.Module) -> str:

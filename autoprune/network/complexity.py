@@ -28,11 +28,17 @@ def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
 
 def macs_on_meta(model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Returns what `count_macs` does, of a model on the meta device, which afterwards needs no gradients."""
+    with FlopCounterMode(display=False) as counter:
+        run_on_meta(model, inputs)
+    return int(counter.get_total_flops()) // 2 // int(inputs[0].shape[0])
+
+
+def run_on_meta(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Runs a model on the meta device, which afterwards needs no gradients, on inputs of the shapes of `inputs`."""
     model.requires_grad_(False)  # the counter wants gradients of what could have some
     fake = tuple(torch.empty_like(x, device="meta") for x in inputs)
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter, _OnMeta():  # type: ignore[no-untyped-call]
+    with evaluating(model), torch.no_grad(), _OnMeta():  # type: ignore[no-untyped-call]
         model(*fake)
-    return int(counter.get_total_flops()) // 2 // int(inputs[0].shape[0])
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import logging
 import operator
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ ALIASES = frozenset(
 
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.export")
 """What torch logs here as an error, with a traceback, it also raises."""
+_EXPORTING = threading.Lock()
+"""Settings of an export hold for the whole process, and torch itself lets one run at a time."""
 _COMPUTED = 40
 """A convolution's weight that is computed by more operators than this is taken for an activation."""
 
@@ -96,17 +99,19 @@ def _unlogged() -> Iterator[None]:
 
 @contextmanager
 def _hastily() -> Iterator[None]:
-    """Keeps torch.export from writing down where in the code each node was made, and from compiling code for the graph
-    after each of its passes: a third of its time, for what nobody reads here.
+    """Keeps torch.export from writing down where in the code each node was made (from torch 2.12 on), and from
+    compiling code for the graph after each of its passes: a third of its time, for what nobody reads here.
     """
-    config: Any = torch.fx.config
-    before = config.do_not_emit_stack_traces
-    config.do_not_emit_stack_traces = True
-    try:
-        with _use_lazy_graph_module(True):
+    config, name = torch.fx.config, "do_not_emit_stack_traces"
+    with _EXPORTING, _use_lazy_graph_module(True):
+        before = getattr(config, name, None)
+        if before is not None:
+            setattr(config, name, True)
+        try:
             yield
-    finally:
-        config.do_not_emit_stack_traces = before
+        finally:
+            if before is not None:
+                setattr(config, name, before)
 
 
 def _why(model: nn.Module, error: Exception, graph: str) -> str:

@@ -297,7 +297,8 @@ def _first_producer(
 ) -> dict[int, tuple[Layer, int | None]]:
     """Returns the first layer that makes each bucket, and which factor of its outputs the bucket is (None: all).
 
-    `bucket` is `(components,)`: which of the `number` buckets each is in, -1 for none.
+    `bucket` is `(components,)`: which of the `number` buckets each is in, -1 for none. Outputs come in their order, and
+    the factors of an output in theirs: that decides which bucket is found first.
     """
     free = np.ones(solution.number + 1, dtype=bool)
     free[[-1, *solution.frozen]] = False  # the last one is for a factor that is not there
@@ -342,21 +343,22 @@ def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
     return stages
 
 
+_Users = tuple[list[str], list[str]]
+"""Modules that make a set of channels, and modules that use it, in the order of the graph."""
+
+
 def _group(record: Record, name: str, members: Labels, place: tuple[int, str], users: _Users) -> PruningGroup:
     approximate = record.solution.approximate
+    makers, readers = users
     return PruningGroup(
         name=name,
         size=len(members),
         offset=place[0],
-        producers=tuple(dict.fromkeys(users[0])),
-        consumers=tuple(dict.fromkeys(users[1])),
+        producers=tuple(dict.fromkeys(makers)),
+        consumers=tuple(dict.fromkeys(readers)),
         stage=place[1],
         approximate=next((approximate[c] for c in members.tolist() if c in approximate), None),
     )
-
-
-_Users = tuple[list[str], list[str]]
-"""Modules that make a set of channels, and modules that use it, in the order of the graph."""
 
 
 def _users(record: Record, buckets: Sequence[Labels]) -> list[_Users]:

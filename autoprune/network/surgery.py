@@ -10,9 +10,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -195,114 +192,77 @@ def uniform_norms(network: Network, kept: np.ndarray) -> dict[str, str]:
     }
 
 
-def masked_twin(network: Network, selection: Selection) -> nn.Module:
+def masked_twin(network: Network, selection: Selection, *, own: bool = False) -> nn.Module:
     """Returns a copy of the dense model in which every layer ignores the channels that `selection` leaves out.
 
-    The removed channels are still computed, and read as zeros by what consumes them. Channels that a product of
-    activations sums over (dimensions of queries and keys) have no such consumer: the weights that make them are zero. A
-    surgically pruned network must give the same output. Parameters that are not changed are the dense model's own.
+    The removed channels are still computed; the weights that consume them are zero. Channels that a product of
+    activations sums over (dimensions of queries and keys) have no such weights: those that make them are zero. A
+    surgically pruned network must give the same output. With `own` the dense model itself becomes the twin.
     """
-    kept = unit_mask(network, selection)
-    dense = _state(network.model)
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in network.model.parameters()}
-    inputs: dict[str, Tensor] = {}
-    for zeroes in _zeroes(network, kept):
-        old = dense[zeroes.weight]
-        if zeroes.reader is not None and old.sum().isfinite():  # NaN times zero is NaN
-            inputs[zeroes.reader] = zeroes.index
-            continue
-        if memo.get(id(old), old) is old:
-            memo[id(old)] = copy.deepcopy(old)
-        zeroes.write(memo[id(old)])
-    twin = copy.deepcopy(network.model, memo)
-    for path, index in inputs.items():
-        module = twin.get_submodule(path)
-        axis = 1 - dense[f"{path}.weight"].ndim
-        module.register_forward_pre_hook(partial(_read_zeros, axis=axis, index=index), with_kwargs=True)
+    twin = network.model if own else copy.deepcopy(network.model)
+    _silence(network, twin, selection, keep=False)
     return twin
-
-
-def _read_zeros(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, axis: int, index: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x, *rest = args or (kwargs["input"],)
-    return (x.index_fill(axis, index.to(x.device), 0.0), *rest), {}
 
 
 @contextmanager
 def ignoring(network: Network, twin: nn.Module, selection: Selection) -> Iterator[None]:
-    """Makes a copy of the dense model ignore what `selection` leaves out, by zeros in its weights, and what it was
-    again afterwards: no copy for each of many selections.
+    """Makes a copy of the dense model a masked twin, and what it was again afterwards: no copy for each of many
+    selections.
     """
-    state = _state(twin)
-    before: dict[str, Tensor] = {}
-    for zeroes in _zeroes(network, unit_mask(network, selection)):
-        before.setdefault(zeroes.weight, state[zeroes.weight].detach().clone())
-        zeroes.write(state[zeroes.weight])
+    before = _silence(network, twin, selection)
     try:
         yield
     finally:
+        state = _state(twin)
         with torch.no_grad():
             for name, weight in before.items():
                 state[name].copy_(weight)
 
 
-@dataclass(frozen=True, slots=True)
-class _Zeroes:
-    """What is zero in a masked twin: indices of dimension `dim` of a parameter, or of some of its `rows`."""
+def _silence(network: Network, twin: nn.Module, selection: Selection, *, keep: bool = True) -> dict[str, Tensor]:
+    """Zeroes the weights that consume what `selection` leaves out, in place; returns what they were, by name, where
+    that is to `keep`.
+    """
+    kept = unit_mask(network, selection)
+    state = _state(twin)
+    before: dict[str, Tensor] = {}
 
-    weight: str
-    dim: int
-    index: Tensor
-    rows: tuple[int, int] | None = None
-    reader: str | None = None
-    """The only module that uses the weight, where zeros in its input do the same."""
+    def remember(name: str) -> None:
+        if keep and name not in before:
+            before[name] = state[name].detach().clone()
 
-    def write(self, weight: Tensor) -> None:
-        """Writes the zeros into the parameter."""
-        with torch.no_grad():
-            part = weight if self.rows is None else weight[slice(*self.rows)]
-            part.index_fill_(self.dim, self.index.to(weight.device), 0.0)
+    def zero(name: str, dim: int, gone: np.ndarray, start: int = 0) -> None:
+        if gone.any():
+            remember(name)
+            index = torch.from_numpy(start + np.flatnonzero(gone)).to(state[name].device)
+            with torch.no_grad():
+                state[name].index_fill_(dim, index, 0.0)
 
-
-def _zeroes(network: Network, kept: np.ndarray) -> Iterator[_Zeroes]:
-    """Returns the zeros that make what consumes channels ignore those that are not `kept`."""
     summed = np.zeros(len(kept), dtype=bool)
     for labels in network.record.contracted:
         units = network.units_of(labels)
         summed[units[units >= 0]] = True
-    readers = _readers(network)
-    state = _state(network.model)
-
-    def zeroes(weight: str, dim: int, gone: np.ndarray, start: int = 0, **place: Any) -> Iterator[_Zeroes]:
-        if gone.any():
-            yield _Zeroes(weight, dim, torch.from_numpy(start + np.flatnonzero(gone)), **place)
-
     for links in network.links:
         layer = links.layer
         if links.inputs is not None and layer.in_dim is not None:
-            # One of several layers that share a packed weight has some of its rows alone.
-            part = layer.out_dim == 0 and len(links.outputs) < len(state[layer.weight])
-            rows = (layer.start, layer.start + len(links.outputs)) if part else None
             gone = ~stays(links.inputs, kept)
-            yield from zeroes(layer.weight, layer.in_dim, gone, rows=rows, reader=readers.get(layer.weight))
+            if layer.out_dim == 0 and len(links.outputs) < len(state[layer.weight]):
+                # One of several layers that share a packed weight: its rows alone.
+                remember(layer.weight)
+                _zero(state[layer.weight][layer.start : layer.start + len(links.outputs)], layer.in_dim, gone)
+            else:
+                zero(layer.weight, layer.in_dim, gone)
         gone = ~stays(links.outputs, kept | ~summed)
-        yield from zeroes(layer.weight, layer.out_dim, gone, layer.start if layer.out_dim == 0 else 0)
+        zero(layer.weight, layer.out_dim, gone, layer.start if layer.out_dim == 0 else 0)
         if layer.bias is not None:
-            yield from zeroes(layer.bias, 0, gone, layer.bias_start)
+            zero(layer.bias, 0, gone, layer.bias_start)
+    return before
 
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-
-def _readers(network: Network) -> dict[str, str]:
-    """Returns weight → module for weights of linear layers and convolutions that are used by calls of theirs alone."""
-    found: dict[str, set[str | None]] = {}
-    for links in network.links:
-        stock = links.called and type(network.model.get_submodule(links.module)).forward in _FORWARDS
-        found.setdefault(links.layer.weight, set()).add(links.module if stock and links.layer.groups == 1 else None)
-    alone = {weight: modules.pop() for weight, modules in found.items() if len(modules) == 1}
-    return {weight: module for weight, module in alone.items() if module is not None}
+def _zero(tensor: Tensor, dim: int, gone: np.ndarray) -> None:
+    if gone.any():
+        with torch.no_grad():
+            tensor.index_fill_(dim, torch.from_numpy(np.flatnonzero(gone)).to(tensor.device), 0.0)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

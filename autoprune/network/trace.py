@@ -60,8 +60,8 @@ class Told:
 class Network:
     """A model that was traced: its pruning groups, what is frozen and why, and its exact cost model.
 
-    `model` is the dense model itself, or a copy of it in which attention modules that cannot lose heads are replaced
-    by equivalent ones; it is never changed. `example_inputs` keep the shapes that it was traced with;
+    `model` is the dense model itself, or a copy with the same tensors in which attention modules that cannot lose heads
+    are replaced by equivalent ones; it is never changed. `example_inputs` keep the shapes that it was traced with;
     the first dimension of the first one is the batch, and costs are for one sample.
     """
 

@@ -372,3 +372,32 @@ def test_the_table_of_layers_counts_the_rows_that_stay() -> None:
     rows = {row["module"]: row for row in layer_table(network, selection)}
     assert (rows["qkv"]["width_before"], rows["qkv"]["width_after"]) == (72, 6)
     assert rows["proj"]["params_after"] == 2 * 12 + 12
+
+
+class Remembering(nn.Module):
+    """Attention, a buffer, and a recurrent layer, which keeps a list of its own parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(8, 2, batch_first=True), nn.BatchNorm1d(8)
+        self.recurrent = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(self.attention(x, x, x, need_weights=False)[0].transpose(1, 2)).transpose(1, 2)
+        return self.recurrent(x)[0]
+
+
+def test_a_copy_with_our_attention_has_the_very_tensors_of_the_model():
+    model, x = Remembering().eval(), torch.randn(2, 5, 8)
+    ours = prunable(model)
+    assert ours is not model
+    assert type(model.attention) is nn.MultiheadAttention
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+        model.norm.running_mean.fill_(0.5)
+        torch.testing.assert_close(ours(x), model(x))
+        model.double()  # new buffers, and new data of every parameter
+        torch.testing.assert_close(ours(x.double()), model(x.double()))
+    ours.train()
+    assert not any(module.training for module in model.modules())

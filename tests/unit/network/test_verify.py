@@ -83,12 +83,14 @@ def demands(what):
     return code
 
 
-def test_groups_under_a_norm_are_tried_with_the_others_in_two_passes(monkeypatch):
+@pytest.mark.parametrize(("large", "passes"), [(0, [1, 1]), (verify.LARGE, [2, 2, 2])])
+def test_groups_under_a_norm_are_tried_with_the_others_where_the_network_is_large(large, passes, monkeypatch):
+    monkeypatch.setattr(verify, "LARGE", large)
     runs = []
     monkeypatch.setattr(verify, "_run", lambda model, inputs: runs.append(len(inputs[0])) or real(model, inputs))
     network = trace(Normed(), torch.zeros(2, 4))
     assert [(g.name, bool(g.approximate)) for g in network.groups] == [("stem", True), ("up", False)]
-    assert runs == [2, 2]
+    assert runs == passes
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,9 @@ def test_groups_under_a_norm_are_tried_with_the_others_in_two_passes(monkeypatch
         (lambda stream, hidden: stream.shape[-1] == 12, "up"),
         (lambda stream, hidden: hidden.shape[-1] == 10, "stem"),
         (lambda stream, hidden: stream.shape[-1] == 12 or hidden.shape[-1] == 10, "stem"),
+        (lambda stream, hidden: hidden.shape[-1] > 8 or stream.shape[-1] < 12, "stem"),
     ],
-    ids=["the stream", "the hidden width", "both together"],
+    ids=["the stream", "the hidden width", "both together", "the hidden width beside the whole stream"],
 )
 @pytest.mark.parametrize("large", [0, verify.LARGE])
 def test_a_guilty_group_is_found_under_a_norm_or_beside_it(what, left, large, monkeypatch):
@@ -120,20 +123,21 @@ def test_a_large_network_runs_on_one_sample_and_on_all_where_it_needs_them(monke
     assert runs == [1, 2, 2]
 
 
-def test_a_large_network_that_differs_from_its_twin_is_found_on_one_sample(monkeypatch):
+@pytest.mark.parametrize("example", [torch.zeros(2, 4), torch.tensor([[0.0] * 4, [1.0] * 4])])
+def test_a_large_network_that_differs_from_its_twin_is_found_on_one_sample(example, monkeypatch):
     monkeypatch.setattr(verify, "LARGE", 0)
 
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 3, bias=False)
 
         def forward(self, x):
             y = self.a(x)
             return self.b(y) * y.shape[1]
 
     with pytest.raises(TraceError, match="differs from its masked twin"):
-        trace(Scaled(), torch.zeros(2, 4))
+        trace(Scaled(), example)
 
 
 def test_about_half_of_each_named_group_is_picked_and_never_the_same_fraction():
@@ -195,3 +199,20 @@ def test_what_is_not_finite_is_never_taken_for_equal_unless_both_are(bad):
     assert relative_error(one, other) == float("inf")
     assert relative_error(other, one) == float("inf")
     assert relative_error(one, one) == 0.0
+
+
+@pytest.mark.parametrize("large", [0, verify.LARGE])
+def test_a_model_that_writes_its_own_weights_stays_as_it_was(large, monkeypatch):
+    monkeypatch.setattr(verify, "LARGE", large)
+
+    class Clamped(nn.Linear):
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    model = Normed()
+    model.up = Clamped(12, 10)
+    before = model.up.weight.detach().clone()
+    assert trace(model, torch.zeros(2, 4)).groups
+    assert torch.equal(model.up.weight, before)
