@@ -67,11 +67,10 @@ def _sound(network: Network, shapes: Network) -> bool:
     try:
         run_on_meta(cut(shapes, exact), network.example_inputs)
         counted = macs_on_meta(cut(shapes, selection), network.example_inputs)
-        smaller = cut(network, others)
+        smaller = narrowed(network, others, cut(network, others))
     except Exception:  # `faults` says which group it is
         return False
-    fault = _miscounted(network, selection, counted)
-    return not (fault or _fault(narrowed(network, others, smaller), exact, _batches(network), own=True))
+    return not (_miscounted(network, selection, counted) or _fault(smaller, exact, _batches(network), own=True))
 
 
 def shapes_of(network: Network) -> Network:
@@ -185,7 +184,8 @@ def _fault(
             continue
         if not exact:
             return None
-        twin = twin or masked_twin(network, selection, own=own)
+        if twin is None:
+            twin = masked_twin(network, selection, own=own)
         difference = relative_error(output, _run(twin, batch))
         if difference <= TOLERANCE:
             return None
