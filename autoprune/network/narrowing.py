@@ -13,7 +13,7 @@ from torch import nn
 from autoprune.network.groups import GONE, Assembly, IndexMap, Links, stays
 from autoprune.network.labels import Labels
 from autoprune.network.surgery import Selection, kept_indices, unit_mask
-from autoprune.network.tape import Query
+from autoprune.network.tape import Layer, Query
 from autoprune.network.trace import Network
 
 
@@ -21,6 +21,12 @@ def shifted(network: Network, name: str, index: int, kept: np.ndarray) -> int:
     """Returns where the entry `index` along a parameter's first dimension, or the next one that stays, is found."""
     units = network.index_map.get(name, {}).get(0)
     return index if units is None else int(np.searchsorted(kept_indices(units, kept), index))
+
+
+def starts(network: Network, layer: Layer, kept: np.ndarray) -> tuple[int, int]:
+    """Returns where the rows that a layer uses begin in the smaller weight, and their entries in the smaller bias."""
+    bias_start = 0 if layer.bias is None else shifted(network, layer.bias, layer.bias_start, kept)
+    return shifted(network, layer.weight, layer.start, kept), bias_start
 
 
 def narrowed(network: Network, selection: Selection, model: nn.Module) -> Network:
@@ -45,8 +51,7 @@ def narrowed(network: Network, selection: Selection, model: nn.Module) -> Networ
     }
 
     def narrower(links: Links) -> Links:
-        start = shifted(network, links.layer.weight, links.layer.start, kept)
-        bias_start = 0 if links.layer.bias is None else shifted(network, links.layer.bias, links.layer.bias_start, kept)
+        start, bias_start = starts(network, links.layer, kept)
         return replace(
             links,
             layer=replace(links.layer, start=start, bias_start=bias_start),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from autoprune.network.groups import Links
-from autoprune.network.narrowing import shifted
+from autoprune.network.narrowing import shifted, starts
 from autoprune.network.trace import Network
 
 Heard = Callable[[str, Tensor], None]
@@ -48,8 +48,8 @@ def rows_of_site(network: Network, links: Links, kept: np.ndarray | None = None)
     layer, count = links.layer, len(links.outputs)
     if kept is None:
         return Rows(layer.weight, layer.start, count, layer.bias, layer.bias_start)
-    start, stop = (shifted(network, layer.weight, k, kept) for k in (layer.start, layer.start + count))
-    bias_start = 0 if layer.bias is None else shifted(network, layer.bias, layer.bias_start, kept)
+    start, bias_start = starts(network, layer, kept)
+    stop = shifted(network, layer.weight, layer.start + count, kept)
     return Rows(layer.weight, start, stop - start, layer.bias, bias_start)
 
 

@@ -98,6 +98,13 @@ def halfway(network, select):
     }
 
 
+def narrowed_halfway(network, select):
+    """The network after the first of two cuts, and what stays in the second."""
+    first, second = halfway(network, select)
+    between = narrowed(network, first, cut(network, first))
+    return between, renumbered(between, first, second)
+
+
 @pytest.mark.parametrize("name", ["attention", "block", "lstm", "packed"])
 def test_two_cuts_give_the_network_of_one(name, select, output):
     model, x = models()[name]
@@ -132,23 +139,16 @@ def test_a_narrowed_network_prices_and_describes_the_smaller_model(name, select)
 @pytest.mark.parametrize("name", ["attention", "block", "lstm", "packed"])
 def test_a_narrowed_network_equals_its_masked_twin(name, select, output):
     model, x = models()[name]
-    network = trace(model, x)
-    first, second = halfway(network, select)
-    between = narrowed(network, first, cut(network, first))
-    stay = renumbered(between, first, second)
+    between, stay = narrowed_halfway(trace(model, x), select)
     assert relative_error(output(cut(between, stay), x), output(masked_twin(between, stay), x)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["block", "packed"])
 def test_compensation_works_on_a_narrowed_network(name, select, output):
     model, x = models()[name]
-    network = trace(model, x)
-    first, second = halfway(network, select)
-    between = narrowed(network, first, cut(network, first))
-    stay = renumbered(between, first, second)
+    between, stay = narrowed_halfway(trace(model, x), select)
     images = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(3))
-    statistics = gather(between, [images])
-    tensors = compensated_tensors(between, stay, statistics)
+    tensors = compensated_tensors(between, stay, gather(between, [images]))
     small = cut(between, stay)
     wanted = output(between.model, images)
     bare = (output(small, images) - wanted).square().mean()

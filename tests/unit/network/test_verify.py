@@ -10,7 +10,14 @@ from autoprune.network.trace import trace
 from autoprune.network.verify import check, halved, relative_error, shapes_of
 
 X = torch.zeros(2, 3, 6, 6)
-real = verify._run
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many samples each real pass had, in their order."""
+    found, run = [], verify._run
+    monkeypatch.setattr(verify, "_run", lambda model, inputs: found.append(len(inputs[0])) or run(model, inputs))
+    return found
 
 
 class Chain(nn.Module):
@@ -59,6 +66,18 @@ def test_a_sound_network_passes_and_a_broken_one_is_told_why():
     assert fault == "the pruned network does not run: ValueError: it is 8 wide"
 
 
+class Scaled(nn.Module):
+    """Without biases, and scaled by a width: zeros hide that pruning changes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y) * y.shape[1]
+
+
 class Normed(nn.Module):
     """A residual stream under a LayerNorm, of which `code` can rely on the widths or the batch."""
 
@@ -84,10 +103,8 @@ def demands(what):
 
 
 @pytest.mark.parametrize(("large", "passes"), [(0, [1, 1]), (verify.LARGE, [2, 2, 2])])
-def test_groups_under_a_norm_are_tried_with_the_others_where_the_network_is_large(large, passes, monkeypatch):
+def test_groups_under_a_norm_are_tried_with_the_others_where_the_network_is_large(large, passes, runs, monkeypatch):
     monkeypatch.setattr(verify, "LARGE", large)
-    runs = []
-    monkeypatch.setattr(verify, "_run", lambda model, inputs: runs.append(len(inputs[0])) or real(model, inputs))
     network = trace(Normed(), torch.zeros(2, 4))
     assert [(g.name, bool(g.approximate)) for g in network.groups] == [("stem", True), ("up", False)]
     assert runs == passes
@@ -111,10 +128,8 @@ def test_a_guilty_group_is_found_under_a_norm_or_beside_it(what, left, large, mo
     assert "it is 12 and 10 wide" in next(iter(network.broken.values()))
 
 
-def test_a_large_network_runs_on_one_sample_and_on_all_where_it_needs_them(monkeypatch):
+def test_a_large_network_runs_on_one_sample_and_on_all_where_it_needs_them(runs, monkeypatch):
     monkeypatch.setattr(verify, "LARGE", 0)
-    runs = []
-    monkeypatch.setattr(verify, "_run", lambda model, inputs: runs.append(len(inputs[0])) or real(model, inputs))
     assert len(trace(Chain(2, ()), X).groups) == 2
     assert runs == [1, 1]
     runs.clear()
@@ -126,15 +141,6 @@ def test_a_large_network_runs_on_one_sample_and_on_all_where_it_needs_them(monke
 @pytest.mark.parametrize("example", [torch.zeros(2, 4), torch.tensor([[0.0] * 4, [1.0] * 4])])
 def test_a_large_network_that_differs_from_its_twin_is_found_on_one_sample(example, monkeypatch):
     monkeypatch.setattr(verify, "LARGE", 0)
-
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 3, bias=False)
-
-        def forward(self, x):
-            y = self.a(x)
-            return self.b(y) * y.shape[1]
 
     with pytest.raises(TraceError, match="differs from its masked twin"):
         trace(Scaled(), example)
@@ -169,15 +175,6 @@ def test_widths_that_would_be_right_by_accident_at_one_half_are_found():
 
 
 def test_a_fault_shows_even_when_the_example_is_zero_and_the_network_has_no_bias():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8, bias=False), nn.Linear(8, 3, bias=False)
-
-        def forward(self, x):
-            y = self.a(x)
-            return self.b(y) * y.shape[1]
-
     with pytest.raises(TraceError, match="differs from its masked twin"):
         trace(Scaled(), torch.zeros(2, 4))
 
