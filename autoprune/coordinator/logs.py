@@ -7,13 +7,14 @@ up in its log too.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
@@ -192,55 +193,79 @@ def read_log(home: Path, search: str) -> list[str]:
         StudyError: The search has no log.
     """
     path = log_path(home, search)
-    files = [*_put_aside(path), path]
-    if not any(file.is_file() for file in files):
-        raise StudyError(f"the search {search!r} has no log in {path.parent}")
-    return _lines_of(files)
-
-
-def _put_aside(path: Path) -> list[Path]:
-    return [path.with_name(f"{path.name}.{number}") for number in range(KEPT_FILES, 0, -1)]
-
-
-def _lines_of(files: Sequence[Path]) -> list[str]:
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
-    return [line for text in texts for line in text.split("\n") if line]
+    with contextlib.ExitStack() as opened:
+        files = _opened(path, opened)
+        if not files:
+            raise StudyError(f"the search {search!r} has no log in {path.parent}")
+        texts = [file.read() for file in files]
+    return [line for text in texts for line in _decoded(text).split("\n") if line]
 
 
 def follow_log(home: Path, search: str, *, over: Callable[[], bool], pause: float = 0.5) -> Iterator[str]:
     """Yields the lines of a search's log and then those that are added, until `over` holds after an end was logged.
 
-    A log that does not exist yet is waited for. The file may be put aside meanwhile.
+    A log that does not exist yet is waited for. Its file may be put aside meanwhile, more than once between two looks:
+    no line is lost as long as the files put aside still hold it.
     """
     path = log_path(home, search)
     ended = False
-    for line in _lines_of(_put_aside(path)):
-        ended = is_end(line)
-        yield line
     file: BinaryIO | None = None
-    rest = b""
     try:
+        rest = b""
         while True:
-            if file is None and path.is_file():
-                file = path.open("rb")
+            following = _after(path, file)
+            # What was added before the file was put aside is read only now: nobody writes to it any more.
             chunk = file.read() if file is not None else b""
             *lines, rest = (rest + chunk).split(b"\n")
-            for whole in lines:
-                line = whole.decode("utf-8", errors="replace")
+            if following is not None:
+                lines.append(rest)  # torn, where it is anything: a full disk
+                rest = b""
+                if file is not None:
+                    file.close()
+                file = following
+            for line in map(_decoded, filter(None, lines)):
                 ended = is_end(line)
                 yield line
-            if chunk:
+            if following is not None or chunk:
                 continue
-            if file is not None and path.is_file() and not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.close()  # it was put aside, and everything in it is read
-                file = None
-            elif ended and over():
+            if ended and over():
                 return
-            else:
-                time.sleep(pause)
+            time.sleep(pause)
     finally:
         if file is not None:
             file.close()
+
+
+def _opened(path: Path, stack: contextlib.ExitStack) -> list[BinaryIO]:
+    """Opens the files of a log, the oldest first; the stack closes them.
+
+    They are opened from the newest on, the direction in which a file moves when it is put aside: one that moves
+    meanwhile may be met twice, and then counts once, but is never missed.
+    """
+    found: list[BinaryIO] = []
+    for place in (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, KEPT_FILES + 1))):
+        with contextlib.suppress(FileNotFoundError):
+            file = stack.enter_context(place.open("rb"))
+            if not any(_is_same(file, other) for other in found):
+                found.append(file)
+    return found[::-1]
+
+
+def _after(path: Path, file: BinaryIO | None) -> BinaryIO | None:
+    """Opens the file of a log that follows this one, or the oldest if this is none of them; None if it is the last."""
+    with contextlib.ExitStack() as opened:
+        files = _opened(path, opened)
+        known = [file is not None and _is_same(file, other) for other in files]
+        at = known.index(True) + 1 if True in known else 0
+        return os.fdopen(os.dup(files[at].fileno()), "rb") if at < len(files) else None
+
+
+def _is_same(one: BinaryIO, other: BinaryIO) -> bool:
+    return os.path.samestat(os.fstat(one.fileno()), os.fstat(other.fileno()))
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", errors="replace")
 
 
 def is_end(line: str) -> bool:

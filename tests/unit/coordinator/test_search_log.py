@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,26 +127,74 @@ def test_a_log_that_cannot_be_opened_is_a_clear_error(tmp_path: Path) -> None:
 def test_following_sees_every_line_once_while_files_are_put_aside_and_ends_with_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "MOST_BYTES", 20_000)
-    seen: list[str] = []
-    begun = threading.Event()
+    monkeypatch.setattr(logs, "MOST_BYTES", 8_000)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for turn in range(20):
+            home = tmp_path / str(turn)
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(lambda home=home: list(follow_log(home, "one", over=lambda: True, pause=0.0)))
+                with SearchLog(home, "one") as log:
+                    for number in range(150):
+                        log.note(f"sentence {number}")
+                    log.finished(complete=True, front=1, hypervolume=0.1)
+                seen = [entry_of(line)["message"] for line in found.result(30)]
+            assert seen == [f"sentence {n}" for n in range(150)] + ["finished: 1 points on the front"]
+    finally:
+        sys.setswitchinterval(interval)
 
-    def follow() -> None:
-        for line in follow_log(tmp_path, "one", over=lambda: True, pause=0.001):
-            seen.append(entry_of(line)["message"])
-            begun.set()
 
-    reader = threading.Thread(target=follow)
-    reader.start()
+def test_following_goes_through_files_that_were_put_aside_between_two_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 2_000)
     with SearchLog(tmp_path, "one") as log:
         log.note("sentence 0")
-        assert begun.wait(10)
-        for number in range(1, 150):
+        lines = follow_log(tmp_path, "one", over=lambda: True, pause=0.0)
+        seen = [next(lines)]
+        for number in range(1, 50):
             log.note(f"sentence {number}")
         log.finished(complete=True, front=1, hypervolume=0.1)
-    reader.join(10)
-    assert not reader.is_alive()
-    assert seen == [f"sentence {n}" for n in range(150)] + ["finished: 1 points on the front"]
+    assert len(list((tmp_path / "logs").iterdir())) == 1 + logs.KEPT_FILES
+    seen += lines
+    assert [entry_of(line)["message"] for line in seen[:-1]] == [f"sentence {n}" for n in range(50)]
+
+
+@pytest.mark.parametrize("reading", ["read", "follow"])
+def test_a_file_that_is_put_aside_while_the_files_are_opened_is_neither_missed_nor_met_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reading: str
+) -> None:
+    monkeypatch.setattr(logs, "MOST_BYTES", 2_000)
+    opened: list[Path] = []
+
+    with SearchLog(tmp_path, "one") as log:
+        numbers = iter(range(1000))
+        true_open = Path.open
+
+        def moving(path: Path, mode: str = "r", **rest: Any) -> Any:
+            file = true_open(path, mode, **rest)
+            if mode == "rb" and not opened:
+                opened.append(path)
+                for _ in range(15):  # more than one file holds
+                    log.note(f"sentence {next(numbers)}")
+            return file
+
+        for _ in range(15):
+            log.note(f"sentence {next(numbers)}")
+        assert logs.KEPT_FILES > 2
+        monkeypatch.setattr(Path, "open", moving)
+        if reading == "read":
+            found = read_log(tmp_path, "one")
+        else:
+            lines = follow_log(tmp_path, "one", over=lambda: True, pause=0.0)
+            found = [next(lines)]
+            log.finished(complete=True, front=1, hypervolume=0.1)
+            found += list(lines)[:-1]
+    seen = [int(entry_of(line)["message"].split()[1]) for line in found]
+    assert opened
+    assert seen == list(range(len(seen)))
+    assert len(seen) == 30 if reading == "follow" else len(seen) >= 15
 
 
 def test_a_line_for_people_holds_time_level_message_and_seconds(tmp_path: Path) -> None:
