@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from autoprune import memory
 from autoprune.cli import latency, picking, profiling, reporting, results, searching, serving
 from autoprune.cli.shared import app
 
@@ -36,4 +37,5 @@ def options(
 
 def main() -> None:
     """Runs the command line and exits with its status."""
+    memory.keep_freed()
     app(prog_name="autoprune")

@@ -184,7 +184,7 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
 def choose_precision(
     ingredients: Ingredients, recipe: Recipe, *, device: str, training: bool, cache: Path
 ) -> Precision:
-    """Returns the number format that the recipe names; `auto` is probed once on this device and remembered.
+    """Returns the number format that the recipe names; `auto` is probed once on this kind of device and remembered.
 
     It is remembered because a probe is a race: a resumed search must not go on in another format.
     """
@@ -196,7 +196,12 @@ def choose_precision(
         return Precision(autocast_dtype=torch.bfloat16)
     model = ingredients.model
     shapes = [[name, list(p.shape)] for name, p in model.state_dict().items()]
-    key = digest([type(model).__qualname__, shapes, device_name(device), training])
+    kind = [device_name(device)]
+    if torch.device(device).type == "cpu":
+        kind.append(
+            torch.backends.cpu.get_cpu_capability()
+        )  # one that lacks bfloat16 may have got the cache of another
+    key = digest([type(model).__qualname__, shapes, *kind, training])
     path = cache / f"precision-{key}.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autoprune.memory import keep_freed
 from autoprune.network.artifacts import replace_folder
 from autoprune.network.devices import LOCK
 from autoprune.network.samples import Split, StreamSplit
@@ -73,12 +74,14 @@ def gpu_share(device: str, workers: int) -> float:
 def settle(bench: Workbench, threads: int, gpu_share: float) -> Workbench:
     """Sets what this process may use, and returns the workbench with as many readers of streamed data as suit that.
 
-    Operators get `threads` threads. On a GPU that is shared the allocator gets its part, so that one process cannot
-    keep what another needs: who needs more runs out of memory and tries smaller batches. Of the threads one trains; on
-    a GPU, where it mostly waits, another process reads in any case.
+    Operators get `threads` threads; on a CPU, freed memory stays for the next ones. On a GPU that is shared the
+    allocator gets its part, so that one process cannot keep what another needs: who needs more runs out of memory and
+    tries smaller batches. Of the threads one trains; on a GPU, where it mostly waits, another process reads anyway.
     """
     torch.set_num_threads(threads)
     on_gpu = torch.device(bench.device).type == "cuda"
+    if not on_gpu:
+        keep_freed()
     if on_gpu and gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(_OURS * gpu_share)
     readers = min(_MOST_READERS, max(int(on_gpu), threads - 1))

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import autoprune
+from autoprune.memory import keep_freed
 from autoprune.network.vision import import_torchvision
 
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--home", type=Path)
     options = parser.parse_args()
+    keep_freed()  # as the command line does
     torch.manual_seed(0)
     model = import_torchvision().models.resnet50(num_classes=10)
     images = torch.rand(options.train + 128, 3, 224, 224)

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autoprune.memory import keep_freed
 from autoprune.network.criteria import Evidence, score
 from autoprune.network.depth import removal_errors
 from autoprune.network.models import build_model
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--journal", type=Path, default=HOME / "preparation.json")
     parser.add_argument("--one", action="store_true", help="measure one network in this process")
     options = parser.parse_args()
+    keep_freed()  # as the command line does
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if options.one:
         (name,) = options.networks

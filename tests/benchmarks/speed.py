@@ -29,6 +29,7 @@ from statistics import median
 import torch
 
 from autoprune.coordinator.profiling import bookkeeping_seconds
+from autoprune.memory import keep_freed
 from autoprune.network import pipeline, profiling
 from autoprune.network.data import as_splits
 from autoprune.network.devices import resolve_device
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier run has measured")
     parser.add_argument("--output", type=Path, help="default: bench-speed.md, on a GPU bench-speed-cuda.md")
     options = parser.parse_args()
+    keep_freed()  # as every process of a search does, for trials and bare loops alike
     options.device = resolve_device(options.device)
     on_gpu = torch.device(options.device).type == "cuda"
     options.steps = options.steps or (300 if on_gpu else 10)  # below 32 nothing is captured

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "autoprune"
-CORE = {"errors", "policy", "space", "budget", "cost", "prices", "results", "pareto", "redaction"}
+CORE = {"errors", "policy", "space", "budget", "cost", "prices", "results", "pareto", "redaction", "memory"}
 OUTER = {"network", "search", "tracking", "report", "executors"}
 TOP = {"coordinator", "cli", "__main__", "__init__"}
 
@@ -131,7 +131,7 @@ def test_the_command_line_imports_nothing_heavy_at_module_level(path: Path) -> N
         light = (
             top in sys.stdlib_module_names
             or top == "typer"
-            or imported.startswith(("autoprune.errors", "autoprune.redaction", "autoprune.cli"))
+            or imported.startswith(("autoprune.errors", "autoprune.redaction", "autoprune.memory", "autoprune.cli"))
         )
         assert light, f"{path}:{line}: {imported} is imported at module level"
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from autoprune.errors import BudgetError, DataError, InputError
 from autoprune.network import pipeline
+from autoprune.network.evaluation import Precision
 from autoprune.network.learning import learn
 from autoprune.network.pipeline import (
     choose_precision,
@@ -78,6 +79,20 @@ def test_a_probed_precision_is_remembered(make_space, iris, tmp_path, monkeypatc
     assert choose_precision(iris, recipe, device="cpu", training=True, cache=cache) == first
     named = replace(recipe, precision="bfloat16")
     assert choose_precision(iris, named, device="cpu", training=True, cache=cache).autocast_dtype == torch.bfloat16
+
+
+def test_a_number_format_is_probed_again_on_a_processor_of_another_kind(make_space, iris, tmp_path, monkeypatch):
+    """A cache that was filled where bfloat16 is fast may lie before a processor that only emulates it."""
+    recipe = replace(recipe_of(make_space()), precision="auto")
+    found = {"AVX512": Precision(torch.bfloat16), "AVX2": Precision(None, channels_last=False)}
+    now = {"kind": ""}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: now["kind"])
+    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: found[now["kind"]])
+    for now["kind"], precision in found.items():
+        assert choose_precision(iris, recipe, device="cpu", training=False, cache=tmp_path) == precision
+    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
+    for now["kind"], precision in found.items():
+        assert choose_precision(iris, recipe, device="cpu", training=False, cache=tmp_path) == precision
 
 
 def test_globs_choose_the_groups_and_the_scope_their_criteria(make_space, iris):

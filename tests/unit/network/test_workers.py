@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from autoprune.network import sharing, workers
+from autoprune.network import sharing, timing, workers
 from autoprune.network.artifacts import read_document
 from autoprune.network.data import as_splits
 from autoprune.network.sharing import SharedFile, mapped, pack
@@ -117,13 +117,14 @@ def test_the_file_goes_with_its_owner_and_those_of_killed_owners_with_the_next(t
 
 def test_a_workbench_gives_the_very_same_numbers_wherever_it_is_built(bench, tmp_path):
     policy = uniform_policy(bench.groups, 0.5, "obs")
-    expected = bench.evaluate(policy, SCREEN)
-    assert same(WorkerFactory(bench)(silent)(policy, SCREEN), expected)
-    with SharedFile(packed(bench), tmp_path) as shared:
-        factory = pickle.loads(pickle.dumps(mapped_factory(shared, 1)))
-        assert same(factory(silent)(policy, SCREEN), expected)
-    remote = pickle.loads(pickle.dumps(RemoteFactory(packed(bench), 1)))
-    assert same(remote(silent)(policy, SCREEN).result, expected)
+    with timing.threads(1):  # that many the workers below take
+        expected = bench.evaluate(policy, SCREEN)
+        assert same(WorkerFactory(bench)(silent)(policy, SCREEN), expected)
+        with SharedFile(packed(bench), tmp_path) as shared:
+            factory = pickle.loads(pickle.dumps(mapped_factory(shared, 1)))
+            assert same(factory(silent)(policy, SCREEN), expected)
+        remote = pickle.loads(pickle.dumps(RemoteFactory(packed(bench), 1)))
+        assert same(remote(silent)(policy, SCREEN).result, expected)
 
 
 def test_a_model_that_was_made_elsewhere_comes_back_whole(bench, tmp_path):
@@ -189,7 +190,8 @@ def test_a_process_takes_its_part_of_the_cores_and_of_its_gpu_and_no_more(
     bench, monkeypatch, device, threads, share, fractions, readers
 ):
     """Streamed samples are read by what threads are left, so that processes do not start more readers than cores."""
-    found, before = [], torch.get_num_threads()
+    found, kept, before = [], [], torch.get_num_threads()
+    monkeypatch.setattr(workers, "keep_freed", lambda: kept.append(True))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", found.append)
     streamed = as_splits({"train": TensorDataset(torch.zeros(40, 2, 6, 6), torch.arange(40) % 4)})
     chosen = replace(streamed.test, workers=5)
@@ -200,6 +202,7 @@ def test_a_process_takes_its_part_of_the_cores_and_of_its_gpu_and_no_more(
     finally:
         torch.set_num_threads(before)
     assert found == pytest.approx(fractions)
+    assert kept == ([True] if device == "cpu" else [])
     assert settled.splits.train.workers == settled.splits.calibration.workers == readers
     assert settled.splits.val is bench.splits.val
     assert settled.splits.test.workers == 5  # somebody has said so
