@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 
 KEPT = 1 << 30
-"""Bytes: so much free memory at the end of its heap a process keeps at most."""
+"""Bytes: about so much free memory a process keeps at most."""
 LARGEST = 64 << 20
 """Bytes: what is larger still comes from the system and goes back to it. On the heap it would leave holes (a search of
 ResNet-50 at 224 px with batch 64 held 6.1 GB for 5.4 where the limit was 1 GiB)."""
@@ -21,6 +21,8 @@ _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
 _OLD_LIMIT = 32 << 20
 """Older versions of glibc refuse a higher threshold for what comes from the system itself."""
+_lowest: list[int] = []
+"""Bytes that this process held when nothing was kept unused; empty: it does not keep what it frees."""
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
 
 
@@ -37,7 +39,21 @@ def keep_freed(environment: Mapping[str, str] = os.environ) -> bool:
     if set_option is None:
         return False
     large = set_option(_MMAP_THRESHOLD, LARGEST) or set_option(_MMAP_THRESHOLD, _OLD_LIMIT)
-    return bool(large and set_option(_TRIM_THRESHOLD, KEPT))
+    if not (large and set_option(_TRIM_THRESHOLD, KEPT)):
+        return False
+    _lowest[:] = [_resident()]
+    return True
+
+
+def tidy() -> None:
+    """Gives back what is unused where this process keeps what it frees and holds `KEPT` bytes more than it once did.
+
+    To be called between evaluations. Tensors of ever other sizes leave holes in the heap: twenty candidates of a
+    transformer made 3.2 GB of 1.0 GB.
+    """
+    if _lowest and _resident() - _lowest[0] > KEPT:
+        give_back()
+        _lowest[:] = [_resident()]
 
 
 def give_back() -> None:
@@ -45,6 +61,12 @@ def give_back() -> None:
     trim = _from_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _resident() -> int:
+    """Returns the bytes of memory that this process holds now; on Linux alone."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _from_libc(name: str) -> ctypes._NamedFuncPointer | None:

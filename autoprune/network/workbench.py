@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from autoprune.cost import LATENCY
 from autoprune.errors import AutopruneError, TrialError
+from autoprune.memory import tidy
 from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
 from autoprune.network.criteria import Scores, choose
@@ -136,6 +137,7 @@ class Workbench:
                 model, the loss or the metric raised an error of their own.
             InputError: The loss or the metric does not give one number.
         """
+        tidy()
         for parts in PARTS:
             try:
                 with ieee(self.device):

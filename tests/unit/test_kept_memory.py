@@ -37,6 +37,19 @@ after = held()
 memory.give_back()
 print(full - before, after - before, held() - before)
 """
+HOLES = """
+from pathlib import Path
+from autoprune import memory
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+assert memory.keep_freed()
+memory.KEPT = {limit}
+blocks = [b"x" * 10_000_000 for _ in range(20)]
+del blocks[::2]
+before = held()
+memory.tidy()
+print(before, held())
+"""
 
 
 def printed(program: str, **environment: str) -> list[int]:
@@ -70,6 +83,19 @@ def test_what_is_kept_can_be_given_back() -> None:
 
 
 @glibc
+@pytest.mark.parametrize(("limit", "given"), [(50_000_000, True), (500_000_000, False)])
+def test_holes_are_given_back_between_evaluations_once_they_are_many(limit: int, given: bool) -> None:
+    before, after = printed(HOLES.format(limit=limit))
+    assert (after < 0.6 * before) is given
+
+
+def test_nothing_is_tidied_in_a_process_that_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_lowest", [])
+    monkeypatch.setattr(memory, "_from_libc", lambda name: pytest.fail(f"{name} was called"))
+    memory.tidy()
+
+
+@glibc
 @pytest.mark.parametrize(
     "chosen", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
 )
@@ -94,6 +120,8 @@ def test_an_older_allocator_gets_what_it_admits_and_one_that_refuses_is_not_beli
         asked.append((option, value))
         return int(option == memory._TRIM_THRESHOLD or value <= 32 << 20)
 
+    monkeypatch.setattr(memory, "_lowest", [])
+    monkeypatch.setattr(memory, "_resident", lambda: 1)
     monkeypatch.setattr(memory, "_from_libc", lambda name: old)
     assert memory.keep_freed({})
     assert asked == [(-3, memory.LARGEST), (-3, 32 << 20), (-1, memory.KEPT)]
