@@ -196,12 +196,9 @@ def choose_precision(
         return Precision(autocast_dtype=torch.bfloat16)
     model = ingredients.model
     shapes = [[name, list(p.shape)] for name, p in model.state_dict().items()]
-    kind = [device_name(device)]
-    if torch.device(device).type == "cpu":
-        kind.append(
-            torch.backends.cpu.get_cpu_capability()
-        )  # one that lacks bfloat16 may have got the cache of another
-    key = digest([type(model).__qualname__, shapes, *kind, training])
+    # A processor that only emulates bfloat16 may have got the cache of one that does not.
+    processor = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else ""
+    key = digest([type(model).__qualname__, shapes, device_name(device), processor, training])
     path = cache / f"precision-{key}.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
