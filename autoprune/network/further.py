@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoprune.cost import MEMORY
 from autoprune.errors import CheckpointError, InputError, TrialError
 from autoprune.network.artifacts import load, read_document, save_model
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
-from autoprune.network.evaluation import Precision, Score, evaluate
+from autoprune.network.evaluation import Precision, Score, evaluate, samples_at_once
 from autoprune.network.export import inputs_of
 from autoprune.network.models import build_model
 from autoprune.network.pipeline import (
@@ -99,7 +100,10 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
     dense = _dense(space, cache=cache, note=note)
     device, recipe, val = resolve_device(space.device), recipe_of(space), dense.splits.val
     precision = choose_precision(dense, recipe, device=device, training=True, cache=cache)
-    scored = partial(_scored, dense, device=device, precision=_evaluating(space, dense, device, cache))
+    sample_bytes = _sample_bytes(document)
+    scored = partial(
+        _scored, dense, device=device, precision=_evaluating(space, dense, device, cache), sample_bytes=sample_bytes
+    )
 
     def told(epoch: Epoch) -> None:
         accuracy = "" if epoch.val_accuracy is None else f", val accuracy {100 * epoch.val_accuracy:.1f}%"
@@ -120,6 +124,7 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         on_epoch=told,
         loss=dense.loss,
         metric=dense.metric,
+        sample_bytes=sample_bytes,
     )
     for sentence in history.notes:
         note(sentence)
@@ -159,11 +164,17 @@ def score_by_class(space: Space, folder: Path, *, cache: Path, note: Note) -> li
     """
     dense = _dense(space, cache=cache, note=note)
     device, model = resolve_device(space.device), load(folder, allow_code=True)
-    precision = _evaluating(space, dense, device, cache)
+    scored = partial(
+        _scored,
+        dense,
+        device=device,
+        precision=_evaluating(space, dense, device, cache),
+        sample_bytes=_sample_bytes(read_document(folder)),
+    )
     found = []
     for name in ("val", "test"):
         split = getattr(dense.splits, name)
-        given, got = (_scored(dense, m, split, device=device, precision=precision) for m in (dense.model, model))
+        given, got = (scored(m, split) for m in (dense.model, model))
         rows: list[tuple[str, int, float, float]] = []
         if got.per_class:
             counts = torch.cat([y for _, y in split.batches(1000)]).bincount(minlength=split.num_classes).tolist()
@@ -280,6 +291,19 @@ def _evaluating(space: Space, dense: Ingredients, device: str, cache: Path) -> P
     return choose_precision(dense, recipe_of(space), device=device, training=False, cache=cache)
 
 
-def _scored(dense: Ingredients, model: nn.Module, split: Split, *, device: str, precision: Precision) -> Score:
-    dtype = precision.autocast_dtype
-    return evaluate(model, split, device=device, autocast_dtype=dtype, loss=dense.loss, metric=dense.metric)
+def _sample_bytes(document: Mapping[str, Any]) -> int:
+    return int(document.get("dense_costs", {}).get(MEMORY, 0))
+
+
+def _scored(
+    dense: Ingredients, model: nn.Module, split: Split, *, device: str, precision: Precision, sample_bytes: int
+) -> Score:
+    return evaluate(
+        model,
+        split,
+        batch_size=samples_at_once(device, dense.metric, sample_bytes),
+        device=device,
+        autocast_dtype=precision.autocast_dtype,
+        loss=dense.loss,
+        metric=dense.metric,
+    )

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autoprune.network.activations import replace_activations
-from autoprune.network.evaluation import Precision, autocast, logits_of, mode, samples_at_once, widened
-from autoprune.network.recipe import optimizer_of
+from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
+from autoprune.network.recipe import optimizer_of, taught_at_once
 from autoprune.network.timing import synchronise
 from autoprune.network.trace import Network, evaluating
 from autoprune.network.workbench import Workbench
@@ -177,8 +177,7 @@ def _floors(bench: Workbench, policy: Policy, fidelity: Fidelity, steps: int) ->
     model = bench.repair(bench.selection(policy))
     replace_activations(model, bench.replaced(policy))
     device, precision, recipe = bench.device, bench.precision, bench.recipe
-    at_once = samples_at_once(device, bench.metric)
-    scored = [x for x, _ in bench.splits.val.batches(at_once, limit=fidelity.images, device=device)]
+    scored = [x for x, _ in bench.splits.val.batches(bench.at_once, limit=fidelity.images, device=device)]
     scorings = 3 if fidelity.epochs > 0 else 1  # after the cut, after the repair, after the training
     floors = {"evaluation": _forward(model, scored * scorings, precision, device, collecting=False)}
     targets = bench.knowledge.targets if recipe.recalibration_batches > 0 else None
@@ -222,6 +221,7 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
     while len(batches) < steps:
         passed = bench.splits.train.batches(batch, shuffle=order, augment=True, device=device, limit=steps * batch)
         batches += [(precision.arrange(x), y) for x, y in passed if len(x) == batch]
+    at_once = taught_at_once(recipe, device, bench.loss, bench.sample_bytes)
     teacher = bench.network.model.to(device) if recipe.distillation is not None else None
 
     def step(x: Tensor, y: Tensor) -> None:
@@ -230,7 +230,8 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
             output = model(x)
         if teacher is not None:
             with torch.no_grad(), autocast(device, precision.autocast_dtype):
-                teacher(x)
+                for piece in torch.split(x, at_once):
+                    teacher(piece)
         own = bench.loss
         value = F.cross_entropy(logits_of(output).float(), y) if own is None else own(widened(output), y)
         torch.autograd.backward(value)

@@ -36,6 +36,7 @@ from autoprune.network.evaluation import (
     logits_of,
     mode,
     one_number,
+    samples_at_once,
     widened,
 )
 from autoprune.network.regularisation import Regularisation, Regulariser
@@ -257,6 +258,21 @@ def _taught(student: Any, teacher: Any, distillation: Distillation, *, own_loss:
     return _distil(logits_of(student).float(), logits_of(teacher).float(), distillation.temperature)
 
 
+def taught_at_once(recipe: Recipe, device: Device, loss: Loss | None, sample_bytes: int) -> int:
+    """Returns the samples of a pass of the teacher: all of a batch, but on a CPU as few as stay near (of logits, whose
+    first dimension is the samples).
+    """
+    whole = loss is not None or torch.device(device).type != "cpu"
+    return recipe.batch_size if whole else samples_at_once(device, None, sample_bytes)
+
+
+def _output_of(teacher: nn.Module, x: Tensor, at_once: int) -> Any:
+    """Returns what the teacher makes of a batch; of more samples than `at_once` the logits alone, made in pieces."""
+    if len(x) <= at_once:
+        return teacher(x)
+    return torch.cat([logits_of(teacher(piece)) for piece in torch.split(x, at_once)])  # (n, classes)
+
+
 def fine_tune(
     model: nn.Module,
     train: Split,
@@ -275,6 +291,7 @@ def fine_tune(
     stage: Stage = _WHOLE,
     parts: int = 1,
     graphs: Callable[[Device], Graph | None] | None = None,
+    sample_bytes: int = 0,
 ) -> History:
     """Trains `model` in place by the recipe, and returns what happened. The same seed gives the same weights on a CPU.
 
@@ -300,6 +317,8 @@ def fine_tune(
             memory; the step is that of the whole batch, apart from what batch norms see.
         graphs: Gives what captures steps on a device, asked where enough of them are alike (no regulariser, one part);
             None: `graph_for`.
+        sample_bytes: Activations that the teacher holds of one sample at once, by which passes without gradients are
+            cut on a CPU. 0: not known.
 
     Raises:
         InputError: The samples have no classes and `loss` (or, with `val`, `metric`) is missing, or one of them does
@@ -334,6 +353,8 @@ def fine_tune(
     smoothing = recipe.label_smoothing
     distillation = recipe.distillation if teacher is not None else None
     taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
+    scored = samples_at_once(device, metric, sample_bytes)
+    at_once = taught_at_once(recipe, device, loss, sample_bytes)
     total = torch.zeros((), device=device)  # of an epoch, summed on the device and read once
 
     def step_on(x: Tensor, y: Tensor) -> None:
@@ -352,7 +373,7 @@ def fine_tune(
                     value = F.cross_entropy(logits, wanted, label_smoothing=smoothing)
                 if distillation is not None and teacher is not None:
                     with torch.no_grad(), autocast(device, precision.autocast_dtype):
-                        taught = teacher(part)
+                        taught = _output_of(teacher, part, at_once)
                     soft = _taught(output, taught, distillation, own_loss=loss is not None)
                     value = distillation.weight * soft + (1 - distillation.weight) * value
                 if count > 1:
@@ -397,7 +418,9 @@ def fine_tune(
             rates.append(lr_now)
             if val is not None:
                 dtype = precision.autocast_dtype
-                score = evaluate(model, val, device=device, autocast_dtype=dtype, loss=loss, metric=metric)
+                score = evaluate(
+                    model, val, batch_size=scored, device=device, autocast_dtype=dtype, loss=loss, metric=metric
+                )
                 accuracies.append(score.accuracy)
             if on_epoch is not None:
                 took = time.perf_counter() - epoch_start

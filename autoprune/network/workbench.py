@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from autoprune.cost import LATENCY
+from autoprune.cost import LATENCY, MEMORY
 from autoprune.errors import AutopruneError, TrialError
 from autoprune.memory import tidy
 from autoprune.network.activations import Site, replace_activations, replacements
@@ -351,7 +351,18 @@ class Workbench:
             metric=self.metric,
             stage=stage,
             parts=self.parts,
+            sample_bytes=self.sample_bytes,
         )
+
+    @property
+    def at_once(self) -> int:
+        """Samples of a forward pass that scores a model, at most."""
+        return max(1, samples_at_once(self.device, self.metric, self.sample_bytes) // self.parts)
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of activations that the dense network holds at once, of one sample."""
+        return self.network.cost_model.dense()[MEMORY]
 
     def _teacher(self) -> nn.Module | None:
         return folded_copy(self.network.model, self.folds) if self.recipe.distillation is not None else None
@@ -367,7 +378,7 @@ class Workbench:
         score: Score = evaluate(
             model,
             getattr(self.splits, split),
-            batch_size=max(1, samples_at_once(self.device, self.metric) // self.parts),
+            batch_size=self.at_once,
             limit=limit,
             device=self.device,
             autocast_dtype=self.precision.autocast_dtype,

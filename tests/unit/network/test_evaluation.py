@@ -21,6 +21,7 @@ from autoprune.network.evaluation import (
     mode,
     probe_precision,
     recalibrate,
+    samples_at_once,
     widened,
 )
 from autoprune.network.models import build_model
@@ -61,6 +62,25 @@ def test_accuracy_loss_and_per_class_agree_with_the_whole_set_at_once():
     assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
     for label in range(4):
         assert score.per_class[label] == pytest.approx((logits.argmax(1) == y)[y == label].double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("threads", "sample_bytes", "most"),
+    [
+        (1, 0, 64),  # not known
+        (1, 200_000, 64),  # ResNet-20 at 32 px
+        (1, 1_361_664, 24),
+        (1, 9_633_792, 8),  # ResNet-50 at 224 px
+        (4, 9_633_792, 13),
+        (4, 0, 256),
+        (64, 0, 500),
+    ],
+)
+def test_on_a_cpu_so_many_samples_are_scored_at_once_as_stay_near(threads, sample_bytes, most, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert samples_at_once("cpu", None, sample_bytes) == most
+    assert samples_at_once("cuda", None, sample_bytes) == 500
+    assert samples_at_once("cpu", lambda output, y: 0.0, sample_bytes) == 500
 
 
 def test_a_constant_answer_is_right_for_its_class_alone():

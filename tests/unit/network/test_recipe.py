@@ -290,6 +290,41 @@ def test_samples_without_classes_are_not_trained_on_without_a_loss_nor_scored_wi
     assert same(model, before)
 
 
+class Counting(nn.Module):
+    """Passes on what its network returns, as a tensor or in a dict, and counts the samples of each pass."""
+
+    def __init__(self, network, wrap=lambda logits: logits):
+        super().__init__()
+        self.network, self.wrap, self.passes = network, wrap, []
+
+    def forward(self, x):
+        self.passes.append(len(x))
+        return self.wrap(self.network(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda logits: logits, lambda logits: {"logits": logits}])
+def test_on_a_cpu_a_teacher_with_large_activations_sees_a_batch_in_pieces(wrap):
+    data, recipe = splits(), Recipe(batch_size=32, lr=0.05, distillation=Distillation(weight=1.0))
+    found = {}
+    for sample_bytes, passes in ((0, {32}), (1 << 30, {8})):
+        student, teacher = mlp(), Counting(mlp(4), wrap)
+        history = fine_tune(student, data.train, recipe=recipe, epochs=1, teacher=teacher, sample_bytes=sample_bytes)
+        assert set(teacher.passes) == passes
+        found[sample_bytes] = (history.train_loss[0], torch.cat([p.flatten() for p in student.parameters()]))
+    (first, whole), (second, pieces) = found.values()
+    assert first == pytest.approx(second, rel=1e-5)
+    assert torch.allclose(whole, pieces, atol=1e-5)
+    assert not torch.allclose(pieces, torch.cat([p.flatten() for p in mlp().parameters()]), atol=1e-3)
+
+
+def test_under_an_own_loss_a_teacher_sees_the_whole_batch():
+    data, teacher = measurements(flat=True), Counting(Regressor(flat=True, seed=7))
+    recipe = Recipe(batch_size=32, distillation=Distillation(weight=1.0))
+    arguments = {"epochs": 1, "loss": F.mse_loss, "sample_bytes": 1 << 30}
+    fine_tune(Regressor(flat=True), data.train, recipe=recipe, teacher=teacher, **arguments)
+    assert set(teacher.passes) == {32}
+
+
 def test_without_distillation_in_the_recipe_a_teacher_does_not_matter():
     data, first, second = splits(), mlp(), mlp()
     fine_tune(first, data.train, recipe=PLAIN, epochs=1, teacher=mlp(4))
