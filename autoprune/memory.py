@@ -15,7 +15,7 @@ KEPT = 1 << 30
 """Bytes: about so much free memory a process keeps at most."""
 LARGEST = 64 << 20
 """Bytes: what is larger still comes from the system and goes back to it. On the heap it would leave holes (a search of
-ResNet-50 at 224 px with batch 64 holds 5.4 GB; with a limit of 256 MiB it was 6.5 GB)."""
+ResNet-50 at 224 px with batch 64 holds 5.4 GB; a limit of 256 MiB took 0.7 GB more)."""
 
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
