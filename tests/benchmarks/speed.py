@@ -21,14 +21,16 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 from autoprune.coordinator.profiling import bookkeeping_seconds
+from autoprune.cost import MACS
 from autoprune.memory import keep_freed
 from autoprune.network import pipeline, profiling
 from autoprune.network.data import as_splits
@@ -40,6 +42,7 @@ from autoprune.network.vision import import_torchvision
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
 from autoprune.results import Fidelity
+from autoprune.search.pricing import costs_many
 from autoprune.space import Space, load_space
 
 HOME = Path(".autoprune/bench-speed")
@@ -49,6 +52,7 @@ GROWTH = (("resnet20", 32), ("resnet20", 64), ("resnet56", 32), ("vit", 32), ("v
 TRANSFORMER = {"patch_size": 4, "num_layers": 6, "num_heads": 6, "hidden_dim": 192, "mlp_dim": 768}
 """At 56 px it has the 196 patches of ViT-B/16 at 224 px."""
 TRACED = ("resnet20", "resnet56", "resnet50", "vit_b_16")
+LARGE = ("resnet50", "vit_b_16")
 GOALS = {"screen": 1.2, "tune": 1.05}
 RATIO = 0.5
 
@@ -175,15 +179,23 @@ def growth_row(network: str, size: int, device: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def untrained(network: str) -> torch.nn.Module:
+    """Returns one of the networks that are traced, with random weights, in eval mode."""
+    torch.manual_seed(0)
+    if network in LARGE:
+        return import_torchvision().models.get_model(network).eval()
+    return build_model(name=network, factory=None, arguments={}, weights=None, num_classes=10, seed=0).eval()
+
+
+def example_of(network: str) -> torch.Tensor:
+    """Returns two empty images of the size that the network takes."""
+    size = 224 if network in LARGE else 32
+    return torch.zeros(2, 3, size, size)
+
+
 def trace_row(network: str, options: argparse.Namespace) -> str:
     """Returns a trace of a model beside its plain export, as a row; in turn, the medians."""
-    torch.manual_seed(0)
-    size = 224 if network in ("resnet50", "vit_b_16") else 32
-    if size == 224:
-        model = import_torchvision().models.get_model(network)
-    else:
-        model = build_model(name=network, factory=None, arguments={}, weights=None, num_classes=10, seed=0)
-    model, example = model.eval(), torch.zeros(2, 3, size, size)
+    model, example = untrained(network), example_of(network)
     runs: dict[str, Callable[[], object]] = {
         "export": lambda: torch.export.export(model, (example,), strict=False),
         "unverified": lambda: trace(model, example, verify=False),
@@ -198,8 +210,31 @@ def trace_row(network: str, options: argparse.Namespace) -> str:
             took[name].append(time.process_time() - start)
     export, unverified, whole = (median(took[name][1:]) for name in runs)  # the first ones load what is loaded once
     spread = f"{min(took['whole'][1:]):.2f} to {max(took['whole'][1:]):.2f}"
-    cells = [f"{network}, {size} px", f"{options.repeats}", f"{export:.2f} s", f"{unverified:.2f} s"]
+    cells = [f"{network}, {example.shape[-1]} px", f"{options.repeats}", f"{export:.2f} s", f"{unverified:.2f} s"]
     return f"| {' | '.join([*cells, f'{whole:.2f} s ({spread})', f'**{whole / export:.2f}**', '2'])} |"
+
+
+def price_row(network: str) -> str:
+    """Returns what prices of policies cost, as a row: random widths, the medians of 200 and of 7."""
+    net = trace(untrained(network), example_of(network), verify=False)
+    model, draw = net.cost_model, np.random.default_rng(0)
+    many = np.stack([draw.integers(1, size + 1, 10_000) for size in model.sizes], axis=1)
+    policies = [dict(zip(model.groups, map(int, row), strict=True)) for row in many[:200]]
+
+    def seconds(calls: Iterable[Callable[[], object]]) -> float:
+        took = []
+        for call in calls:
+            start = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - start)
+        return median(took)
+
+    single = seconds(partial(model.cost, MACS, widths) for widths in policies)
+    every = seconds(partial(model.costs, widths) for widths in policies)
+    macs = seconds([partial(costs_many, model, many, (MACS,))] * 7)
+    together = seconds([partial(costs_many, model, many)] * 7)
+    cells = [f"{network}, {len(model.groups)} groups", f"{1e6 * single:.0f} µs", f"{1e6 * every:.0f} µs"]
+    return f"| {' | '.join([*cells, f'{1e3 * macs:.1f} ms', f'{1e3 * together:.1f} ms'])} |"
 
 
 def machine(device: str) -> str:
@@ -267,6 +302,12 @@ def main() -> None:
         "| network | n | torch.export | trace without running pruned copies | trace | ratio | goal |",
         "|---|---|---|---|---|---|---|",
         *(kept(f"trace {network}", partial(trace_row, network, options), options) for network in TRACED),
+        "",
+        "Prices of policies, one at a time and 10,000 in a call (goals for ResNet-50: 100 µs and 100 ms):",
+        "",
+        "| network | MACs of one | all four costs of one | MACs of 10,000 | all four costs of 10,000 |",
+        "|---|---|---|---|---|",
+        *(kept(f"price {network}", partial(price_row, network), options) for network in TRACED),
         "",
     ]
     options.output.write_text("\n".join(text), encoding="utf-8")
