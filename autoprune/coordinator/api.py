@@ -95,7 +95,7 @@ def search(
     check_task(splits, loss=loss, metric=metric)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    dense = replace_attention(copy.deepcopy(model)).eval()
+    dense = replace_attention(copy.deepcopy(model).cpu()).eval()
     ingredients = pipeline.Ingredients(dense, splits, origin, key, loss, metric)
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:

@@ -14,6 +14,7 @@ from pathlib import Path
 from autoprune.errors import InputError
 from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share
 from autoprune.memory import give_back
+from autoprune.network.failures import free_memory
 from autoprune.network.sharing import SharedFile
 from autoprune.network.workbench import Workbench
 from autoprune.network.workers import (
@@ -67,7 +68,7 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
         InputError: The cluster cannot be reached, has no room, or takes GPUs for a search on a CPU.
     """
     if isinstance(workers, OnRay):
-        give_back()
+        _stand_back(bench.device)
         with _on_ray(bench, workers, limits) as executor:
             yield executor
         return
@@ -77,10 +78,16 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
             yield executor
         return
     with SharedFile(packed(bench), cache) as shared:
-        give_back()  # what preparing took: from here on others compute
+        _stand_back(bench.device)
         factory = mapped_factory(shared, threads_per_worker(count), gpu_share(bench.device, count))
         with ProcessExecutor(factory, count, limits=limits, environments=environments(bench.device)) as executor:
             yield executor
+
+
+def _stand_back(device: str) -> None:
+    """Gives back what preparing took, on a GPU too: from here on other processes compute."""
+    free_memory(device)
+    give_back()
 
 
 def threads(workers: Workers, count: int) -> int:

@@ -20,6 +20,7 @@ from autoprune.coordinator.commands import terminal
 from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.views import make_home
 from autoprune.network import pipeline, profiling
+from autoprune.network.devices import resolve_device
 from autoprune.network.timing import device_name
 from autoprune.network.workbench import Workbench
 from autoprune.network.workers import threads_of
@@ -49,11 +50,12 @@ def profile_space(space: Space, *, home: Path, repeats: int, steps: int) -> tupl
     make_home(home)
     with report.Progress() as progress:
         note, preparation = progress.note, dict[str, tuple[float, float]]()
+        clock = profiling.clock_of(resolve_device(space.device))
 
         def timed(name: str, call: Callable[[], Value], floor: Callable[[Value], float] = lambda value: 0.0) -> Value:
-            start = time.process_time()
+            start = clock()
             value = call()
-            preparation[name] = (time.process_time() - start, floor(value))
+            preparation[name] = (clock() - start, floor(value))
             return value
 
         cache = home / "cache"

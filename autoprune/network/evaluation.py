@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoprune.errors import InputError
+from autoprune.network.failures import free_memory, out_of_memory
+from autoprune.network.replay import graph_for, recorded
 from autoprune.network.samples import Device, Split
 from autoprune.network.timing import ieee, synchronise
 
@@ -355,7 +357,8 @@ def probe_precision(
     The model is not changed: a copy is timed, with `training` forward and backward. A variant in which the network
     cannot run (an operator without bfloat16) is left out, and so is bfloat16 on a CPU that only emulates it. About
     `seconds` are spent, but two passes of each variant at least; of `example` as many samples are used as a pass of
-    `_PASS` seconds takes, and two at least.
+    `_PASS` seconds takes, and two at least; where memory runs out, half of them. On a GPU a training pass is replayed
+    from a capture, as training steps are: run one by one, passes of a small network would tell of launches alone.
     """
     variants = [Precision(None, channels_last=True)]
     if example.dim() == 4:
@@ -367,11 +370,30 @@ def probe_precision(
         pair = _time(twin, example[:2].to(device), precision=variants[0], training=training, seconds=0.0)
     # ResNet-50 at 224 px: eight passes of 64 samples, and eight more with training, took more than three minutes.
     example = example[: max(2, min(len(example), int(2 * _PASS / max(pair, 1e-9))))].to(device)
+    while True:
+        try:
+            return _fastest(twin, example, variants, device=device, training=training, seconds=seconds)
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(example) <= 2:
+                raise
+        free_memory(str(device))
+        example = example[: len(example) // 2]
+
+
+def _fastest(
+    model: nn.Module,
+    example: Tensor,
+    variants: Sequence[Precision],
+    *,
+    device: Device,
+    training: bool,
+    seconds: float,
+) -> Precision:
     best, fastest = variants[0], float("inf")
     for precision in variants:
         try:
             with ieee(device):
-                took = _time(twin, example, precision=precision, training=training, seconds=seconds / len(variants))
+                took = _time(model, example, precision=precision, training=training, seconds=seconds / len(variants))
         except RuntimeError:
             if precision.autocast_dtype is None:
                 raise
@@ -385,20 +407,35 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
     """Returns the least time in seconds of a pass of `example`, out of what fits into `seconds`."""
     precision.arrange_model(model)
     x = precision.arrange(example)
+    graph = graph_for(x.device) if training else None
     best, end = float("inf"), time.perf_counter() + seconds
-    with mode(model, training=training), torch.set_grad_enabled(training):
-        for number in range(1000):
-            synchronise(x.device)
-            start = time.perf_counter()
-            with autocast(x.device, precision.autocast_dtype):
-                output = first_tensor(model(x))
-            if training:
-                model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
-                torch.autograd.backward(output.float().square().mean())
-            synchronise(x.device)
-            now = time.perf_counter()
-            if number > 0:  # the first pass prepares kernels
-                best = min(best, now - start)
-            if number > 0 and now > end:
-                break
+
+    def once() -> None:
+        with autocast(x.device, precision.autocast_dtype):
+            output = first_tensor(model(x))
+        if training:
+            model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
+            torch.autograd.backward(output.float().square().mean())
+
+    with (
+        mode(model, training=training),
+        torch.set_grad_enabled(training),
+        nullcontext() if graph is None else graph.running(),
+    ):
+        try:
+            run = once if graph is None else recorded(once, graph)
+            for number in range(1000):
+                synchronise(x.device)
+                start = time.perf_counter()
+                run()
+                synchronise(x.device)
+                now = time.perf_counter()
+                if number > 0:  # the first pass prepares kernels
+                    best = min(best, now - start)
+                if number > 0 and now > end:
+                    break
+        finally:
+            if graph is not None:
+                graph.release()
+                model.zero_grad(set_to_none=True)
     return best

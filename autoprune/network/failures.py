@@ -9,11 +9,14 @@ import errno
 import gc
 import re
 import traceback
+from contextlib import suppress
 
 import torch
 
 _MEMORY = re.compile(
-    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+    r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|_STATUS_ALLOC_FAILED"
+    r"|unable to find an engine",  # cuDNN's words where no kernel's workspace has room
+    re.IGNORECASE,
 )
 _LENGTH = 300
 
@@ -31,7 +34,8 @@ def free_memory(device: str) -> None:
     """Gives back what a failed evaluation held: tensors may lie in reference cycles, and CUDA keeps what is free."""
     gc.collect()
     if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # torch 2.11 refuses where a capture has failed before
+            torch.cuda.empty_cache()
 
 
 def described(error: BaseException) -> str:

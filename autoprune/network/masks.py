@@ -12,6 +12,7 @@ Such costs are a count of non-zeros: without a kernel that skips zeros the netwo
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -238,20 +239,23 @@ def masked_layers(network: Network, selection: Selection) -> list[dict[str, Any]
 # --- sparse kernels -----------------------------------------------------------------------------------------------
 
 _SPARSE_TYPES = (torch.float16, torch.bfloat16)
+_OF_SHAPE = "Both dimensions must be"
+"""What torch says of a weight whose shape the kernels do not take."""
 
 
 def to_semi_structured(model: nn.Module) -> list[str]:
     """Stores the 2:4 weights of linear layers as `torch.sparse` semi-structured tensors, in place; for inference.
 
     Layers whose weight has two non-zeros at most in every four neighbours are converted; all others stay as they are.
-    Convolutions stay: PyTorch has no sparse kernel for them.
+    Convolutions stay: PyTorch has no sparse kernel for them. So do linear layers of a shape that the kernels do not
+    take: rows and columns must be multiples of 16, with some versions of torch of 32 and 64.
 
     Returns:
         The paths of the converted layers.
 
     Raises:
         InputError: The model is not on a CUDA device of compute capability 8.0 or more, a 2:4 weight is neither
-            float16 nor bfloat16, or no linear layer has a 2:4 weight.
+            float16 nor bfloat16, or no linear layer has a 2:4 weight of a shape that the kernels take.
     """
     found = {
         path: module
@@ -262,10 +266,21 @@ def to_semi_structured(model: nn.Module) -> list[str]:
         raise InputError("no linear layer of the model has a 2:4 weight; prune it with `pruning: 2:4` first")
     for path, module in found.items():
         _check_kernel(path, module.weight)
-    for module in found.values():
-        sparse = torch.sparse.to_sparse_semi_structured(module.weight.detach())
-        module.weight = nn.Parameter(sparse, requires_grad=False)
-    return list(found)
+    converted: dict[str, Tensor] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*SparseSemiStructuredTensor is in prototype stage", UserWarning)
+        for path, module in found.items():
+            try:
+                converted[path] = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+            except RuntimeError as error:
+                if _OF_SHAPE not in str(error):
+                    raise
+    if not converted:
+        shapes = sorted({tuple(module.weight.shape) for module in found.values()})
+        raise InputError(f"no 2:4 weight has a shape that semi-structured kernels take: {shapes}")
+    for path, sparse in converted.items():
+        found[path].weight = nn.Parameter(sparse, requires_grad=False)
+    return list(converted)
 
 
 def _check_kernel(path: str, weight: Tensor) -> None:

@@ -86,7 +86,7 @@ def heirs_of(network: Network, selection: Selection) -> tuple[Heir, ...]:
         for rows, _ in factors:
             a, b = rows[gone], rows[kept]
             lengths = a.norm(dim=1)[:, None] * b.norm(dim=1)[None, :]
-            likeness *= (a @ b.T / lengths.clamp_min(1e-12)).clamp(0, 1).cpu()
+            likeness *= (a @ b.T / lengths.clamp_min(1e-12)).clamp(0, 1)
         best, place = likeness.max(1)
         for j, r, i in zip(gone.tolist(), best.tolist(), kept[place.numpy()].tolist(), strict=True):
             scale = r
@@ -119,18 +119,18 @@ def _filters(network: Network, group: PruningGroup) -> list[tuple[Tensor, str]]:
         inside = (links.outputs >= group.offset) & (links.outputs < group.offset + group.size)
         if links.layer.kind not in _PRODUCERS or links.layer.weight in found or not inside.any():
             continue
-        rows = rows_of(links, network.model.get_parameter(links.layer.weight).detach())
+        rows = rows_of(links, network.model.get_parameter(links.layer.weight).detach().cpu())
         norm = _norm_behind(network, place)
         if norm is not None:
-            rows = rows * _gain(norm)[:, None]
+            rows = rows * _gain(norm).cpu()[:, None]
         elif links.layer.bias is not None:
-            bias = network.model.get_parameter(links.layer.bias).detach().double()
+            bias = network.model.get_parameter(links.layer.bias).detach().double().cpu()
             own = bias[links.layer.bias_start : links.layer.bias_start + len(rows)]
             rows = torch.cat([rows, own[:, None]], 1)
         order = _by_channel(links.outputs, group)
         if order is None:
             continue
-        picked = rows[torch.from_numpy(order).to(rows.device)]  # (n, times, fan-in)
+        picked = rows[torch.from_numpy(order)]  # (n, times, fan-in)
         found[links.layer.weight] = picked.flatten(1), links.layer.kind
     return list(found.values())
 
@@ -173,7 +173,9 @@ def _gain(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
 
 
 def merged_tensors(network: Network, selection: Selection, heirs: Iterable[Heir]) -> dict[str, Tensor]:
-    """Returns the changed weights, biases and running means by name, cut to the channels that stay."""
+    """Returns the changed weights, biases and running means by name, cut to the channels that stay, on the CPU: the
+    numbers of each pair of channels are looked at one by one.
+    """
     kept = unit_mask(network, selection)
     heirs = tuple(heirs)
     profiles = _profiles(network, heirs)
@@ -185,13 +187,13 @@ def merged_tensors(network: Network, selection: Selection, heirs: Iterable[Heir]
         pairs = _pairs(links.inputs, heirs)
         if not pairs:
             continue
-        weight = network.model.get_parameter(links.layer.weight).detach()
+        weight = network.model.get_parameter(links.layer.weight).detach().cpu()
         if len(links.outputs) < weight.shape[links.layer.out_dim]:
             continue  # packed with others in one weight
         old = weight.double().movedim(dim, 0)  # (inputs, ...)
         merged = old.clone()
         profile = profiles.get(links.module)
-        shift = torch.zeros(weight.shape[links.layer.out_dim], dtype=torch.float64, device=weight.device)
+        shift = torch.zeros(weight.shape[links.layer.out_dim], dtype=torch.float64)
         for gone, to, heir in pairs:
             scale, missing = _coefficients(profile, gone, to, heir)
             merged[to] += scale * old[gone]
@@ -200,8 +202,8 @@ def merged_tensors(network: Network, selection: Selection, heirs: Iterable[Heir]
                     weight.double().select(dim, gone).movedim(links.layer.out_dim - (dim < links.layer.out_dim), 0)
                 )
                 shift += missing * removed.reshape(len(shift), -1).sum(1)
-        stay = torch.from_numpy(kept_indices(links.inputs, kept)).to(weight.device)
-        rows = torch.from_numpy(kept_indices(links.outputs, kept)).to(weight.device)
+        stay = torch.from_numpy(kept_indices(links.inputs, kept))
+        rows = torch.from_numpy(kept_indices(links.outputs, kept))
         new = merged.index_select(0, stay).movedim(0, dim).index_select(links.layer.out_dim, rows)
         tensors[links.layer.weight] = new.to(weight.dtype)
         if bool(shift.any()):
@@ -232,7 +234,7 @@ def _coefficients(profile: Tensor | None, gone: int, to: int, heir: Heir) -> tup
     if profile is None or bool(profile[[gone, to]].isnan().any()):
         return heir.scale, 0.0
     first, second = profile[gone], profile[to]
-    powers = heir.likeness ** torch.arange(1, len(first), dtype=torch.float64, device=first.device)
+    powers = heir.likeness ** torch.arange(1, len(first), dtype=torch.float64)
     variance = float(second[1:].square().sum())
     scale = max(0.0, float((powers * first[1:] * second[1:]).sum()) / variance) if variance > 1e-12 else 0.0
     return scale, float(first[0] - scale * second[0])
@@ -246,13 +248,13 @@ def _absorbed(network: Network, place: int, shift: Tensor, rows: Tensor) -> dict
     if links.layer.groups > 1:
         return {}  # its inputs are those of several groups in one, so the shift is not each group's own
     if links.layer.bias is not None:
-        bias = network.model.get_parameter(links.layer.bias).detach()
+        bias = network.model.get_parameter(links.layer.bias).detach().cpu()
         return {links.layer.bias: (bias + shift.to(bias.dtype)).index_select(0, rows)}
     norm = _norm_behind(network, place)
     if norm is None or norm.running_mean is None:
         return {}
     path = next(name for name, module in network.model.named_modules() if module is norm)
-    return {f"{path}.running_mean": (norm.running_mean - shift.to(norm.running_mean.dtype)).index_select(0, rows)}
+    return {f"{path}.running_mean": (norm.running_mean.cpu() - shift.to(norm.running_mean.dtype)).index_select(0, rows)}
 
 
 def _profiles(network: Network, heirs: tuple[Heir, ...]) -> dict[str, Tensor]:
@@ -282,10 +284,10 @@ def _profiles(network: Network, heirs: tuple[Heir, ...]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for z, share in zip(points.tolist(), torch.from_numpy(shares), strict=True):
         for path, values in _constant_inputs(network, norms, consumers, z).items():
-            part = values[:, None] * share.to(values.device)
+            part = values[:, None] * share
             found[path] = found[path] + part if path in found else part
     for path, inputs in consumers.items():
-        found[path][torch.from_numpy(~np.isin(inputs, known)).to(found[path].device)] = torch.nan
+        found[path][torch.from_numpy(~np.isin(inputs, known))] = torch.nan
     return found
 
 
@@ -304,7 +306,7 @@ def _constant_inputs(network: Network, norms: set[str], consumers: Iterable[str]
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().double()
             by_channel = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0)  # (C, ...)
-            found[path] = by_channel.flatten(1).mean(1)
+            found[path] = by_channel.flatten(1).mean(1).cpu()
 
         return twin.get_submodule(path).register_forward_pre_hook(record)
 

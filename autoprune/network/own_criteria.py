@@ -55,11 +55,11 @@ def own_criterion(path: str) -> Criterion:
 def _weights_of(evidence: Evidence, group: PruningGroup) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for links in evidence.uses(group, PRODUCERS):
-        rows = rows_of(links, evidence.parameter(links.layer.weight)).float()
+        rows = rows_of(links, evidence.parameter(links.layer.weight)).float().cpu()
         places = positions_in(links.outputs, group)
         index = np.flatnonzero(places >= 0)
         index = index[np.argsort(places[index], kind="stable")]
-        picked = rows[torch.from_numpy(index).to(rows.device)]
+        picked = rows[torch.from_numpy(index)]
         channels = len(np.unique(places[index]))
         if channels == group.size and len(index) % group.size == 0:
             found[links.module] = picked.reshape(group.size, -1)
@@ -78,8 +78,8 @@ def _inputs_of(evidence: Evidence, group: PruningGroup) -> dict[str, Tensor]:
             continue  # a flattened map, or only a part of the group
         k = moments.kernel
         pixels = moments.gram.sum(0).reshape(-1, k, moments.gram.shape[2] // k, k).diagonal(dim1=1, dim2=3).mean(-1)
-        index = torch.from_numpy(own).to(pixels.device)
-        found[links.site] = pixels[index][:, index].float()
+        index = torch.from_numpy(own)
+        found[links.site] = pixels.cpu()[index][:, index].float()
     return found
 
 

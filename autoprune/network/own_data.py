@@ -97,7 +97,7 @@ def _piece(part: str, value: Any) -> _Piece:
         return value, _targets(part, labels if length else torch.zeros(0, dtype=torch.int64), length)
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise DataError(f"{part} must be a pair (samples, targets) or a Dataset, not {type(value).__name__}")
-    samples = as_tensor(value[0])
+    samples = as_tensor(value[0]).cpu()
     if samples.dim() < 2:
         raise DataError(f"{part}: samples need at least two dimensions, got shape {tuple(samples.shape)}")
     if samples.dtype == torch.uint8 and samples.dim() == 4 and samples.shape[3] in (1, 3) and samples.shape[1] > 4:

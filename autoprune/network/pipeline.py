@@ -26,7 +26,7 @@ from autoprune.network.blocks import with_removable
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
-from autoprune.network.evaluation import Loss, Precision, check_task, probe_precision
+from autoprune.network.evaluation import Loss, Precision, check_task, probe_precision, samples_at_once
 from autoprune.network.folding import foldable
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.learning import learn, mean_loss
@@ -204,7 +204,10 @@ def choose_precision(
         known = json.loads(path.read_text(encoding="utf-8"))
         return Precision(torch.bfloat16 if known["bfloat16"] else None, bool(known["channels_last"]))
     calibration = ingredients.splits.calibration
-    example, _ = next(iter(calibration.batches(min(64, len(calibration)))))
+    count = _PROBED
+    if torch.device(device).type != "cpu":  # where few samples leave most of the device idle
+        count = recipe.batch_size if training else samples_at_once(device, None)
+    example, _ = next(iter(calibration.batches(min(count, len(calibration)))))
     found = probe_precision(model, example.to(device), device=device, training=training)
     known = {"bfloat16": found.autocast_dtype is not None, "channels_last": found.channels_last}
     write_whole(path, json.dumps(known).encode())
@@ -373,6 +376,8 @@ def workbench_of(
     )
 
 
+_PROBED = 64
+"""Samples that number formats are probed on, on a CPU at most."""
 _KNOWLEDGE = 4
 """Version of what `learn` and `learn_weights` compute; a change makes cached files stale."""
 

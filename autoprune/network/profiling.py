@@ -22,7 +22,7 @@ from torch import Generator, Tensor, nn
 from autoprune.network.activations import replace_activations
 from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
 from autoprune.network.recipe import optimizer_of, taught_at_once
-from autoprune.network.timing import synchronise
+from autoprune.network.timing import ieee, synchronise
 from autoprune.network.trace import Network, evaluating
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy
@@ -174,7 +174,8 @@ def shortened(bench: Workbench, fidelity: Fidelity, steps: int) -> tuple[Fidelit
 
 def _floors(bench: Workbench, policy: Policy, fidelity: Fidelity, steps: int) -> dict[str, Callable[[], None]]:
     """Returns stage → a bare loop of its passes."""
-    model = bench.repair(bench.selection(policy))
+    with ieee(bench.device):
+        model = bench.repair(bench.selection(policy))
     replace_activations(model, bench.replaced(policy))
     device, precision, recipe = bench.device, bench.precision, bench.recipe
     scored = [x for x, _ in bench.splits.val.batches(bench.at_once, limit=fidelity.images, device=device)]
@@ -199,7 +200,7 @@ def _forward(
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if collecting else []
 
     def run() -> None:
-        with torch.inference_mode(), mode(model, training=False):
+        with torch.inference_mode(), mode(model, training=False), ieee(device):
             for norm in norms:
                 norm.training = True
             for x in batches:
@@ -238,7 +239,7 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
         optimizer.step()
 
     def run() -> None:
-        with mode(model, training=True), mode(teacher or nn.Identity(), training=False):
+        with mode(model, training=True), mode(teacher or nn.Identity(), training=False), ieee(device):
             for x, y in batches[:steps]:
                 step(x, y)
 

@@ -64,6 +64,7 @@ def prune(
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
             refitted and batch norm statistics are taken anew; without them the network is only cut. `activation`,
             `obs` and `hrank` need inputs, `taylor` and `hessian` targets.
+            They are used where the network's parameters lie.
         round_to: Widths become multiples of this number.
         seed: For `random`, and for the patches that refits are solved on.
 
@@ -87,19 +88,21 @@ def prune(
     batches = [] if calibration is None else list(calibration)
     if criterion in NEEDS_STATISTICS and not batches:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
+    device = next((str(p.device) for p in network.model.parameters()), "cpu")
     if network.masked:
-        return _masked(network, narrowed, criterion, batches=batches, seed=seed)
+        return _masked(network, narrowed, criterion, batches=batches, seed=seed, device=device)
     inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-    statistics = gather(network, inputs, seed=seed) if inputs else {}
-    gradients = gather_gradients(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_GRADIENTS else {}
-    fisher = gather_fisher(network, _pairs(batches, criterion), _loss) if criterion in NEEDS_FISHER else {}
-    ranks = gather_ranks(network, torch.cat(inputs)) if criterion in NEEDS_RANKS else {}
+    statistics = gather(network, inputs, seed=seed, device=device) if inputs else {}
+    pairs = _pairs(batches, criterion) if criterion in NEEDS_GRADIENTS | NEEDS_FISHER else []
+    gradients = gather_gradients(network, pairs, _loss, device=device) if criterion in NEEDS_GRADIENTS else {}
+    fisher = gather_fisher(network, pairs, _loss, device=device) if criterion in NEEDS_FISHER else {}
+    ranks = gather_ranks(network, torch.cat(inputs), device=device) if criterion in NEEDS_RANKS else {}
     evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
     scores = score(evidence, [criterion])[criterion]
     selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
-        targets = gather_targets(network, torch.cat(inputs), seed=seed)
+        targets = gather_targets(network, torch.cat(inputs).to(device), seed=seed)
         refit_sequentially(network, model, selection, replace(targets, statistics=statistics))
     return model
 
@@ -134,20 +137,22 @@ def _width(network: Network, group: PruningGroup, ratio: float, round_to: int) -
     return max(1, round(group.size * (1.0 - ratio)))
 
 
-def _masked(network: Network, widths: Mapping[str, int], criterion: str, *, batches: list[Any], seed: int) -> nn.Module:
+def _masked(
+    network: Network, widths: Mapping[str, int], criterion: str, *, batches: list[Any], seed: int, device: str
+) -> nn.Module:
     """Returns the copy with zeros, refitted and recalibrated where there are batches."""
     pairs = [(batch, torch.empty(0)) if isinstance(batch, Tensor) else batch for batch in batches]
     if criterion in NEEDS_GRADIENTS:
         _pairs(batches, criterion)
     evidence = Evidence(network, seed=seed)
     if pairs:
-        evidence = gather_evidence(network, pairs, [criterion], loss=_loss, seed=seed)
+        evidence = gather_evidence(network, pairs, [criterion], loss=_loss, seed=seed, device=device)
     scores = weight_scores(evidence, [criterion])[criterion]
     weights = mask_weights(network)
     selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}
     model = masked(network, selection)
     if selection and pairs:
-        targets = gather_targets(network, torch.cat([x for x, _ in pairs]), seed=seed)
+        targets = gather_targets(network, torch.cat([x for x, _ in pairs]).to(device), seed=seed)
         repair_masked(network, model, selection, evidence.statistics, targets)
     return model
 

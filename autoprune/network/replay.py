@@ -11,6 +11,7 @@ steps of the training as any other, and numbers that change from step to step (t
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Protocol
@@ -19,12 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.failures import out_of_memory
 from autoprune.network.samples import Device
+from autoprune.network.staging import stream_for
 
 WARM_UP = 3
 """Steps before the capture: optimizers make their state and libraries their workspaces in the first ones."""
 LEAST_STEPS = 32
 """Steps of a training from which one is captured; a guess, not measured: a capture waits for the device once."""
+_WAITS = "called a synchronizing CUDA operation"
+"""What torch warns of, where it is asked to, when the host waits for the device."""
+_refused: dict[tuple[type[nn.Module], ...], str] = {}
+"""Networks, by the kinds of their modules, whose capture failed in this process: each failure costs device memory."""
 
 
 class Graph(Protocol):
@@ -32,6 +39,10 @@ class Graph(Protocol):
 
     def running(self) -> AbstractContextManager[None]:
         """Returns the context in which all steps run, recorded or not."""
+        ...
+
+    def rehearse(self, call: Callable[[], None]) -> str | None:
+        """Does what `call` asks of the device; returns why that could not be recorded, where it shows."""
         ...
 
     def capture(self, call: Callable[[], None]) -> None:
@@ -59,7 +70,7 @@ class CudaGraph:
 
     def __init__(self, device: Device) -> None:
         self._device = torch.device(device)
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = stream_for("captures", self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @contextmanager
@@ -73,25 +84,56 @@ class CudaGraph:
         finally:
             outer.wait_stream(self._stream)
 
+    def rehearse(self, call: Callable[[], None]) -> str | None:
+        """Does `call` and listens whether the host waits for the device, which ends a capture with an error.
+
+        A capture that fails leaves traces in torch: memory of its own that only the end of the process gives back, and
+        in torch 2.11 an allocator and a generator that take it to be still under way.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [warning for warning in heard if _WAITS in str(warning.message)]
+        return f"it waits for the device ({waits[0].filename}:{waits[0].lineno})" if waits else None
+
     def capture(self, call: Callable[[], None]) -> None:
         """Records `call`; see `Graph.capture`.
 
         We chose this over `torch.cuda.graph` because that one leaves its stream current where the capture fails.
         """
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # a graph's memory is its own: it cannot use what the allocator keeps for others
-        graph.capture_begin(capture_error_mode="thread_local")  # threads that load data may go on
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # threads that load data may go on
         try:
             call()
+            graph.capture_end()
         except BaseException:
-            with suppress(RuntimeError):  # a capture that failed also ends with an error
-                graph.capture_end()
-            with suppress(RuntimeError):
-                graph.reset()
+            self._abandon(graph, pool)
             raise
-        graph.capture_end()
         self._graph = graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """Ends a capture that failed, which torch 2.11 does by halves: the allocator still serves the graph's pool, and
+        the generator is between the steps of a capture until one succeeds.
+        """
+        with suppress(RuntimeError):  # a capture that failed also ends with an error
+            graph.capture_end()
+        with suppress(RuntimeError):  # later versions have ended it by now
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
+        with suppress(RuntimeError):
+            graph.reset()
+        with suppress(RuntimeError):
+            empty = torch.cuda.CUDAGraph()
+            empty.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device=self._device)  # torch warns of a graph without a kernel
+            empty.capture_end()
+            empty.reset()
 
     def replay(self) -> None:
         """Launches the recorded kernels."""
@@ -138,9 +180,12 @@ class Stepper:
         self._done = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._running = nullcontext() if graph is None else graph.running()
+        self._kinds = tuple(type(module) for model in models for module in model.modules())
         hooked = None if graph is None else _hooked(models)
         if hooked is not None:
             self._give_up(f"{hooked} has hooks, which a replay would not call")
+        elif graph is not None and self._kinds in _refused:
+            self._give_up(_refused[self._kinds])
 
     def __enter__(self) -> Stepper:
         self._running.__enter__()
@@ -175,11 +220,17 @@ class Stepper:
         self.replayed += 1
 
     def _warm_up(self, x: Tensor, y: Tensor) -> None:
-        before = _host_randomness()
-        self._step(x, y)
+        assert self._graph is not None
+        before, reason = _host_randomness(), None
         self._done += 1
+        if self._done < WARM_UP:
+            self._step(x, y)
+        else:  # what is made once has been made
+            reason = self._graph.rehearse(lambda: self._step(x, y))
         if _host_randomness() != before:
-            self._give_up("it draws random numbers on the host, which a replay would repeat")
+            reason = "it draws random numbers on the host, which a replay would repeat"
+        if reason is not None:
+            self._give_up(reason)
 
     def _captured(self, x: Tensor, y: Tensor) -> bool:
         """Captures a step that reads from buffers; False where that fails, and then never again."""
@@ -191,7 +242,10 @@ class Stepper:
         except RuntimeError as error:
             self._arm(False)
             lines = str(error).strip().splitlines()
-            self._give_up(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+            reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+            if not out_of_memory(error):
+                _refused[self._kinds] = reason
+            self._give_up(reason)
             return False
         self._buffers = buffers
         return True
@@ -199,6 +253,19 @@ class Stepper:
     def _give_up(self, reason: str) -> None:
         self._graph = None
         self.notes = (f"training steps are not replayed as a CUDA graph but run one by one: {reason}",)
+
+
+def recorded(call: Callable[[], None], graph: Graph) -> Callable[[], None]:
+    """Does `call` some times, and returns what does it again: a replay where it can be captured, else `call` itself."""
+    for _ in range(WARM_UP - 1):
+        call()
+    if graph.rehearse(call) is not None:
+        return call
+    try:
+        graph.capture(call)
+    except RuntimeError:
+        return call
+    return graph.replay
 
 
 def _fits(buffers: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor]) -> bool:

@@ -153,21 +153,40 @@ def _shifted(x: Tensor, shifts: Tensor, *, padding: int) -> Tensor:
     return windows[torch.arange(n, device=x.device), :, shifts[0], shifts[1]]  # whole rows are copied at once
 
 
+_SHARE = 0.5
+"""The part of a device's free memory that a copy of all samples may take; the rest is for training."""
+
+
+def _room(device: torch.device) -> int:
+    """Returns the bytes that are free on a GPU."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Samples and targets, each `(N, ...)`, in memory; each device gets one copy, made when it is first asked for."""
+    """Samples and targets, each `(N, ...)`, in memory; each device gets one copy, made when it is first asked for, if
+    that leaves room. Else batches are sent to it one by one.
+    """
 
     samples: Tensor
     targets: Tensor
     _copies: dict[torch.device, Batch] = field(default_factory=dict, repr=False)
 
     def on(self, device: Device) -> Batch:
-        """Returns the samples and targets on `device`."""
+        """Returns the samples and targets on `device`; where they would fill it, those on the CPU."""
         device = torch.device(device)
         if device.type == "cpu":
             return self.samples, self.targets
         if device not in self._copies:
-            self._copies[device] = (self.samples.to(device), self.targets.to(device))
+            fits = self.samples.nbytes + self.targets.nbytes <= _SHARE * _room(device)
+            self._copies[device] = (
+                (self.samples.to(device), self.targets.to(device))
+                if fits
+                else (
+                    self.samples,
+                    self.targets,
+                )
+            )
         return self._copies[device]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,10 +220,13 @@ class TensorSplit:
 
     def _cut(self, order: Tensor, batch_size: int, *, device: Device, generator: Generator | None) -> Iterator[Batch]:
         samples, targets = self.pool.on(device)
+        lane = lane_to(device) if samples.device.type == "cpu" else None
         generator = generator if samples.dim() == 4 else None  # only images are augmented
         drawn = self.transform.draws(_sizes(len(order), batch_size), generator, device)
-        for chosen, draws in zip(torch.split(order.to(samples.device), batch_size), drawn, strict=False):
-            yield self.transform(samples[chosen], draws), targets[chosen]
+        parts = torch.split(order.to(samples.device), batch_size)
+        cut = ((samples[chosen], targets[chosen]) for chosen in parts)
+        for (x, y), draws in zip(staged(cut, lane), drawn, strict=False):
+            yield self.transform(x, draws), y
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +307,7 @@ def as_target(value: Any, where: str) -> Tensor:
         DataError: It is made of something else than real numbers, or a number is not finite.
     """
     try:
-        target = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        target = value.cpu() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: targets must be numbers, not {type(value).__name__}: {error}") from error
     if target.is_complex():

@@ -157,7 +157,7 @@ def measure_peak_memory(model: nn.Module, inputs: Sequence[Tensor], conditions: 
         return None
     twin = _prepared(model, conditions)
     batch = batch_of(inputs, conditions)
-    with torch.inference_mode(), evaluating(twin):
+    with torch.inference_mode(), evaluating(twin), ieee(conditions.device):
         twin(*batch)  # the first pass allocates workspaces that stay
         torch.cuda.synchronize(conditions.device)
         before = torch.cuda.memory_allocated(conditions.device)
@@ -277,12 +277,32 @@ def ieee(device: Device) -> Iterator[None]:
         yield
         return
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        before = products.allow_tf32, convolutions.allow_tf32
+    except RuntimeError:
+        with _ieee_by_name():
+            yield
+        return
     try:
         products.allow_tf32 = convolutions.allow_tf32 = False
         yield
     finally:
         products.allow_tf32, convolutions.allow_tf32 = before
+
+
+@contextmanager
+def _ieee_by_name() -> Iterator[None]:
+    """Does what `ieee` does where this process has used `fp32_precision`: torch refuses both ways in one process."""
+    cudnn: Any = torch.backends.cudnn
+    operators: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        for operator in operators:
+            operator.fp32_precision = "ieee"
+        yield
+    finally:
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 def _prepared(model: nn.Module, conditions: Conditions) -> nn.Module:

@@ -105,10 +105,19 @@ class Branching(nn.Module):
         return 2 * x if x.mean().item() > 0.5 else x
 
 
-def test_a_capture_that_fails_is_told_and_the_training_goes_on_and_so_does_the_next():
-    branching = nn.Sequential(resnet(), Branching())
-    _, history = trained(model=branching, epochs=2)
+class Synchronising(nn.Module):
+    """Waits where no rehearsal hears it, so that the capture itself fails."""
+
+    def forward(self, x):
+        torch.cuda.synchronize()
+        return x
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Branching, "it waits for the device"), (Synchronising, "Error")])
+def test_a_step_that_cannot_be_captured_is_told_and_the_training_goes_on_and_so_does_the_next(kind, reason):
+    _, history = trained(model=nn.Sequential(resnet(), kind()), epochs=2)
     assert len(history.notes) == 1
+    assert reason in history.notes[0]
     assert history.replayed == 0
     assert all(value == value for value in history.train_loss)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

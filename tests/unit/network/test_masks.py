@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -256,6 +258,32 @@ def test_semi_structured_needs_2_to_4_weights_a_gpu_and_half_precision(monkeypat
     assert to_semi_structured(model) == ["0"]
     assert len(converted) == 1
     assert torch.equal(converted[0], wanted)
+
+
+def test_layers_of_a_shape_that_sparse_kernels_do_not_take_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight[:, ::2] = 0
+    before = [layer.weight for layer in (model[0], model[2])]
+    monkeypatch.setattr(masks, "_check_kernel", lambda path, weight: None)
+
+    def sparse(dense: Tensor, error: str = "") -> Tensor:
+        warnings.warn("The PyTorch API of SparseSemiStructuredTensor is in prototype stage", UserWarning, stacklevel=1)
+        if error or len(dense) == 10:
+            # torch's own words
+            raise RuntimeError(error or f"{dense.shape} is not supported! Both dimensions must be larger or equal than")
+        return dense
+
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", partial(sparse, error="cuSPARSELt failed"))
+    with pytest.raises(RuntimeError, match="cuSPARSELt failed"):
+        to_semi_structured(model)
+    assert model[0].weight is before[0]
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", sparse)
+    assert to_semi_structured(model) == ["0"]
+    assert model[2].weight is before[1]
+    with pytest.raises(InputError, match=r"has a shape that semi-structured kernels take: \[\(10, 16\)\]"):
+        to_semi_structured(nn.Sequential(model[2]))
 
 
 class _OnGpu:

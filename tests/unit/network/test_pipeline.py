@@ -95,6 +95,20 @@ def test_a_number_format_is_probed_again_on_a_processor_of_another_kind(make_spa
         assert choose_precision(iris, recipe, device="cpu", training=False, cache=tmp_path) == precision
 
 
+def test_off_the_cpu_a_number_format_is_probed_on_batches_of_the_size_that_will_run(
+    make_space, iris, tmp_path, monkeypatch
+):
+    recipe = replace(recipe_of(make_space()), precision="auto", batch_size=7)
+    seen = []
+    monkeypatch.setattr(
+        pipeline, "probe_precision", lambda model, example, **_: seen.append(len(example)) or Precision()
+    )
+    for device, training in (("meta", True), ("meta", False), ("cpu", True)):
+        choose_precision(iris, recipe, device=device, training=training, cache=tmp_path)
+    calibration = len(iris.splits.calibration)
+    assert seen == [7, min(500, calibration), min(64, calibration)]
+
+
 def test_globs_choose_the_groups_and_the_scope_their_criteria(make_space, iris):
     network = trace_ingredients(iris)
     names = [g.name for g in network.groups]

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import warnings
 import weakref
 from contextlib import contextmanager
 
@@ -13,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from autoprune.errors import TrialError
+from autoprune.network import evaluation, replay, staging
 from autoprune.network import recipe as recipes
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import Precision
 from autoprune.network.masks import zeros_kept
 from autoprune.network.recipe import Distillation, Recipe, Stage, fine_tune
-from autoprune.network.replay import LEAST_STEPS, WARM_UP, Stepper, graph_for
+from autoprune.network.replay import LEAST_STEPS, WARM_UP, CudaGraph, Stepper, graph_for
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 
@@ -64,6 +66,9 @@ class RecordedGraph:
         finally:
             self.inside = False
 
+    def rehearse(self, call):
+        call()
+
     def capture(self, call):
         assert self.inside
         recording = Recording()
@@ -94,8 +99,26 @@ class RecordedGraph:
 class Uncapturable(RecordedGraph):
     """A graph whose capture always fails, so that every step is run."""
 
+    def __init__(self, reason="operation not permitted when stream is capturing"):
+        super().__init__()
+        self.reason, self.attempts = reason, 0
+
     def capture(self, call):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        self.attempts += 1
+        raise RuntimeError(f"{self.reason}\nmore of it")
+
+
+class Waiting(RecordedGraph):
+    """A graph whose rehearsal hears that the host waits."""
+
+    def rehearse(self, call):
+        call()
+        return "it waits for the device (model.py:7)"
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    monkeypatch.setattr(replay, "_refused", {})
 
 
 def splits(n=420):
@@ -195,6 +218,182 @@ def test_a_failing_capture_is_told_once_and_every_step_is_run():
         "RuntimeError: operation not permitted when stream is capturing",
     )
     assert history.replayed == 0
+
+
+def test_a_capture_that_failed_is_not_tried_again_for_networks_of_the_same_modules():
+    for _ in range(2):
+        graph = Uncapturable()
+        _, history = trained(graph, recipe=PLAIN)
+        assert "RuntimeError: operation not permitted" in history.notes[0]
+    assert graph.attempts == 0
+    _, other = trained(RecordedGraph(), recipe=PLAIN, model=network(nn.Tanh()))
+    assert other.notes == ()
+
+
+def test_a_capture_that_lacked_memory_is_tried_again():
+    for _ in range(2):
+        graph = Uncapturable("CUDA out of memory")
+        trained(graph, recipe=PLAIN)
+        assert graph.attempts == 1
+
+
+def test_a_step_that_waits_in_the_rehearsal_is_not_captured_and_counts_as_a_step():
+    graph = Waiting()
+    found, history = trained(graph, recipe=PLAIN)
+    assert history.notes[0].endswith("run one by one: it waits for the device (model.py:7)")
+    assert graph.captures == 0
+    expected, _ = trained(Uncapturable(), recipe=PLAIN)
+    assert same(found, expected)
+
+
+class FakeCuda:
+    """What `CudaGraph` asks of torch.cuda, with a capture that ends as it is told."""
+
+    def __init__(self, monkeypatch, *, failing, waiting=False):
+        self.said, self.mode, self.failing, self.graphs, cuda = [], 0, failing, 0, self
+
+        class Graph:
+            def __init__(self):
+                cuda.graphs += 1
+                self.number = cuda.graphs
+
+            def capture_begin(self, pool=None, capture_error_mode="global"):
+                cuda.said.append((f"begin {self.number}", pool, capture_error_mode))
+
+            def capture_end(self):
+                cuda.said.append(f"end {self.number}")
+                if cuda.failing and self.number == 1:
+                    raise RuntimeError("capture was invalidated")
+
+            def reset(self):
+                cuda.said.append(f"reset {self.number}")
+
+        class Stream:
+            device_index = 3
+
+            def __init__(self, index):
+                cuda.said.append(f"stream on {index}")
+
+        def set_mode(mode):
+            cuda.mode = mode
+            if mode == "warn":
+                warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+        def free(index, pool):
+            cuda.said.append(("freed", index, pool))
+            raise RuntimeError("ended before")
+
+        zeros = torch.zeros
+        for place, name, value in [
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "Stream", Stream),
+            (torch.cuda, "graph_pool_handle", lambda: (0, 9)),
+            (torch.cuda, "synchronize", lambda device: None),
+            (torch.cuda, "empty_cache", lambda: None),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "get_sync_debug_mode", lambda: cuda.mode),
+            (torch.cuda, "set_sync_debug_mode", set_mode),
+            (torch._C, "_cuda_endAllocateToPool", free),
+            (torch, "zeros", lambda *size, device=None: zeros(*size)),
+        ]:
+            monkeypatch.setattr(place, name, value, raising=False)
+        staging._stream.cache_clear()
+        self.graph = CudaGraph("cuda:3")
+        staging._stream.cache_clear()
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["in the call", "at the end"])
+def test_a_capture_that_fails_on_cuda_is_ended_and_another_one_mends_the_generator(monkeypatch, failing):
+    cuda = FakeCuda(monkeypatch, failing=failing)
+
+    def call():
+        if not failing:
+            raise RuntimeError("of the call")
+
+    with pytest.raises(RuntimeError, match="invalidated" if failing else "of the call"):
+        cuda.graph.capture(call)
+    begun = ("begin 1", (0, 9), "thread_local")
+    ends = ["end 1"] * (2 if failing else 1)
+    mended = [("begin 2", None, "thread_local"), "end 2", "reset 2"]
+    assert cuda.said == ["stream on 3", begun, *ends, ("freed", 3, (0, 9)), "reset 1", *mended]
+
+
+def test_a_capture_that_succeeds_on_cuda_is_kept_until_it_is_released(monkeypatch):
+    cuda = FakeCuda(monkeypatch, failing=False)
+    cuda.graph.capture(lambda: None)
+    assert cuda.said[1:] == [("begin 1", (0, 9), "thread_local"), "end 1"]
+    cuda.graph.release()
+    assert cuda.said[-1] == "reset 1"
+
+
+def test_a_rehearsal_on_cuda_hears_where_the_host_waits_and_puts_the_mode_back(monkeypatch):
+    cuda = FakeCuda(monkeypatch, failing=False)
+
+    def waiting():
+        assert cuda.mode == "warn"
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
+
+    assert cuda.graph.rehearse(lambda: None) is None
+    assert f"it waits for the device ({__file__}:" in cuda.graph.rehearse(waiting)
+    assert cuda.mode == 0
+    with pytest.raises(ZeroDivisionError):
+        cuda.graph.rehearse(lambda: 1 // 0)
+    assert cuda.mode == 0
+
+
+def test_a_device_has_one_stream_for_each_purpose(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: made.append(index) or object(), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    staging._stream.cache_clear()
+    streams = [staging.stream_for(*key) for key in [("a", "cuda"), ("a", "cuda:1"), ("b", "cuda:1"), ("a", "cuda:0")]]
+    staging._stream.cache_clear()
+    assert streams[0] is streams[1]
+    assert made == [1, 1, 0]
+
+
+def test_a_call_is_recorded_where_it_can_be_and_else_called():
+    for graph in (RecordedGraph(), Waiting(), Uncapturable()):
+        total, one = torch.zeros(()), torch.ones(())
+        with graph.running():
+            again = replay.recorded(lambda total=total, one=one: total.add_(one), graph)
+            assert float(total) == WARM_UP
+            again()
+        assert float(total) == WARM_UP + 1
+        assert graph.replays == (type(graph) is RecordedGraph)
+
+
+def test_a_probe_of_number_formats_times_replays_where_training_will_be_replayed(monkeypatch):
+    graphs = []
+
+    def graph_for_probe(device):
+        graphs.append(RecordedGraph())
+        return graphs[-1]
+
+    monkeypatch.setattr(evaluation, "graph_for", graph_for_probe)
+    model = network()
+    found = evaluation.probe_precision(model, torch.rand(4, 2, 6, 6), training=True, seconds=0.02)
+    assert found.autocast_dtype in (None, torch.bfloat16)
+    assert len(graphs) >= 3
+    assert all(graph.captures == 1 and graph.replays >= 2 and graph.released == 1 for graph in graphs)
+    graphs.clear()
+    evaluation.probe_precision(model, torch.rand(4, 2, 6, 6), seconds=0.02)
+    assert graphs == []
+
+
+def test_a_probe_for_which_memory_is_short_takes_half_of_the_samples():
+    seen = []
+
+    class Large(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            if len(x) > 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+    evaluation.probe_precision(Large(), torch.rand(32, 3), seconds=0.02)
+    assert max(seen[-2:]) == 8
+    assert {16, 32} <= set(seen)
 
 
 class Branching(nn.Module):
@@ -332,7 +531,7 @@ def test_a_trial_says_why_its_steps_were_not_replayed(bench, monkeypatch):
     """What a worker process notes travels with the result, through JSON, to whoever reads it."""
     monkeypatch.setattr(recipes, "LEAST_STEPS", 4)
     policy = uniform_policy(bench.groups, 0.3, "l2")
-    for graph, notes in ((Uncapturable(), 1), (RecordedGraph(), 0)):
+    for graph, notes in ((RecordedGraph(), 0), (Uncapturable(), 1)):
         monkeypatch.setattr(recipes, "graph_for", lambda device, graph=graph: graph)
         result = bench.evaluate(policy, Fidelity("tune", epochs=1, seeds=2))
         assert len(result.notes) == notes

@@ -1,5 +1,7 @@
 """Batches on their way to a device, with a lane that notes in which order things happen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -74,6 +76,24 @@ def test_an_error_of_the_loader_comes_out_as_it_is():
     next(sent)
     with pytest.raises(ValueError, match="cannot be read"):
         next(sent)
+
+
+def test_a_pool_that_would_fill_a_device_is_sent_to_it_batch_by_batch(monkeypatch):
+    images = torch.arange(12.0).reshape(12, 1)
+    pool = samples.Pool(images, torch.arange(12))
+    split = samples.TensorSplit(pool, torch.arange(2, 10), samples.Transform(), 12)
+    lane, size = NotedLane(), images.nbytes + pool.targets.nbytes
+    monkeypatch.setattr(samples, "lane_to", lambda device: lane)
+    monkeypatch.setattr(samples, "_room", lambda device: 2 * size - 1)
+    assert pool.on("meta")[0] is images
+    sent = list(split.batches(3, device="meta"))
+    assert lane.sent == len(sent) == 3
+    assert torch.equal(torch.cat([x for x, _ in sent]), images[2:10])
+    assert torch.equal(torch.cat([y for _, y in sent]), torch.arange(2, 10))
+    monkeypatch.setattr(samples, "_room", lambda device: 2 * size)
+    resident = replace(split, pool=samples.Pool(images, pool.targets))
+    assert next(resident.batches(3, device="meta"))[0].is_meta
+    assert lane.sent == 3
 
 
 def test_a_streamed_split_sends_every_batch_through_the_lane_and_augments_as_without_one(monkeypatch):

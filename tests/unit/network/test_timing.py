@@ -1,5 +1,7 @@
 """Latency and peak memory: how they are measured, and that measuring changes nothing."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -125,6 +127,24 @@ def test_float32_is_float32_on_a_gpu_too_and_what_the_user_had_set_comes_back():
             assert (products.allow_tf32, convolutions.allow_tf32) == (value, value)
     finally:
         products.allow_tf32, convolutions.allow_tf32 = before
+
+
+def test_float32_is_float32_where_a_process_chose_by_the_newer_names():
+    """torch then refuses to tell the older ones; in a process of its own, as the choice cannot be taken back."""
+    code = """
+import torch
+from autoprune.network.timing import ieee
+operators = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+before = [operator.fp32_precision for operator in operators]
+with ieee("cuda:0"):
+    assert [operator.fp32_precision for operator in operators] == ["ieee"] * 3
+assert [operator.fp32_precision for operator in operators] == before
+assert before[0] == "tf32"
+print("same")
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.stdout == "same\n", found.stderr
 
 
 def stopped_within():
