@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 
 Point = tuple[float, float]
-_SAME = 0.02
-"""Part of a cost by which another one may exceed it and still count as equal where candidates are chosen."""
+SAME = 0.02
+"""Part of a cost by which another one may exceed it and still count as equal: where candidates are chosen, and where
+they are compared with controls."""
 
 
 def dominates(a: Point, b: Point) -> bool:
@@ -105,7 +106,7 @@ def cost_levels(costs: Sequence[float]) -> list[float]:
     result = [0.0] * len(costs)
     lowest = -math.inf
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
-        if not costs[i] <= lowest + _SAME * abs(lowest):
+        if not costs[i] <= lowest + SAME * abs(lowest):
             lowest = costs[i]
         result[i] = lowest
     return result

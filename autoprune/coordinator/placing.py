@@ -15,6 +15,7 @@ from autoprune.errors import InputError
 from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share
 from autoprune.memory import give_back
 from autoprune.network.failures import free_memory
+from autoprune.network.samples import TensorSplit
 from autoprune.network.sharing import SharedFile
 from autoprune.network.workbench import Workbench
 from autoprune.network.workers import (
@@ -68,7 +69,7 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
         InputError: The cluster cannot be reached, has no room, or takes GPUs for a search on a CPU.
     """
     if isinstance(workers, OnRay):
-        _stand_back(bench.device)
+        _stand_back(bench)
         with _on_ray(bench, workers, limits) as executor:
             yield executor
         return
@@ -78,15 +79,19 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
             yield executor
         return
     with SharedFile(packed(bench), cache) as shared:
-        _stand_back(bench.device)
+        _stand_back(bench)
         factory = mapped_factory(shared, threads_per_worker(count), gpu_share(bench.device, count))
         with ProcessExecutor(factory, count, limits=limits, environments=environments(bench.device)) as executor:
             yield executor
 
 
-def _stand_back(device: str) -> None:
-    """Gives back what preparing took, on a GPU too: from here on other processes compute."""
-    free_memory(device)
+def _stand_back(bench: Workbench) -> None:
+    """Gives back what preparing took, copies of the data on a GPU too: from here on other processes compute."""
+    splits = bench.splits
+    for split in (splits.train, splits.calibration, splits.val, splits.test):
+        if isinstance(split, TensorSplit):
+            split.pool.leave()
+    free_memory(bench.device)
     give_back()
 
 

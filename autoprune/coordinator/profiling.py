@@ -63,7 +63,7 @@ def profile_space(space: Space, *, home: Path, repeats: int, steps: int) -> tupl
         trace = timed(
             "trace",
             lambda: pipeline.trace_ingredients(ingredients, space, cache=cache, note=note),
-            profiling.export_seconds,
+            lambda network: profiling.export_seconds(network, clock),
         )
         pipeline.train_baseline(space, ingredients, cache=cache, note=note)
         bench = timed(

@@ -369,15 +369,17 @@ def probe_precision(
     with ieee(device):
         pair = _time(twin, example[:2].to(device), precision=variants[0], training=training, seconds=0.0)
     # ResNet-50 at 224 px: eight passes of 64 samples, and eight more with training, took more than three minutes.
-    example = example[: max(2, min(len(example), int(2 * _PASS / max(pair, 1e-9))))].to(device)
+    count = max(2, min(len(example), int(2 * _PASS / max(pair, 1e-9))))
     while True:
         try:
-            return _fastest(twin, example, variants, device=device, training=training, seconds=seconds)
+            there = example[:count].to(device)
+            return _fastest(twin, there, variants, device=device, training=training, seconds=seconds)
         except RuntimeError as error:
-            if not out_of_memory(error) or len(example) <= 2:
+            if not out_of_memory(error) or count <= 2:
                 raise
+        there = example[:0]
         free_memory(str(device))
-        example = example[: len(example) // 2]
+        count //= 2
 
 
 def _fastest(
@@ -394,8 +396,8 @@ def _fastest(
         try:
             with ieee(device):
                 took = _time(model, example, precision=precision, training=training, seconds=seconds / len(variants))
-        except RuntimeError:
-            if precision.autocast_dtype is None:
+        except RuntimeError as error:
+            if precision.autocast_dtype is None or out_of_memory(error):
                 raise
             continue
         if took < fastest:
@@ -408,7 +410,7 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
     precision.arrange_model(model)
     x = precision.arrange(example)
     graph = graph_for(x.device) if training else None
-    best, end = float("inf"), time.perf_counter() + seconds
+    best = float("inf")
 
     def once() -> None:
         with autocast(x.device, precision.autocast_dtype):
@@ -424,6 +426,7 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
     ):
         try:
             run = once if graph is None else recorded(once, graph)
+            end = time.perf_counter() + seconds
             for number in range(1000):
                 synchronise(x.device)
                 start = time.perf_counter()

@@ -208,7 +208,7 @@ def choose_precision(
     if torch.device(device).type != "cpu":  # where few samples leave most of the device idle
         count = recipe.batch_size if training else samples_at_once(device, None)
     example, _ = next(iter(calibration.batches(min(count, len(calibration)))))
-    found = probe_precision(model, example.to(device), device=device, training=training)
+    found = probe_precision(model, example, device=device, training=training)
     known = {"bfloat16": found.autocast_dtype is not None, "channels_last": found.channels_last}
     write_whole(path, json.dumps(known).encode())
     return found

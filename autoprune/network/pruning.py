@@ -102,7 +102,7 @@ def prune(
     selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
-        targets = gather_targets(network, torch.cat(inputs).to(device), seed=seed)
+        targets = gather_targets(network, torch.cat(inputs), seed=seed)
         refit_sequentially(network, model, selection, replace(targets, statistics=statistics))
     return model
 
@@ -152,7 +152,7 @@ def _masked(
     selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}
     model = masked(network, selection)
     if selection and pairs:
-        targets = gather_targets(network, torch.cat([x for x, _ in pairs]).to(device), seed=seed)
+        targets = gather_targets(network, torch.cat([x for x, _ in pairs]), seed=seed)
         repair_masked(network, model, selection, evidence.statistics, targets)
     return model
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.network.failures import out_of_memory
 from autoprune.network.samples import Device
 from autoprune.network.staging import stream_for
 
@@ -32,6 +31,8 @@ _WAITS = "called a synchronizing CUDA operation"
 """What torch warns of, where it is asked to, when the host waits for the device."""
 _refused: dict[tuple[type[nn.Module], ...], str] = {}
 """Networks, by the kinds of their modules, whose capture failed in this process: each failure costs device memory."""
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: where torch has not ended it, its allocator of pinned memory still looks at them."""
 
 
 class Graph(Protocol):
@@ -109,8 +110,8 @@ class CudaGraph:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # a graph's memory is its own: it cannot use what the allocator keeps for others
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # threads that load data may go on
         try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # threads that load data may go on
             call()
             graph.capture_end()
         except BaseException:
@@ -128,11 +129,14 @@ class CudaGraph:
             torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
         with suppress(RuntimeError):
             graph.reset()
+        _failed.append(graph)
         with suppress(RuntimeError):
-            empty = torch.cuda.CUDAGraph()
+            empty, number = torch.cuda.CUDAGraph(), torch.zeros(1, device=self._device)
             empty.capture_begin(capture_error_mode="thread_local")
-            torch.zeros(1, device=self._device)  # torch warns of a graph without a kernel
-            empty.capture_end()
+            try:
+                number.zero_()  # torch warns of a graph without a kernel
+            finally:
+                empty.capture_end()
             empty.reset()
 
     def replay(self) -> None:
@@ -243,7 +247,7 @@ class Stepper:
             self._arm(False)
             lines = str(error).strip().splitlines()
             reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-            if not out_of_memory(error):
+            if not isinstance(error, torch.OutOfMemoryError):
                 _refused[self._kinds] = reason
             self._give_up(reason)
             return False

@@ -158,8 +158,11 @@ _SHARE = 0.5
 
 
 def _room(device: torch.device) -> int:
-    """Returns the bytes that are free on a GPU."""
-    return int(torch.cuda.mem_get_info(device)[0])
+    """Returns the bytes of a GPU that this process may still take, of its share where it has one."""
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_allocated(device)
+    kept = torch.cuda.memory_reserved(device) - taken
+    return int(min(free + kept, torch.cuda.get_per_process_memory_fraction(device) * total - taken))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,15 +182,13 @@ class Pool:
             return self.samples, self.targets
         if device not in self._copies:
             fits = self.samples.nbytes + self.targets.nbytes <= _SHARE * _room(device)
-            self._copies[device] = (
-                (self.samples.to(device), self.targets.to(device))
-                if fits
-                else (
-                    self.samples,
-                    self.targets,
-                )
-            )
+            there = device if fits else "cpu"
+            self._copies[device] = self.samples.to(there), self.targets.to(there)
         return self._copies[device]
+
+    def leave(self) -> None:
+        """Forgets the copies; who asks again gets a new one."""
+        self._copies.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
@@ -224,6 +225,10 @@ class TensorSplit:
         generator = generator if samples.dim() == 4 else None  # only images are augmented
         drawn = self.transform.draws(_sizes(len(order), batch_size), generator, device)
         parts = torch.split(order.to(samples.device), batch_size)
+        if lane is None:
+            for chosen, draws in zip(parts, drawn, strict=False):
+                yield self.transform(samples[chosen], draws), targets[chosen]
+            return
         cut = ((samples[chosen], targets[chosen]) for chosen in parts)
         for (x, y), draws in zip(staged(cut, lane), drawn, strict=False):
             yield self.transform(x, draws), y

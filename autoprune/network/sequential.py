@@ -114,10 +114,11 @@ def target_rows(network: Network, rows: int = ROWS) -> int:
 def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: int = 0) -> Targets:
     """Runs `images` `(B, ...)` through the dense network and keeps what its layers give at drawn positions.
 
-    Fewer images or rows are used where activations or targets would exceed `IMAGE_BYTES` or `TARGET_BYTES`.
+    Fewer images or rows are used where activations or targets would exceed `IMAGE_BYTES` or `TARGET_BYTES`. They are
+    sent to where the network lies.
     """
     layers = refittable_layers(network)
-    images = images[: target_images(network, len(images))]
+    images = images[: target_images(network, len(images))].to(next(network.model.parameters()).device)
     rows = target_rows(network, rows)
     modules = dict(network.model.named_modules())
     parts = {site: rows_of_site(network, links) for site, links in layers.items()}

@@ -276,33 +276,40 @@ def ieee(device: Device) -> Iterator[None]:
     if torch.device(device).type != "cuda":
         yield
         return
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    try:
-        before = products.allow_tf32, convolutions.allow_tf32
-    except RuntimeError:
-        with _ieee_by_name():
-            yield
-        return
-    try:
-        products.allow_tf32 = convolutions.allow_tf32 = False
-        yield
-    finally:
-        products.allow_tf32, convolutions.allow_tf32 = before
-
-
-@contextmanager
-def _ieee_by_name() -> Iterator[None]:
-    """Does what `ieee` does where this process has used `fp32_precision`: torch refuses both ways in one process."""
     cudnn: Any = torch.backends.cudnn
     operators: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
-    before = [operator.fp32_precision for operator in operators]
+    named = [operator.fp32_precision for operator in operators]
+    if named == ["ieee"] * len(operators):  # within another one
+        yield
+        return
+    before = _without_tf32()
+    if before is not None and not any(operator.fp32_precision == "tf32" for operator in operators):
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        return
+    # This process has used torch's newer names, which are refused beside the older ones or hold against them.
     try:
         for operator in operators:
             operator.fp32_precision = "ieee"
         yield
     finally:
-        for operator, precision in zip(operators, before, strict=True):
+        for operator, precision in zip(operators, named, strict=True):
             operator.fp32_precision = precision
+
+
+def _without_tf32() -> tuple[bool, bool] | None:
+    """Forbids TF32 by torch's older names, which any code may then read, and returns what they were; None: they cannot
+    be read in this process.
+    """
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        before = products.allow_tf32, convolutions.allow_tf32
+    except RuntimeError:
+        return None
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    return before
 
 
 def _prepared(model: nn.Module, conditions: Conditions) -> nn.Module:

@@ -224,7 +224,7 @@ def _controls(view: SearchView, *, tested: bool) -> str:
         cells += [_tested(view, point)] if tested else []
         rows.append(_row([*cells, *(_cost(view, point, cost) for cost in view.costs), said]))
     text = "What the front gains: the validation accuracy of its best point within the control's"
-    text += f" {units.LABELS[view.primary]}, less the control's."
+    text += f" {units.LABELS[view.primary]} (or 2 % above), less the control's."
     return _table(heads, rows) + f"<p class='note'>{text}</p>"
 
 

@@ -39,8 +39,8 @@ def front_table(view: SearchView) -> pd.DataFrame:
 def controls_table(view: SearchView) -> pd.DataFrame:
     """Returns the controls with the columns of `front_table` and `front_gain`.
 
-    `front_gain` is by how much the front's best point within the control's cost is more accurate; NaN where the front
-    has no point that is as small.
+    `front_gain` is by how much the front's best point within the control's cost, or 2 % above it, is more accurate; NaN
+    where the front has no point that is as small.
     """
     import pandas as pd
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoprune.cost import COSTS, LATENCY, MACS
-from autoprune.pareto import Point, front_indices, hypervolume, knee_index
+from autoprune.pareto import SAME, Point, front_indices, hypervolume, knee_index
 from autoprune.policy import CHANNEL, UNITS, Policy, caveat
 from autoprune.results import TrialResult, not_faster
 
@@ -170,8 +170,12 @@ class SearchView:
         return max(known) if known else None
 
     def gain(self, control: FrontPoint) -> float | None:
-        """Returns by how much the front's best point within the control's cost is more accurate than the control."""
-        within = [p.val_accuracy for p in self.front if p.costs[self.primary] <= control.costs[self.primary]]
+        """Returns by how much the front's best point within the control's cost is more accurate than the control.
+
+        Costs up to 2 % above it count as within: both stand at the same budget, each at the widths next below it.
+        """
+        most = (1 + SAME) * control.costs[self.primary]
+        within = [p.val_accuracy for p in self.front if p.costs[self.primary] <= most]
         return max(within) - control.val_accuracy if within else None
 
 

@@ -94,7 +94,7 @@ def prepared(space: Space, ingredients: pipeline.Ingredients) -> tuple[Workbench
     start = clock()
     network = pipeline.trace_ingredients(ingredients, space)
     traced = clock() - start
-    export = profiling.export_seconds(network)
+    export = profiling.export_seconds(network, clock)
     with tempfile.TemporaryDirectory() as folder:
         pipeline.trace_ingredients(ingredients, space, cache=Path(folder))  # kept
         start = clock()

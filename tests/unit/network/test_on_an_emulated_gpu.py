@@ -238,6 +238,8 @@ def gpu(monkeypatch):
         (torch.cuda, "get_device_name", lambda device=None: "emulated"),
         (torch.cuda, "is_bf16_supported", lambda: False),
         (torch.cuda, "mem_get_info", lambda device=None: (2**36, 2**36)),
+        (torch.cuda, "memory_reserved", lambda device=None: 0),
+        (torch.cuda, "get_per_process_memory_fraction", lambda device=None: 1.0),
         (torch.cuda, "memory_allocated", lambda device=None: 0),
         (torch.cuda, "max_memory_allocated", lambda device=None: 0),
         (torch.cuda, "get_rng_state", lambda device=None: torch.get_rng_state()),

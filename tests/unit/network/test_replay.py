@@ -99,13 +99,13 @@ class RecordedGraph:
 class Uncapturable(RecordedGraph):
     """A graph whose capture always fails, so that every step is run."""
 
-    def __init__(self, reason="operation not permitted when stream is capturing"):
+    def __init__(self, kind=RuntimeError):
         super().__init__()
-        self.reason, self.attempts = reason, 0
+        self.reason, self.kind, self.attempts = "operation not permitted when stream is capturing", kind, 0
 
     def capture(self, call):
         self.attempts += 1
-        raise RuntimeError(f"{self.reason}\nmore of it")
+        raise self.kind(f"{self.reason}\nmore of it")
 
 
 class Waiting(RecordedGraph):
@@ -119,6 +119,7 @@ class Waiting(RecordedGraph):
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     monkeypatch.setattr(replay, "_refused", {})
+    monkeypatch.setattr(replay, "_failed", [])
 
 
 def splits(n=420):
@@ -232,7 +233,7 @@ def test_a_capture_that_failed_is_not_tried_again_for_networks_of_the_same_modul
 
 def test_a_capture_that_lacked_memory_is_tried_again():
     for _ in range(2):
-        graph = Uncapturable("CUDA out of memory")
+        graph = Uncapturable(torch.OutOfMemoryError)
         trained(graph, recipe=PLAIN)
         assert graph.attempts == 1
 
@@ -381,13 +382,15 @@ def test_a_probe_of_number_formats_times_replays_where_training_will_be_replayed
     assert graphs == []
 
 
-def test_a_probe_for_which_memory_is_short_takes_half_of_the_samples():
+@pytest.mark.parametrize("short_in", ["float32", "bfloat16"])
+def test_a_probe_for_which_memory_is_short_takes_half_of_the_samples(monkeypatch, short_in):
+    monkeypatch.setattr(evaluation, "_is_emulated", lambda: False)
     seen = []
 
     class Large(nn.Module):
         def forward(self, x):
             seen.append(len(x))
-            if len(x) > 8:
+            if len(x) > 8 and torch.is_autocast_enabled("cpu") == (short_in == "bfloat16"):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return x
 

@@ -96,6 +96,28 @@ def test_a_pool_that_would_fill_a_device_is_sent_to_it_batch_by_batch(monkeypatc
     assert lane.sent == 3
 
 
+def test_the_room_for_a_pool_is_what_this_process_may_take_of_a_shared_device(monkeypatch):
+    for name, value in (
+        ("mem_get_info", (50, 80)),
+        ("memory_allocated", 5),
+        ("memory_reserved", 9),
+        ("get_per_process_memory_fraction", 1.0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert samples._room("cuda") == 50 + 4  # what is free, and what this process keeps for itself
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.225)
+    assert samples._room("cuda") == 18 - 5
+
+
+def test_a_pool_that_left_a_device_is_copied_there_again_when_asked(monkeypatch):
+    monkeypatch.setattr(samples, "_room", lambda device: 10**6)
+    pool = samples.Pool(torch.zeros(4, 3), torch.arange(4))
+    first = pool.on("meta")
+    assert pool.on("meta") is first
+    pool.leave()
+    assert pool.on("meta") is not first
+
+
 def test_a_streamed_split_sends_every_batch_through_the_lane_and_augments_as_without_one(monkeypatch):
     lane = NotedLane()
     monkeypatch.setattr(staging, "AHEAD", 3)

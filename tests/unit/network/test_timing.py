@@ -129,18 +129,33 @@ def test_float32_is_float32_on_a_gpu_too_and_what_the_user_had_set_comes_back():
         products.allow_tf32, convolutions.allow_tf32 = before
 
 
-def test_float32_is_float32_where_a_process_chose_by_the_newer_names():
-    """torch then refuses to tell the older ones; in a process of its own, as the choice cannot be taken back."""
-    code = """
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high'); torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cudnn.allow_tf32 = False; torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_float32_is_float32_by_whichever_names_a_process_has_chosen_before(choice):
+    """torch refuses the older names beside the newer; in a process of its own, as a choice cannot be taken back."""
+    code = f"""
 import torch
 from autoprune.network.timing import ieee
 operators = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-torch.backends.cuda.matmul.fp32_precision = "tf32"
-before = [operator.fp32_precision for operator in operators]
+chosen = lambda: [operator.fp32_precision for operator in operators]
+{choice}
+before = chosen()
 with ieee("cuda:0"):
-    assert [operator.fp32_precision for operator in operators] == ["ieee"] * 3
-assert [operator.fp32_precision for operator in operators] == before
-assert before[0] == "tf32"
+    assert "tf32" not in chosen(), chosen()
+    with ieee("cuda:0"):
+        assert "tf32" not in chosen(), chosen()
+    assert "tf32" not in chosen(), chosen()
+after = chosen()
+assert [value == "tf32" for value in after] == [value == "tf32" for value in before], (before, after)
 print("same")
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -47,6 +47,14 @@ def test_the_gain_compares_a_control_with_the_best_point_that_costs_no_more(view
     assert view.gain(tiny) is None
 
 
+def test_a_point_that_costs_a_little_more_than_a_control_is_compared_with_it(view: SearchView) -> None:
+    """Both were moved onto the same budget: the one or the other is a channel below it."""
+    *_, lower, point = view.front
+    for share, best in ((0.999, point), (0.985, point), (0.975, lower)):
+        costs = {name: round(share * cost) for name, cost in point.costs.items()}
+        assert view.gain(replace(point, costs=costs, val_accuracy=0.0)) == pytest.approx(best.val_accuracy)
+
+
 def test_a_point_that_lacks_a_cost_is_refused() -> None:
     with pytest.raises(ValueError, match="size_bytes"):
         FrontPoint(1, 0.9, {"macs": 1, "params": 1})
