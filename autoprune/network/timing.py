@@ -283,18 +283,15 @@ def ieee(device: Device) -> Iterator[None]:
         yield
         return
     before = _without_tf32()
-    if before is not None and not any(operator.fp32_precision == "tf32" for operator in operators):
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        return
-    # This process has used torch's newer names, which are refused beside the older ones or hold against them.
-    try:
+    if before is None or any(operator.fp32_precision == "tf32" for operator in operators):
+        # This process has used torch's newer names, which are refused beside the older ones or hold against them.
         for operator in operators:
             operator.fp32_precision = "ieee"
+    try:
         yield
     finally:
+        if before is not None:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
         for operator, precision in zip(operators, named, strict=True):
             operator.fp32_precision = precision
 
