@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -372,12 +372,12 @@ def probe_precision(
     count = max(2, min(len(example), int(2 * _PASS / max(pair, 1e-9))))
     while True:
         try:
-            there = example[:count].to(device)
-            return _fastest(twin, there, variants, device=device, training=training, seconds=seconds)
+            return _fastest(
+                twin, example[:count].to(device), variants, device=device, training=training, seconds=seconds
+            )
         except RuntimeError as error:
             if not out_of_memory(error) or count <= 2:
                 raise
-        there = example[:0]
         free_memory(str(device))
         count //= 2
 
@@ -407,9 +407,9 @@ def _fastest(
 
 def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: bool, seconds: float) -> float:
     """Returns the least time in seconds of a pass of `example`, out of what fits into `seconds`."""
+    model.zero_grad(set_to_none=True)  # those of a pass before, in the memory of its capture
     precision.arrange_model(model)
     x = precision.arrange(example)
-    graph = graph_for(x.device) if training else None
     best = float("inf")
 
     def once() -> None:
@@ -419,26 +419,17 @@ def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: 
             model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
             torch.autograd.backward(output.float().square().mean())
 
-    with (
-        mode(model, training=training),
-        torch.set_grad_enabled(training),
-        nullcontext() if graph is None else graph.running(),
-    ):
-        try:
-            run = once if graph is None else recorded(once, graph)
-            end = time.perf_counter() + seconds
-            for number in range(1000):
-                synchronise(x.device)
-                start = time.perf_counter()
-                run()
-                synchronise(x.device)
-                now = time.perf_counter()
-                if number > 0:  # the first pass prepares kernels
-                    best = min(best, now - start)
-                if number > 0 and now > end:
-                    break
-        finally:
-            if graph is not None:
-                graph.release()
-                model.zero_grad(set_to_none=True)
+    graph = graph_for(x.device) if training else None
+    with mode(model, training=training), torch.set_grad_enabled(training), recorded(once, graph) as run:
+        end = time.perf_counter() + seconds
+        for number in range(1000):
+            synchronise(x.device)
+            start = time.perf_counter()
+            run()
+            synchronise(x.device)
+            now = time.perf_counter()
+            if number > 0:  # the first pass prepares kernels
+                best = min(best, now - start)
+            if number > 0 and now > end:
+                break
     return best

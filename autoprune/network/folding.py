@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.network.groups import module_of
-from autoprune.network.trace import Network, evaluating
+from autoprune.network.trace import Network, device_of, evaluating
 from autoprune.network.verify import TOLERANCE, informative, relative_error
 
 Pairs = Sequence[tuple[str, str]]
@@ -45,7 +45,7 @@ def foldable(network: Network) -> tuple[tuple[str, str], ...]:
     pairs = tuple(pair for pair in found if _folds(*(modules.get(path) for path in pair)))
     if len({norm for _, norm in pairs}) < len(pairs) or not pairs:
         return ()
-    device = next(network.model.parameters()).device
+    device = device_of(network.model)
     inputs = [x.to(device) for x in informative(network.example_inputs)]
     with evaluating(network.model), torch.no_grad():
         expected = network.model(*inputs)

@@ -34,7 +34,7 @@ from autoprune.network.evidence import rows_of
 from autoprune.network.groups import PruningGroup
 from autoprune.network.labels import Labels
 from autoprune.network.surgery import Selection, kept_indices, unit_mask
-from autoprune.network.trace import Network, evaluating
+from autoprune.network.trace import Network, device_of, evaluating
 
 _PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent")
 _NODES = 9
@@ -119,12 +119,12 @@ def _filters(network: Network, group: PruningGroup) -> list[tuple[Tensor, str]]:
         inside = (links.outputs >= group.offset) & (links.outputs < group.offset + group.size)
         if links.layer.kind not in _PRODUCERS or links.layer.weight in found or not inside.any():
             continue
-        rows = rows_of(links, network.model.get_parameter(links.layer.weight).detach().cpu())
+        rows = rows_of(links, _values(network, links.layer.weight))
         norm = _norm_behind(network, place)
         if norm is not None:
-            rows = rows * _gain(norm).cpu()[:, None]
+            rows = rows * _gain(norm)[:, None]
         elif links.layer.bias is not None:
-            bias = network.model.get_parameter(links.layer.bias).detach().double().cpu()
+            bias = _values(network, links.layer.bias).double()
             own = bias[links.layer.bias_start : links.layer.bias_start + len(rows)]
             rows = torch.cat([rows, own[:, None]], 1)
         order = _by_channel(links.outputs, group)
@@ -164,18 +164,21 @@ def _norm_behind(network: Network, place: int) -> nn.modules.batchnorm._BatchNor
 
 
 def _gain(norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """Returns what a BatchNorm in eval mode multiplies with, `(C,)` double."""
+    """Returns what a BatchNorm in eval mode multiplies with, `(C,)` double, on the CPU."""
     assert norm.running_var is not None
-    return norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return norm.weight.detach().double().cpu() / (norm.running_var.double().cpu() + norm.eps).sqrt()
+
+
+def _values(network: Network, name: str) -> Tensor:
+    """Returns a parameter's values on the CPU: the numbers of each pair of channels are looked at one by one."""
+    return network.model.get_parameter(name).detach().cpu()
 
 
 # --- what it changes ----------------------------------------------------------------------------------------------
 
 
 def merged_tensors(network: Network, selection: Selection, heirs: Iterable[Heir]) -> dict[str, Tensor]:
-    """Returns the changed weights, biases and running means by name, cut to the channels that stay, on the CPU: the
-    numbers of each pair of channels are looked at one by one.
-    """
+    """Returns the changed weights, biases and running means by name, cut to the channels that stay, on the CPU."""
     kept = unit_mask(network, selection)
     heirs = tuple(heirs)
     profiles = _profiles(network, heirs)
@@ -187,7 +190,7 @@ def merged_tensors(network: Network, selection: Selection, heirs: Iterable[Heir]
         pairs = _pairs(links.inputs, heirs)
         if not pairs:
             continue
-        weight = network.model.get_parameter(links.layer.weight).detach().cpu()
+        weight = _values(network, links.layer.weight)
         if len(links.outputs) < weight.shape[links.layer.out_dim]:
             continue  # packed with others in one weight
         old = weight.double().movedim(dim, 0)  # (inputs, ...)
@@ -248,7 +251,7 @@ def _absorbed(network: Network, place: int, shift: Tensor, rows: Tensor) -> dict
     if links.layer.groups > 1:
         return {}  # its inputs are those of several groups in one, so the shift is not each group's own
     if links.layer.bias is not None:
-        bias = network.model.get_parameter(links.layer.bias).detach().cpu()
+        bias = _values(network, links.layer.bias)
         return {links.layer.bias: (bias + shift.to(bias.dtype)).index_select(0, rows)}
     norm = _norm_behind(network, place)
     if norm is None or norm.running_mean is None:
@@ -312,7 +315,7 @@ def _constant_inputs(network: Network, norms: set[str], consumers: Iterable[str]
 
     for path in consumers:
         watch(path)
-    device = next(twin.parameters()).device
+    device = device_of(twin)
     with evaluating(twin), torch.no_grad():
         twin(*(x.to(device) for x in network.example_inputs))
     return found

@@ -23,7 +23,7 @@ from autoprune.network.graph import ALIASES, export_program
 from autoprune.network.labels import Labels, Value
 from autoprune.network.rules import operator_name
 from autoprune.network.timing import Conditions, batch_of
-from autoprune.network.trace import Network, evaluating, walk
+from autoprune.network.trace import Network, device_of, evaluating, walk
 
 _RECURRENT = frozenset(["lstm", "gru", "rnn_tanh", "rnn_relu"])
 
@@ -109,7 +109,7 @@ def record_calls(network: Network, conditions: Conditions) -> list[Call]:
         InputError: The graph at that batch is another one than the one that was traced.
     """
     model, inputs = network.model, network.example_inputs
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     env: dict[torch.fx.Node, Any] = {}
     with evaluating(model):
         traced = export_program(model, tuple(x.to(device) for x in inputs))

@@ -136,7 +136,7 @@ def trace_trial(bench: Workbench, policy: Policy, fidelity: Fidelity, path: Path
     recorded.export_chrome_trace(str(path))
 
 
-def export_seconds(network: Network, clock: Clock = time.process_time) -> float:
+def export_seconds(network: Network, clock: Clock) -> float:
     """Returns the time of `torch.export` alone, what tracing is compared with; the second of two runs."""
 
     def run() -> None:

@@ -36,7 +36,7 @@ from autoprune.network.mask_scores import weight_criterion_of, weight_scores
 from autoprune.network.masks import keep, mask_weights, masked
 from autoprune.network.sequential import gather_targets, refit_sequentially
 from autoprune.network.surgery import cut
-from autoprune.network.trace import Network
+from autoprune.network.trace import Network, device_of
 from autoprune.policy import SEMI_STRUCTURED, Choice, Group, feasible_widths
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
@@ -88,7 +88,7 @@ def prune(
     batches = [] if calibration is None else list(calibration)
     if criterion in NEEDS_STATISTICS and not batches:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
-    device = next((str(p.device) for p in network.model.parameters()), "cpu")
+    device = str(device_of(network.model))
     if network.masked:
         return _masked(network, narrowed, criterion, batches=batches, seed=seed, device=device)
     inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]

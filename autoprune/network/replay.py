@@ -259,17 +259,29 @@ class Stepper:
         self.notes = (f"training steps are not replayed as a CUDA graph but run one by one: {reason}",)
 
 
-def recorded(call: Callable[[], None], graph: Graph) -> Callable[[], None]:
-    """Does `call` some times, and returns what does it again: a replay where it can be captured, else `call` itself."""
-    for _ in range(WARM_UP - 1):
-        call()
-    if graph.rehearse(call) is not None:
-        return call
-    try:
+@contextmanager
+def recorded(call: Callable[[], None], graph: Graph | None) -> Iterator[Callable[[], None]]:
+    """Gives what does `call` again: a replay where there is a graph and it can be captured, else `call` itself.
+
+    With a graph `call` is done some times before.
+    """
+    if graph is None:
+        yield call
+        return
+    with graph.running():
+        try:
+            for _ in range(WARM_UP - 1):
+                call()
+            yield graph.replay if graph.rehearse(call) is None and _captures(graph, call) else call
+        finally:
+            graph.release()
+
+
+def _captures(graph: Graph, call: Callable[[], None]) -> bool:
+    with suppress(RuntimeError):
         graph.capture(call)
-    except RuntimeError:
-        return call
-    return graph.replay
+        return True
+    return False
 
 
 def _fits(buffers: tuple[Tensor, Tensor], batch: tuple[Tensor, Tensor]) -> bool:

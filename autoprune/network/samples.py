@@ -225,7 +225,7 @@ class TensorSplit:
         generator = generator if samples.dim() == 4 else None  # only images are augmented
         drawn = self.transform.draws(_sizes(len(order), batch_size), generator, device)
         parts = torch.split(order.to(samples.device), batch_size)
-        if lane is None:
+        if lane is None:  # `staged` would hold each batch as it was before it was transformed
             for chosen, draws in zip(parts, drawn, strict=False):
                 yield self.transform(samples[chosen], draws), targets[chosen]
             return

@@ -33,7 +33,7 @@ from autoprune.network.mask_compensation import masked_solve
 from autoprune.network.patches import patch_rows, tap_entries, tap_major, weight_of
 from autoprune.network.sites import listening, multiplied, rows_of_site
 from autoprune.network.surgery import Selection, kept_indices, row_factors, unit_mask
-from autoprune.network.trace import Network, evaluating
+from autoprune.network.trace import Network, device_of, evaluating
 
 ROWS = 7168
 """Patches a layer is refitted on, at most.
@@ -118,7 +118,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
     sent to where the network lies.
     """
     layers = refittable_layers(network)
-    images = images[: target_images(network, len(images))].to(next(network.model.parameters()).device)
+    images = images[: target_images(network, len(images))].to(device_of(network.model))
     rows = target_rows(network, rows)
     modules = dict(network.model.named_modules())
     parts = {site: rows_of_site(network, links) for site, links in layers.items()}

@@ -215,6 +215,11 @@ def _with_uncounted(network: Network) -> Network:
     return replace(network, record=record, assembly=assemble(record, {}), notes=(*network.notes, note))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Returns where the parameters of `model` lie; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts every module of `model` into eval mode, and each back into its own mode afterwards."""

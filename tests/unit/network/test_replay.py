@@ -250,7 +250,7 @@ def test_a_step_that_waits_in_the_rehearsal_is_not_captured_and_counts_as_a_step
 class FakeCuda:
     """What `CudaGraph` asks of torch.cuda, with a capture that ends as it is told."""
 
-    def __init__(self, monkeypatch, *, failing, waiting=False):
+    def __init__(self, monkeypatch, *, failing):
         self.said, self.mode, self.failing, self.graphs, cuda = [], 0, failing, 0, self
 
         class Graph:
@@ -356,8 +356,7 @@ def test_a_device_has_one_stream_for_each_purpose(monkeypatch):
 def test_a_call_is_recorded_where_it_can_be_and_else_called():
     for graph in (RecordedGraph(), Waiting(), Uncapturable()):
         total, one = torch.zeros(()), torch.ones(())
-        with graph.running():
-            again = replay.recorded(lambda total=total, one=one: total.add_(one), graph)
+        with replay.recorded(lambda total=total, one=one: total.add_(one), graph) as again:
             assert float(total) == WARM_UP
             again()
         assert float(total) == WARM_UP + 1
