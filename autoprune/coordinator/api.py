@@ -66,7 +66,8 @@ def search(
         timeout: Seconds after which nothing more is started.
         criteria: What may rank channels.
         loss: Own loss `loss(output, target)`, the mean over a batch; by default cross-entropy.
-        metric: Own metric `metric(output, target)`, higher is better; by default top-1 accuracy.
+        metric: Own metric `metric(output, target)` of a whole split, higher is better: of an error give the negative;
+            by default top-1 accuracy.
         **settings: Any other section of a space file: `pruning`, `recipe`, `search`, `groups`, `device`, `seed`.
 
     Raises:
@@ -96,7 +97,7 @@ def search(
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
     dense = replace_attention(copy.deepcopy(model).cpu()).eval()
-    ingredients = pipeline.Ingredients(dense, splits, origin, key, loss, metric)
+    ingredients = pipeline.fitting(pipeline.Ingredients(dense, splits, origin, key, loss, metric))
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress, log=log)

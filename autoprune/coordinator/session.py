@@ -44,6 +44,7 @@ from autoprune.network.checkpoints import file_digest
 from autoprune.network.devices import latency_table
 from autoprune.network.further import precision_text
 from autoprune.network.latency import LatencyTable
+from autoprune.network.plausibility import doubts
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
@@ -401,6 +402,9 @@ class Session:
         dense = self.bench.dense_result(last)
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
+        doubted = doubts(self.bench, dense, limit=last.images)
+        for sentence in doubted:
+            self.progress.note(f"warning: {sentence}")
         stages = {group.name: group.stage for group in self.network.groups}
         conditions = self.bench.conditions
         latency = asdict(conditions) | {"device": device_name(conditions.device)}
@@ -413,6 +417,7 @@ class Session:
             stages,
             latency=latency,
             pruning=self.space.pruning,
+            warnings=doubted,
         )
         studies.write_facts(study, facts)
         return dense

@@ -44,14 +44,17 @@ def facts_of(
     *,
     latency: Mapping[str, Any],
     pruning: str = CHANNEL,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns what a reader of the studies needs to know beside the trials.
 
     `latency` are the conditions under which it is measured, with the `error` of the latency table where there is one.
+    `warnings` are sentences on the dense network's score.
     """
     return {
         "schema": 1,
         "pruning": pruning,
+        "warnings": list(warnings),
         "primary": problem.budget.primary,
         "sizes": {group.name: group.size for group in problem.groups},
         "stages": dict(stages),
@@ -277,7 +280,7 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
         samples=_samples(background, rung.get("images")),
-        notes=(*latency_notes(facts), *audit_notes(stored), *notes),
+        notes=(*doubt_notes(facts), *latency_notes(facts), *audit_notes(stored), *notes),
         pruning=facts.get("pruning", CHANNEL),
         seeds=rung.get("seeds", 1),
     )
@@ -309,6 +312,11 @@ def latency_notes(facts: Mapping[str, Any]) -> list[str]:
     if "error" in known:
         notes.append(f"The latency table's median error on networks that it had not seen is {known['error']:.1%}.")
     return notes
+
+
+def doubt_notes(facts: Mapping[str, Any]) -> list[str]:
+    """Returns why the dense network's score may not mean what it seems to mean."""
+    return [f"Warning: {sentence}." for sentence in facts.get("warnings", ())]
 
 
 def audit_notes(stored: StoredSearch) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from autoprune.network.surgery import Selection, ignoring
 from autoprune.network.trace import Network, evaluating
-from autoprune.network.verify import bisected, faults, halved, informative, relative_error, shapes_of
+from autoprune.network.verify import Shapes, bisected, faults, halved, informative, relative_error
 
 NEEDED = "without it the output no longer depends on the input"
 RECURRENT = "a recurrent layer keeps at least one hidden unit"
@@ -100,5 +100,5 @@ def _removed(network: Network, names: list[str]) -> str | None:
     """Removes the named groups on a copy while all others are halved; returns what is wrong, or None."""
     rest = [group.name for group in network.groups if group.name not in names and not group.approximate]
     alone: Selection = dict.fromkeys(names, _NONE)
-    shapes = shapes_of(network)
+    shapes = Shapes(network)
     return faults(network, alone, shapes) or faults(network, {**halved(network, rest), **alone}, shapes)

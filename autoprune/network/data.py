@@ -91,6 +91,30 @@ class Splits:
     sample_shape: tuple[int, ...]
     classes: tuple[str, ...]
 
+    def first(self, count: int) -> Tensor:
+        """Returns the first `count` samples `(count, ...)`, or as many as there are, of the largest split."""
+        split = max((self.calibration, self.val, self.test, self.train), key=len)
+        return next(iter(split.batches(count, limit=count)))[0]
+
+    def given_out(self, *, channels_last: bool | None = None, whole: bool | None = None) -> Splits:
+        """Returns the same splits that give out samples in another way: see `Transform`."""
+
+        def dressed(split: Split) -> Split:
+            if not isinstance(split, TensorSplit | StreamSplit):
+                return split
+            old = split.transform
+            last = old.channels_last if channels_last is None else channels_last
+            kept = old.whole if whole is None else whole
+            return replace(split, transform=replace(old, channels_last=last, whole=kept, _constants={}))
+
+        return replace(
+            self,
+            train=dressed(self.train),
+            calibration=dressed(self.calibration),
+            val=dressed(self.val),
+            test=dressed(self.test),
+        )
+
 
 def load_data(settings: DataSettings, *, seed: int, cache_dir: Path) -> Splits:
     """Reads the data set that `settings` names and splits it.

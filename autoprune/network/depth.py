@@ -27,6 +27,7 @@ from autoprune.network.calibration import Statistics
 from autoprune.network.groups import Links, PruningGroup, is_whole
 from autoprune.network.surgery import ignoring, uniform_norms, unit_mask
 from autoprune.network.tables import Tables
+from autoprune.network.telling import uncounted
 from autoprune.network.trace import Network, evaluating
 
 IMAGES, FEW = 64, 16
@@ -107,7 +108,8 @@ def _visit(network: Network, twin: nn.Module, images: Tensor, visit: Callable[[s
             power = cache(partial(_variance, output))  # once for all that is tried at this call
 
             def run(alive: bool) -> float | None:
-                return _error(inside[path](*args, **kwargs), output, power(), alive=alive)
+                with uncounted():
+                    return _error(inside[path](*args, **kwargs), output, power(), alive=alive)
 
             visit(path, run)
 

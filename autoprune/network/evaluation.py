@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from autoprune.errors import InputError
 from autoprune.network.failures import free_memory, out_of_memory
@@ -44,7 +45,9 @@ them: on 128 images of 224 px MobileNetV2 takes 2.0 s with 8 at a time and 4.6 s
 thread, AVX2)."""
 
 Metric = Callable[[Any, Tensor], Tensor | float]
-"""A function of (what the network returns, targets) that gives the mean over the batch; higher is better, any range."""
+"""A function of (what the network returns, targets) of a whole split that gives one number; higher is better."""
+WHOLE_BYTES = 2**30
+"""Outputs of a split that an own metric sees at once, at most; above it is the mean over batches."""
 
 
 class Labelled(Protocol):
@@ -60,14 +63,16 @@ class Labelled(Protocol):
 class Score:
     """How a network did on `count` samples.
 
-    `accuracy` is a fraction, or the mean of the user's own metric, in whatever range; `loss` the mean loss (NaN stays
+    `accuracy` is a fraction, or the user's own metric, in whatever range; `loss` the mean loss (NaN stays
     NaN); `per_class` the accuracy of each class (NaN where the samples hold none of it), empty under an own metric.
+    `whole` says whether an own metric saw all samples at once; else it is the mean over batches.
     """
 
     accuracy: float
     loss: float
     count: int
     per_class: tuple[float, ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +180,50 @@ def check_task(data: Labelled, *, loss: Loss | None, metric: Metric | None) -> N
         )
 
 
+def check_output(output: Any, classes: int, *, loss: Loss | None, metric: Metric | None) -> None:
+    """Refuses an output that would be scored as classes and is none: boxes, one logit, a map.
+
+    Args:
+        output: What the network gave for some samples.
+        classes: Number of classes in the data; 0: the targets are none.
+        loss: Own loss; None: cross-entropy of the output.
+        metric: Own metric; None: the accuracy of the largest output.
+
+    Raises:
+        InputError: The output is not one number for each class.
+    """
+    if not classes or (loss is not None and metric is not None):
+        return
+    own = "or give both a `loss` and a `metric` of your own"
+    try:
+        logits = logits_of(output)
+    except TypeError as error:
+        raise InputError(f"{error}: return them as a tensor (N, {classes}) or by the name `logits`, {own}") from error
+    shape = tuple(logits.shape)
+    if len(shape) == 2 and shape[1] == classes:
+        return
+    among = "" if isinstance(output, Tensor) else ", the first of its outputs,"
+    found = f"the network gives {shape[1]} numbers" if len(shape) == 2 else f"the network's output{among} has the shape"
+    found += f" a sample{among}" if len(shape) == 2 else f" {shape}"
+    if shape[1:] == (1,) and classes == 2:
+        remedy = "let it give two logits, one for each class"
+    elif not isinstance(output, Tensor):
+        remedy = f"return the logits (N, {classes}) first, or by the name `logits`"
+    else:
+        remedy = f"classes are numbered from 0 to the largest that occurs: let it give {classes} logits a sample"
+    raise InputError(f"{found}, but the data has {classes} classes: {remedy}, {own}")
+
+
 def one_number(value: Any, what: str) -> Tensor:
-    """Returns what an own loss or metric gave for a batch, as a scalar tensor.
+    """Returns what an own function gave, a `loss` or a `metric`, as a scalar tensor.
 
     Raises:
         InputError: It is not one number.
     """
     number = torch.as_tensor(value)
     if number.numel() != 1:
-        raise InputError(
-            f"the {what} must be one number a batch, its mean, not a tensor of shape {tuple(number.shape)}"
-        )
+        mean = " a batch, its mean" if what == "loss" else ""
+        raise InputError(f"the {what} must be one number{mean}, not a tensor of shape {tuple(number.shape)}")
     return number.reshape(())
 
 
@@ -227,8 +265,9 @@ def evaluate(
 ) -> Score:
     """Scores `model` on `split` in evaluation mode, without gradients. The model is moved to `device`.
 
-    Under an own metric nothing is assumed about what the network returns, and the samples are dealt into batches of
-    nearly the same size: R2, say, means nothing on a last batch of one sample.
+    Under an own metric nothing is assumed about what the network returns. It is computed once, from the outputs and
+    targets of all samples: the area under a curve, say, is no mean of parts. Where these would take more than
+    `WHOLE_BYTES`, or cannot be joined along their first dimension, it is the mean over batches of nearly the same size.
 
     Args:
         model: The network.
@@ -238,7 +277,7 @@ def evaluate(
         device: Where it runs.
         autocast_dtype: Type of the forward pass; None: float32.
         loss: Own loss, the mean over a batch; None: cross-entropy. It and an own metric get the output in float32.
-        metric: Own metric, the mean over a batch, higher is better, in place of the accuracy; None: top-1 accuracy.
+        metric: Own metric, higher is better, in place of the accuracy; None: top-1 accuracy.
 
     Raises:
         ValueError: There is no sample to score.
@@ -251,10 +290,11 @@ def evaluate(
     hits = torch.zeros(0 if metric is not None else split.num_classes, dtype=torch.int64, device=device)
     seen = torch.zeros_like(hits)
     total_loss = torch.zeros((), device=device)
-    total_metric = torch.zeros((), device=device)
     count = 0
+    own: _OwnMetric | None = None
     if metric is not None:
-        batch_size = _even(batch_size, len(split) if limit is None else min(limit, len(split)))
+        whole = len(split) if limit is None else min(limit, len(split))
+        own, batch_size = _OwnMetric(metric, whole), _even(batch_size, whole)
     with torch.inference_mode(), mode(model, training=False), ieee(device):
         for x, y in split.batches(batch_size, device=device, limit=limit):
             with autocast(device, autocast_dtype):
@@ -265,18 +305,78 @@ def evaluate(
                 F.cross_entropy(logits_of(output).float(), y) if loss is None else one_number(loss(output, y), "loss")
             )
             total_loss += value.to(total_loss) * len(y)
-            if metric is None:
+            if own is None:
                 right = logits_of(output).argmax(1) == y  # (n,)
                 seen.scatter_add_(0, y, torch.ones_like(y))
                 hits.scatter_add_(0, y, right.long())
             else:
-                total_metric += one_number(metric(output, y), "metric").to(total_metric) * len(y)
+                own.update(output, y)
             count += len(y)
-    if count == 0:
-        raise ValueError(f"there is no sample to score (limit {limit})")
+        if count == 0:
+            raise ValueError(f"there is no sample to score (limit {limit})")
+        if own is not None:
+            return Score(own.value(), float(total_loss) / count, count, (), own.sees_all)
     per_class = hits.double() / seen  # 0 / 0 is NaN
-    accuracy = float(total_metric) / count if metric is not None else int(hits.sum()) / count
-    return Score(accuracy, float(total_loss) / count, count, tuple(per_class.tolist()))
+    return Score(int(hits.sum()) / count, float(total_loss) / count, count, tuple(per_class.tolist()))
+
+
+class _OwnMetric:
+    """Gathers outputs and targets for an own metric, or its mean over batches where they are too much to hold."""
+
+    def __init__(self, metric: Metric, count: int) -> None:
+        self._metric, self._count = metric, count
+        self._kept: list[tuple[Any, Tensor]] = []
+        self._total, self._seen = 0.0, 0
+        self.sees_all = True
+        """Whether the metric is computed once, from all samples."""
+
+    def update(self, output: Any, y: Tensor) -> None:
+        """Takes what the network gave for a batch with the targets `y` `(n, ...)`."""
+        if not self._seen and not self._kept:
+            bytes_here = sum(leaf.nbytes for leaf in tree_leaves((output, y)) if isinstance(leaf, Tensor))
+            self.sees_all = bytes_here / len(y) * self._count <= WHOLE_BYTES
+        if self.sees_all:
+            self._kept.append((output, y))
+        else:
+            self._add(output, y)
+
+    def value(self) -> float:
+        """Returns the metric of everything that was taken."""
+        if self.sees_all:
+            joined = _joined([output for output, _ in self._kept], [len(y) for _, y in self._kept])
+            if joined is not None:
+                return float(one_number(self._metric(joined[0], torch.cat([y for _, y in self._kept])), "metric"))
+            self.sees_all = False
+            for output, y in self._kept:
+                self._add(output, y)
+        return self._total / self._seen
+
+    def _add(self, output: Any, y: Tensor) -> None:
+        self._total += float(one_number(self._metric(output, y), "metric")) * len(y)
+        self._seen += len(y)
+
+
+def _joined(outputs: list[Any], sizes: list[int]) -> tuple[Any] | None:
+    """Returns the outputs of several batches as that of one batch, in a tuple; None where they are not of one form:
+    tensors whose first dimension is the batch, and otherwise alike.
+    """
+    if len(outputs) == 1:
+        return (outputs[0],)
+    flat = [tree_flatten(output) for output in outputs]
+    if any(spec != flat[0][1] for _, spec in flat):
+        return None
+    leaves: list[Any] = []
+    for parts in zip(*(found for found, _ in flat), strict=True):
+        if not isinstance(parts[0], Tensor):
+            if any(part is not parts[0] and part != parts[0] for part in parts):
+                return None
+            leaves.append(parts[0])
+            continue
+        rest = {(tuple(part.shape[1:]), part.dtype) for part in parts if part.dim()}
+        if len(rest) != 1 or any(not part.dim() or len(part) != n for part, n in zip(parts, sizes, strict=True)):
+            return None
+        leaves.append(torch.cat(parts))
+    return (tree_unflatten(leaves, flat[0][1]),)
 
 
 def _even(batch_size: int, count: int) -> int:

@@ -73,7 +73,8 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
         with torch.no_grad(), _unlogged(), _hastily(), redirect_stderr(printed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attributes? self.*_flat_weights")
+            # Of recurrent modules, and of code that keeps a tensor on its module: it does so on a copy.
+            warnings.filterwarnings("ignore", message="The tensor attributes? self")
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
         raise TraceError(_why(model, error, printed.getvalue())) from error
@@ -150,6 +151,16 @@ def _drop_unused(program: torch.export.ExportedProgram) -> None:
         return node.is_impure() or len(node.all_input_nodes) > 1 or any(n.name in stored for n in node.all_input_nodes)
 
     program.graph.eliminate_dead_code(stays)
+
+
+def lays_out_itself(graph: torch.fx.Graph) -> bool:
+    """Whether code reshapes images in a way that depends on how they lie in memory: `view` or `as_strided`."""
+    for node in graph.nodes:
+        if node.op == "call_function" and operator_name(node.target) in ("view", "_unsafe_view", "as_strided"):
+            source = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
+            if isinstance(source, Tensor) and source.dim() == 4:
+                return True
+    return False
 
 
 def kernel_weights(graph: torch.fx.Graph) -> set[torch.fx.Node]:

@@ -34,6 +34,7 @@ from autoprune.network.evidence import rows_of
 from autoprune.network.groups import PruningGroup
 from autoprune.network.labels import Labels
 from autoprune.network.surgery import Selection, kept_indices, unit_mask
+from autoprune.network.telling import uncounted
 from autoprune.network.trace import Network, device_of, evaluating
 
 _PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent")
@@ -307,9 +308,10 @@ def _constant_inputs(network: Network, norms: set[str], consumers: Iterable[str]
 
     def watch(path: str) -> RemovableHandle:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().double()
-            by_channel = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0)  # (C, ...)
-            found[path] = by_channel.flatten(1).mean(1).cpu()
+            with uncounted():
+                x = args[0].detach().double()
+                by_channel = x.movedim(-1 if isinstance(module, nn.Linear) else 1, 0)  # (C, ...)
+                found[path] = by_channel.flatten(1).mean(1).cpu()
 
         return twin.get_submodule(path).register_forward_pre_hook(record)
 

@@ -102,7 +102,7 @@ def _piece(part: str, value: Any) -> _Piece:
         raise DataError(f"{part}: samples need at least two dimensions, got shape {tuple(samples.shape)}")
     if samples.dtype == torch.uint8 and samples.dim() == 4 and samples.shape[3] in (1, 3) and samples.shape[1] > 4:
         raise DataError(f"{part}: images must be (N, C, H, W), but the shape {tuple(samples.shape)} looks like NHWC")
-    if samples.dtype != torch.uint8:
+    if samples.dtype not in (torch.uint8, torch.int64):
         samples = samples.to(torch.float32)
         if not bool(torch.isfinite(samples).all()):
             raise DataError(f"{part}: the samples hold values that are not finite")

@@ -24,9 +24,18 @@ from autoprune.network.activations import activation_sites, choices_of
 from autoprune.network.attention import prunable
 from autoprune.network.blocks import with_removable
 from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
+from autoprune.network.copies import runs_channels_last
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
-from autoprune.network.evaluation import Loss, Precision, check_task, probe_precision, samples_at_once
+from autoprune.network.evaluation import (
+    Loss,
+    Precision,
+    check_output,
+    check_task,
+    probe_precision,
+    samples_at_once,
+)
+from autoprune.network.failures import described
 from autoprune.network.folding import foldable
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.learning import learn, mean_loss
@@ -37,7 +46,7 @@ from autoprune.network.own_criteria import criteria_key
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
 from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.timing import device_name, ieee
-from autoprune.network.trace import Network, trace
+from autoprune.network.trace import Network, device_of, evaluating, trace
 from autoprune.network.traced import trace_or_read
 from autoprune.network.workbench import Workbench
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, Group, digest, feasible_widths
@@ -59,6 +68,8 @@ class Ingredients:
     metric: Callable[[Any, Tensor], Tensor | float] | None = None
     untrained: bool = False
     """Whether the model has its initial weights and must be trained before anything is learnt from it."""
+    channels_last: bool = True
+    """Whether images may lie channels-last in memory: `fitting` tells."""
 
 
 def recipe_of(space: Space) -> Recipe:
@@ -129,9 +140,45 @@ def ingredients_of(space: Space, *, cache: Path) -> Ingredients:
     if space.checkpoint is not None:
         load_checkpoint(model, space.checkpoint)
     untrained = space.checkpoint is None and space.model.weights is None
-    return Ingredients(
-        prunable(model).eval(), splits, origin, digest([asdict(settings), space.seed]), untrained=untrained
-    )
+    key = digest([asdict(settings), space.seed])
+    return fitting(Ingredients(prunable(model).eval(), splits, origin, key, untrained=untrained))
+
+
+def fitting(ingredients: Ingredients) -> Ingredients:
+    """Runs the dense model on two real samples, and gives data out as it takes them.
+
+    Whole numbers become real ones where the model takes these alone; images lie contiguous in memory where its code
+    does not run channels-last.
+
+    Raises:
+        InputError: The model does not run on a sample, or what it gives is no score for each class.
+    """
+    model, splits = ingredients.model, ingredients.splits
+    x = example_of(splits)
+    output = _output(model, x)
+    if isinstance(output, Exception) and not x.is_floating_point():
+        real = splits.given_out(whole=False)
+        if not isinstance(found := _output(model, example_of(real)), Exception):
+            splits, output, x = real, found, example_of(real)
+    last = x.dim() == 4 and runs_channels_last(model, (x,))
+    if isinstance(output, Exception):
+        raise InputError(
+            f"{type(model).__name__} does not run on two samples of the data, {str(x.dtype).removeprefix('torch.')}"
+            f" of shape {tuple(x.shape)}: {described(output)}"
+        ) from output
+    check_output(output, splits.num_classes, loss=ingredients.loss, metric=ingredients.metric)
+    if x.dim() == 4 and not last:
+        splits = splits.given_out(channels_last=False)
+    return replace(ingredients, splits=splits, channels_last=last or x.dim() != 4)
+
+
+def _output(model: nn.Module, x: Tensor) -> Any:
+    """Returns what a model gives in evaluation mode, or the error that it raises."""
+    try:
+        with evaluating(model), torch.no_grad():
+            return model(x.to(device_of(model)))
+    except Exception as error:  # whatever the model's own code raises
+        return error
 
 
 def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note: Note) -> None:
@@ -215,8 +262,9 @@ def choose_precision(
 
 
 def example_of(splits: Splits) -> Tensor:
-    """Returns a batch of two zero samples, to trace with."""
-    return torch.zeros(2, *splits.sample_shape)
+    """Returns a batch of two real samples, to trace with: numbers that nobody made up may be ids out of range."""
+    x = splits.first(2)
+    return x.contiguous() if len(x) == 2 else torch.cat([x, x])
 
 
 def trace_ingredients(

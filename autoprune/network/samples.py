@@ -51,7 +51,8 @@ class Split(Protocol):
         device: Device = "cpu",
         limit: int | None = None,
     ) -> Iterator[Batch]:
-        """Yields normalised float32 samples `(n, ...)` (images NCHW, channels-last in memory) and their targets.
+        """Yields normalised float32 samples `(n, ...)` (images NCHW, channels-last in memory where a network runs so;
+        int64 where they are whole numbers such as the ids of tokens) and their targets.
 
         Targets are int64 classes `(n,)`; where there are no classes, float32 or int64 `(n, ...)`.
 
@@ -82,13 +83,16 @@ class Transform:
     """What is done to a batch: augmentation of 4-D samples, then `(x - mean) / std` along dimension 1.
 
     `mean` and `std` are one number a channel (or a feature), for uint8 samples in units of 255; empty: nothing is
-    subtracted or divided.
+    subtracted or divided. Images come `channels_last` in memory, or contiguous. With `whole`, int64 samples (the ids of
+    tokens) that are not standardised stay what they are; without it they become real numbers like all others.
     """
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     flip: bool = False
     crop_padding: int = 0
+    channels_last: bool = True
+    whole: bool = True
     _constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def draw(self, n: int, generator: Generator) -> Draws:
@@ -108,16 +112,20 @@ class Transform:
         return drawn if torch.device(device).type == "cpu" else _moved(list(drawn), sizes, device)
 
     def __call__(self, x: Tensor, draws: Draws) -> Tensor:
-        """Returns the batch `x` as float32; images are augmented as `draws` says."""
+        """Returns the batch `x` as float32 (see `whole`); images are augmented as `draws` says."""
         if x.dim() == 4:
             if draws.shifts is not None:
                 x = _shifted(x, draws.shifts, padding=self.crop_padding)
             if draws.mirrored is not None:
                 x = torch.where(draws.mirrored[:, None, None, None], x.flip(3), x)
+        if self.whole and x.dtype == torch.int64 and not self.mean:
+            return x
         scale, shift = self._affine(x)
         x = x.to(torch.float32)
         x = torch.addcmul(shift, x, scale) if self.mean else x * scale
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        if x.dim() != 4:
+            return x
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns scale and shift, shaped to broadcast along dimension 1, held on the batch's device."""
@@ -326,13 +334,21 @@ def as_target(value: Any, where: str) -> Tensor:
 
 
 def as_tensor(sample: Any) -> Tensor:
-    """Returns one sample as a tensor: tensors and arrays as they are, Pillow images as uint8 `(C, H, W)`."""
+    """Returns one sample, or many at once, as a tensor: Pillow images as uint8 `(C, H, W)`, whole numbers of other
+    types than uint8 as int64, anything else as it is.
+    """
     if isinstance(sample, Tensor):
-        return sample
+        return widened_integers(sample)
     array = np.asarray(sample)
     if not isinstance(sample, np.ndarray) and array.dtype == np.uint8 and array.ndim in (2, 3):  # a Pillow image
         array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(array))
+    return widened_integers(torch.from_numpy(np.array(array)))
+
+
+def widened_integers(x: Tensor) -> Tensor:
+    """Returns whole numbers of any type but uint8 (images) and truth values as int64, anything else as it is."""
+    whole = not (x.is_floating_point() or x.is_complex() or x.dtype in (torch.uint8, torch.bool))
+    return x.to(torch.int64) if whole else x
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.network.calibration import MAX_ENTRIES, Moments, Statistics, entries_in, products
+from autoprune.network.copies import channels_last
 from autoprune.network.emptied import emptied, set_constant
 from autoprune.network.evaluation import autocast
 from autoprune.network.groups import Links
@@ -131,7 +132,7 @@ def gather_targets(network: Network, images: Tensor, *, rows: int = ROWS, seed: 
 
     sites = {site: None if layers[site].called else part for site, part in parts.items()}
     with listening(network.model, sites, record), evaluating(network.model), torch.no_grad():
-        network.model(arrange(images))
+        network.model(arrange(network, images))
     return Targets(images, found, rows, seed)
 
 
@@ -204,7 +205,7 @@ def refit_sequentially(
 
     sites = {site: None if layers[site].called else part for site, part in parts.items()}
     with listening(model, sites, heard):
-        _run_collecting(model, lambda: model(arrange(targets.images)))
+        _run_collecting(model, lambda: model(arrange(network, targets.images)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +296,6 @@ def _run_collecting(model: nn.Module, run: Callable[[], object]) -> None:
                 norm.momentum = momentum
 
 
-def arrange(x: Tensor) -> Tensor:
-    """Returns images channels-last in memory, where patches lie together; anything else as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+def arrange(network: Network, x: Tensor) -> Tensor:
+    """Returns images as they lie best: channels-last, where patches lie together, if the network runs so."""
+    return channels_last(x) if network.channels_last else x.contiguous()

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoprune.network.groups import Links
 from autoprune.network.narrowing import shifted, starts
+from autoprune.network.telling import uncounted
 from autoprune.network.trace import Network
 
 Heard = Callable[[str, Tensor], None]
@@ -84,7 +85,11 @@ def listening(model: nn.Module, sites: Mapping[str, Rows | None], heard: Heard) 
     modules = dict(model.named_modules())
 
     def hook(site: str) -> Callable[..., None]:
-        return lambda module, args: heard(site, args[0])
+        def called(module: nn.Module, args: Any) -> None:
+            with uncounted():
+                heard(site, args[0])
+
+        return called
 
     with ExitStack() as stack:
         parts: dict[tuple[int, int], str] = {}
@@ -109,5 +114,6 @@ class _Linears(TorchFunctionMode):
         if func is F.linear and len(args) > 1:
             site = self._parts.get((args[1].data_ptr(), len(args[1])))
             if site is not None:
-                self._heard(site, args[0])
+                with uncounted():
+                    self._heard(site, args[0])
         return func(*args, **(kwargs or {}))

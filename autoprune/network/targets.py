@@ -20,6 +20,7 @@ from autoprune.network.calibration import Statistics, gather
 from autoprune.network.patches import drawn
 from autoprune.network.sequential import Targets, gather_targets, refittable_layers, target_images, target_rows
 from autoprune.network.sites import listening, rows_of_site
+from autoprune.network.telling import uncounted
 from autoprune.network.trace import Network, evaluating
 
 _SAME = 1e-3
@@ -134,8 +135,9 @@ def watching(
         def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             convolution, bias = isinstance(module, nn.modules.conv._ConvNd), parts[site].of(model)[1]
             groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
-            given, outer = flat(site, output.detach().movedim(1, -1) if convolution else output.detach())
-            watch.keep(site, given, lambda y: y if bias is None else y - bias.float(), groups=groups, outer=outer)
+            with uncounted():
+                given, outer = flat(site, output.detach().movedim(1, -1) if convolution else output.detach())
+                watch.keep(site, given, lambda y: y if bias is None else y - bias.float(), groups=groups, outer=outer)
 
         return record
 

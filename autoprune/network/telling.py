@@ -10,13 +10,14 @@ decides which calls need it. Knows nothing of labels' meaning or of parameters.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from autoprune.errors import CheckpointError
 from autoprune.network.groups import stays
@@ -25,6 +26,23 @@ from autoprune.network.trace import Network
 Numbers = Mapping[str, Mapping[str, Mapping[str, int]]]
 """Module path → number of the call in its forward pass → axis → size; numbers as text, for JSON."""
 _FUNCTIONS = frozenset(["view", "reshape", "unflatten", "expand", "split", "split_with_sizes"])
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Keeps the calls inside of it from those modules whose forward passes are under way: for hooks of our own.
+
+    A hook that reads what a layer gets reshapes it; sizes are told by the number of a call in the module's own code.
+    """
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    running = [mode for mode in modes if isinstance(mode, Sizes) and not mode.paused]
+    for mode in running:
+        mode.paused = True
+    try:
+        yield
+    finally:
+        for mode in running:
+            mode.paused = False
 
 
 class Telling:
@@ -58,9 +76,11 @@ class Sizes(TorchFunctionMode):
     def __init__(self, told: Mapping[int, Mapping[int, int]], seen: list[tuple[tuple[int, ...], ...]] | None = None):
         super().__init__()
         self._told, self._seen, self._count = told, seen, 0
+        self.paused = False
+        """Whether the calls are those of a hook; see `uncounted`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = _parsed(func, args, kwargs or {})
+        call = None if self.paused else _parsed(func, args, kwargs or {})
         if call is None:
             return func(*args, **(kwargs or {}))
         first, sizes, again = call

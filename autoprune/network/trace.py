@@ -18,7 +18,16 @@ from torch.utils._pytree import tree_leaves
 from autoprune.cost import CostModel, Surface
 from autoprune.errors import TraceError, nearest
 from autoprune.network.attention import prunable
-from autoprune.network.graph import export_program, kernel_weights, live_tensors, module_path, norm_behind, place_of
+from autoprune.network.copies import runs_channels_last, sharing_copy
+from autoprune.network.graph import (
+    export_program,
+    kernel_weights,
+    lays_out_itself,
+    live_tensors,
+    module_path,
+    norm_behind,
+    place_of,
+)
 from autoprune.network.groups import (
     Assembly,
     Frozen,
@@ -77,6 +86,8 @@ class Network:
     """Sizes that modules cannot know by themselves, as `computed_sizes.with_told_sizes` found them."""
     followers: tuple[Attribute, ...] | None = None
     """What `attributes` returns of a network that was cut before: its numbers do not name dimensions any more."""
+    channels_last: bool = True
+    """Whether images may lie channels-last in memory; `runs_channels_last` tells."""
     pruning: str = CHANNEL
     """What a group is: `channel`, or a weight whose elements are masked (`unstructured`, `2:4`)."""
 
@@ -166,10 +177,12 @@ def trace(
         raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
     model = prunable(model)
     with evaluating(model):
-        program = export_program(model, inputs)
+        program = export_program(sharing_copy(model), inputs)
         record, unknown = walk(program, model, inputs[0].shape[0])
     notes = _notes(unknown) if pruning == CHANNEL else ()  # masks change no shape: an operator needs no rule for them
     network = Network(model, inputs, record, assemble(record, {}), {}, notes)
+    if lays_out_itself(program.graph):
+        network = replace(network, channels_last=runs_channels_last(model, inputs))
     if verify and pruning == CHANNEL and network.groups:
         network = _verified(network, ruled=not unknown)
     else:

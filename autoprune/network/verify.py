@@ -6,19 +6,21 @@ first; only where that fails are they halved until the guilty ones are found.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.network.complexity import macs_on_meta, on_meta, run_on_meta
+from autoprune.network.complexity import counting, macs_counted, macs_of_shapes, run_shapes, shapes_alone
 from autoprune.network.narrowing import narrowed
 from autoprune.network.surgery import Selection, cut, masked_twin
-from autoprune.network.trace import Network, evaluating
+from autoprune.network.trace import Network, device_of, evaluating
 
 BREAKS = "the pruned network does not run"
 TOLERANCE = 1e-3
@@ -34,7 +36,7 @@ def verified(network: Network) -> Network:
     Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all. MACs
     are counted with all of them. Of a large network both is tried at once, and one after the other where that fails.
     """
-    shapes = shapes_of(network)
+    shapes = Shapes(network)
     exact = [group.name for group in network.groups if not group.approximate]
     whole = [group.name for group in network.groups]
     if exact and exact != whole and _is_large(network) and _sound(network, shapes):
@@ -56,7 +58,7 @@ def _is_large(network: Network) -> bool:
     return network.cost_model.dense()["macs"] * network.record.batch > LARGE
 
 
-def _sound(network: Network, shapes: Network) -> bool:
+def _sound(network: Network, shapes: Shapes) -> bool:
     """Whether all groups can be halved, and those that must equal their masked twin do so on a copy without the others'
     channels: there it is smaller, and what normalises over channels normalises over the same ones. That they can be
     halved alone is tried by shapes.
@@ -65,20 +67,52 @@ def _sound(network: Network, shapes: Network) -> bool:
     exact = {group.name: selection[group.name] for group in network.groups if not group.approximate}
     others = {name: kept for name, kept in selection.items() if name not in exact}
     try:
-        run_on_meta(cut(shapes, exact), network.example_inputs)
-        counted = macs_on_meta(cut(shapes, selection), network.example_inputs)
+        shapes.run(exact)
+        counted = shapes.count(selection)
         smaller = narrowed(network, others, cut(network, others))
     except Exception:  # `faults` says which group it is
         return False
     return not (_miscounted(network, selection, counted) or _fault(smaller, exact, _batches(network), own=True))
 
 
-def shapes_of(network: Network) -> Network:
-    """Returns the network on the meta device: what does not run there fails in no time."""
-    return replace(network, model=on_meta(network.model))
+class Shapes:
+    """A network without numbers: cut copies of it run on fake tensors, where what does not fit fails in no time.
+
+    Where the dense network itself does not run so, because its code looks at numbers, it tells nothing.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = replace(network, model=shapes_alone(network.model))
+        self._device = device_of(network.model)
+        self._dense_runs: bool | None = None
+
+    def run(self, selection: Selection) -> None:
+        """Runs a copy that is cut to `selection`; it raises what the forward pass raises."""
+        run_shapes(cut(self._network, selection), self._network.example_inputs, self._device)
+
+    def count(self, selection: Selection) -> int:
+        """Returns the MACs of one sample in a copy that is cut to `selection`; it raises what the pass raises."""
+        return macs_of_shapes(cut(self._network, selection), self._network.example_inputs, self._device)
+
+    @property
+    def tell(self) -> bool:
+        """Whether the dense network runs without numbers, so that a cut copy which does not is broken."""
+        if self._dense_runs is None:
+            try:
+                self.run({})
+                self._dense_runs = True
+            except Exception:  # whatever its code raises on tensors without numbers
+                self._dense_runs = False
+        return self._dense_runs
+
+    def freeze(self, reasons: dict[str, str]) -> Shapes:
+        """Returns the same with the groups in `reasons` frozen."""
+        frozen = copy.copy(self)
+        frozen._network = self._network.freeze(reasons)
+        return frozen
 
 
-def _checked(network: Network, shapes: Network, uncounted: list[str] | None) -> Callable[[list[str]], str | None]:
+def _checked(network: Network, shapes: Shapes, uncounted: list[str] | None) -> Callable[[list[str]], str | None]:
     return lambda names: check(network, names, None if names == uncounted else shapes)
 
 
@@ -137,22 +171,26 @@ def halved(network: Network, names: list[str], seed: int = 0) -> Selection:
     return {group.name: np.sort(rng.choice(group.size, size=widths[group.name], replace=False)) for group in chosen}
 
 
-def check(network: Network, names: list[str], shapes: Network | None) -> str | None:
+def check(network: Network, names: list[str], shapes: Shapes | None) -> str | None:
     """Halves the named groups on a copy; returns what is wrong, or None where all is well. See `faults`."""
     return faults(network, halved(network, names), shapes)
 
 
-def faults(network: Network, selection: Selection, shapes: Network | None) -> str | None:
+def faults(network: Network, selection: Selection, shapes: Shapes | None) -> str | None:
     """Prunes a copy to `selection`; returns what is wrong, or None where all is well.
 
-    `shapes` is what `shapes_of` returns; None: MACs are not counted.
+    `shapes` is `Shapes` of the network; None: MACs are not counted.
     """
+    if shapes is None:
+        return _fault(network, selection, _batches(network))
     try:
-        counted = None if shapes is None else macs_on_meta(cut(shapes, selection), network.example_inputs)
+        counted = shapes.count(selection)
     except Exception as error:
-        return _broken(error)
+        if shapes.tell:
+            return _broken(error)
+        return _fault(network, selection, _batches(network), counted=True)
     fault = _fault(network, selection, _batches(network))
-    return fault if fault is not None or counted is None else _miscounted(network, selection, counted)
+    return fault if fault is not None else _miscounted(network, selection, counted)
 
 
 def _batches(network: Network) -> list[tuple[Tensor, ...]]:
@@ -163,10 +201,16 @@ def _batches(network: Network) -> list[tuple[Tensor, ...]]:
 
 
 def _fault(
-    network: Network, selection: Selection, batches: Sequence[tuple[Tensor, ...]], *, own: bool = False
+    network: Network,
+    selection: Selection,
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    own: bool = False,
+    counted: bool = False,
 ) -> str | None:
     """Runs a copy that is pruned to `selection`, and its masked twin where it must equal one; returns what is wrong
-    with each of the batches, or None where one shows nothing. With `own` the network's model becomes the twin.
+    with each of the batches, or None where one shows nothing. With `own` the network's model becomes the twin, with
+    `counted` MACs are counted while the copy runs.
     """
     # A group that is gone as a whole has nothing left that its norm could shift.
     exact = not any(group.approximate and len(selection.get(group.name, ())) for group in network.groups)
@@ -178,10 +222,13 @@ def _fault(
         return _broken(error)
     for batch in batches:
         try:
-            output = _run(pruned, batch)
+            with counting() if counted else nullcontext() as counter:
+                output = _run(pruned, batch)
         except Exception as error:
             fault = _broken(error)
             continue
+        if counter is not None and (fault := _miscounted(network, selection, macs_counted(counter, batch))):
+            return fault
         if not exact:
             return None
         if twin is None:

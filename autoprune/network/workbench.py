@@ -164,7 +164,7 @@ class Workbench:
 
         `calibration` is how many images compensation refits on; None: those set aside for it.
         """
-        return self._repairs.repaired(self._pruned(selection), selection, calibration=calibration)
+        return self._repairs.repaired(self.pruned(selection), selection, calibration=calibration)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Returns latency and, on CUDA, peak memory a sample of a model, under the workbench's conditions."""
@@ -198,7 +198,7 @@ class Workbench:
         if self.recipe.staged and fidelity.epochs > 0:
             return self._result(policy, fidelity, self._staged(policy, fidelity, clock), clock)
         with clock("surgery"):
-            model = self._pruned(selection).to(self.device)
+            model = self.pruned(selection).to(self.device)
             replace_activations(model, self.replaced(policy))
         if fidelity.scratch:
             model, metrics, history = self._tuned(model, selection, fidelity, clock)
@@ -259,7 +259,8 @@ class Workbench:
         save_model(folder, model, document)
         return replace(result, model_path=str(folder))
 
-    def _pruned(self, selection: Selection) -> nn.Module:
+    def pruned(self, selection: Selection) -> nn.Module:
+        """Returns the dense model with the channels (or weights) of `selection` alone, neither repaired nor trained."""
         return masked(self.network, selection) if self.network.masked else cut(self.network, selection)
 
     def _identity(self, policy: Policy, selection: Selection) -> str:
@@ -375,7 +376,12 @@ class Workbench:
         return metrics
 
     def _scored(self, split: str, model: nn.Module, limit: int | None, suffix: str = "") -> dict[str, float]:
-        score: Score = evaluate(
+        score = self.score(model, split, limit)
+        return {f"{split}_accuracy{suffix}": score.accuracy, f"{split}_loss{suffix}": score.loss}
+
+    def score(self, model: nn.Module, split: str, limit: int | None) -> Score:
+        """Scores `model` on the first `limit` samples (None: all) of the split of that name."""
+        return evaluate(
             model,
             getattr(self.splits, split),
             batch_size=self.at_once,
@@ -385,7 +391,6 @@ class Workbench:
             loss=self.loss,
             metric=self.metric,
         )
-        return {f"{split}_accuracy{suffix}": score.accuracy, f"{split}_loss{suffix}": score.loss}
 
 
 def _predicted(costs: Mapping[str, int]) -> dict[str, float]:

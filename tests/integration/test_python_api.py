@@ -420,3 +420,50 @@ def test_a_search_with_another_way_of_pruning_ends_with_a_front_whose_models_loa
     small = autoprune.load(outcome.model_path(outcome.front[0].trial), Convolutional)
     with torch.no_grad():
         assert small(stripes(4, 5)[0]).shape == (4, 2)
+
+
+class Reader(nn.Module):
+    """A bag of embedded tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.mid, self.head = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.mid(self.emb(ids).mean(1)).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("as_dataset", [False, True], ids=["tensors", "Dataset"])
+def test_a_model_of_token_ids_is_searched(as_dataset: bool, tmp_path: Path) -> None:
+    ids = torch.randint(0, 50, (400, 12), generator=torch.Generator().manual_seed(0))
+    y = (ids.float().mean(1) > 25).long()
+    train: Any = torch.utils.data.TensorDataset(ids, y) if as_dataset else (ids, y)
+    found = autoprune.search(
+        Reader(), data={"train": train}, budget={"macs": 0.5}, trials=3, home=tmp_path, recipe=RECIPE, search=SEARCH
+    )
+    assert found.front
+
+
+def mean_absolute_error(output: Tensor, target: Tensor) -> Tensor:
+    """Lower is better, which a search does not know."""
+    return (output - target).abs().mean()
+
+
+def test_a_metric_that_is_better_when_everything_is_pruned_is_warned_about(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+    x = torch.randn(400, 6)
+    with torch.no_grad():
+        y = network(x)
+    found = autoprune.search(
+        network,
+        data={"train": (x, y)},
+        budget={"macs": 0.5},
+        trials=3,
+        home=tmp_path,
+        loss=F.mse_loss,
+        metric=mean_absolute_error,
+        recipe=RECIPE,
+        search=SEARCH,
+    )
+    assert "where lower is better, give the negative" in " ".join(found.text.split())

@@ -743,3 +743,40 @@ def test_the_cifar_archive_is_read_with_its_own_validation_files(tmp_path):
     )
     splits = load_data(settings, seed=0, cache_dir=tmp_path)
     assert [len(split) for split in parts(splits).values()] == [49_488, 512, 5_000, 5_000]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
+@pytest.mark.parametrize("as_dataset", [False, True], ids=["tensors", "Dataset"])
+def test_whole_numbers_stay_whole_numbers_on_their_way_to_the_network(dtype, as_dataset):
+    ids, y = torch.arange(120 * 7).reshape(120, 7).to(dtype), torch.arange(120) % 2
+    train = torch.utils.data.TensorDataset(ids, y) if as_dataset else (ids.numpy(), y.numpy())
+    splits = as_splits({"train": train}, settings=DataSettings(calibration=8))
+    for split in (splits.train, splits.calibration, splits.val, splits.test):
+        for x, _ in split.batches(16, shuffle=torch.Generator(), augment=True):
+            assert x.dtype == torch.int64
+            assert all(int(row[0]) % 7 == 0 for row in x)
+    assert splits.first(2).shape == (2, 7)
+
+
+def test_whole_numbers_become_real_ones_where_they_are_standardised_or_a_network_wants_these_alone():
+    ids, y = torch.arange(120 * 7).reshape(120, 7), torch.arange(120) % 2
+    given = {"train": (ids, y)}
+    splits = as_splits(given, settings=DataSettings(calibration=8))
+    assert splits.given_out(whole=False).first(2).dtype == torch.float32
+    assert splits.first(2).dtype == torch.int64
+    scaled = DataSettings(calibration=8, mean=(1.0,) * 7, std=(2.0,) * 7)
+    assert as_splits(given, settings=scaled).first(2).dtype == torch.float32
+
+
+def test_truth_values_reach_a_network_as_real_numbers():
+    x, y = torch.arange(120 * 3).reshape(120, 3) % 2 == 0, torch.arange(120) % 2
+    assert as_splits({"train": (x, y)}, settings=DataSettings(calibration=8)).first(2).dtype == torch.float32
+
+
+def test_images_are_given_out_contiguous_where_a_network_needs_that():
+    splits = as_splits({"train": labelled(90)}, settings=DataSettings(calibration=8)).given_out(channels_last=False)
+    assert next(iter(splits.val.batches(4)))[0].is_contiguous()
+    x = torch.rand(90, 3, 5, 5)
+    colour = as_splits({"train": (x, torch.arange(90) % 2)}, settings=DataSettings(calibration=8))
+    assert not next(iter(colour.val.batches(4)))[0].is_contiguous()
+    assert next(iter(colour.given_out(channels_last=False).val.batches(4)))[0].is_contiguous()

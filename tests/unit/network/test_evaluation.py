@@ -14,6 +14,7 @@ from autoprune.network import evaluation
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import (
     Precision,
+    check_output,
     check_task,
     evaluate,
     first_tensor,
@@ -181,7 +182,61 @@ def test_own_functions_get_whatever_the_network_returns_in_float32(wrap, take, d
     assert score.accuracy == pytest.approx(1, abs=1e-4 if dtype is None else 0.2)
 
 
-def test_under_an_own_metric_no_batch_is_much_smaller_than_another():
+def auc(output, target):
+    """Area under the curve of one logit: no mean of parts."""
+    order = output.flatten().argsort()
+    ranks = torch.empty(len(order)).index_put_((order,), torch.arange(1.0, len(order) + 1))
+    positive = target.flatten() > 0
+    return (ranks[positive].mean() - (positive.sum() + 1) / 2) / (~positive).sum()
+
+
+def test_an_own_metric_is_computed_once_from_all_samples():
+    x, y = torch.randn(90, 4), (torch.arange(90) % 9 == 0).float()[:, None]
+    data = as_splits({"train": (x, y), "val": (x, y), "test": (x, y)}, settings=DataSettings(calibration=8)).val
+    model = nn.Linear(4, 1)
+    score = evaluate(model, data, batch_size=7, loss=nn.functional.mse_loss, metric=auc)
+    whole, targets = everything(data)
+    assert score.whole
+    assert score.accuracy == pytest.approx(float(auc(model(whole).detach(), targets)), abs=1e-6)
+
+
+def test_outputs_of_any_form_reach_an_own_metric_whole():
+    class Several(nn.Module):
+        def forward(self, x):
+            return {"sum": x.sum(1), "both": (x, [x.amax(1), None]), "name": "several"}
+
+    seen = []
+
+    def metric(output, target):
+        seen.append((len(target), len(output["sum"]), len(output["both"][1][0]), output["name"]))
+        return r2(output["sum"], target)
+
+    evaluate(Several(), measured(), batch_size=9, loss=lambda o, t: o["sum"].mean(), metric=metric)
+    assert seen == [(len(measured()),) * 3 + ("several",)]
+
+
+class PerBatch(nn.Module):
+    """Gives one number a batch beside its outputs, which joins with no other."""
+
+    def forward(self, x):
+        return Sum()(x), x.sum()
+
+
+def test_outputs_that_do_not_join_are_scored_batch_by_batch_and_that_is_said():
+    data, sizes = measured(), []
+
+    def metric(output, target):
+        sizes.append(len(target))
+        return r2(output[0], target)
+
+    score = evaluate(PerBatch(), data, batch_size=20, limit=21, loss=lambda o, t: o[1] * 0, metric=metric)
+    assert sizes == [11, 10]  # no batch is much smaller than another
+    assert not score.whole
+    assert score.accuracy == pytest.approx(1, abs=1e-4)
+
+
+def test_outputs_that_are_too_large_to_hold_are_scored_batch_by_batch(monkeypatch):
+    monkeypatch.setattr(evaluation, "WHOLE_BYTES", 50)
     data, sizes = measured(), []
 
     def metric(output, target):
@@ -191,10 +246,8 @@ def test_under_an_own_metric_no_batch_is_much_smaller_than_another():
     score = evaluate(Sum(), data, batch_size=len(data) - 1, loss=nn.functional.mse_loss, metric=metric)
     assert sum(sizes) == len(data) == score.count
     assert max(sizes) - min(sizes) <= 1
+    assert not score.whole
     assert score.accuracy == pytest.approx(1, abs=1e-4)
-    sizes.clear()
-    assert evaluate(Sum(), data, batch_size=20, limit=21, loss=nn.functional.mse_loss, metric=metric).count == 21
-    assert sizes == [11, 10]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +272,7 @@ def test_without_classes_both_a_loss_and_a_metric_are_asked_for(given, words):
 def test_own_functions_that_do_not_give_one_number_are_refused():
     with pytest.raises(InputError, match=r"the loss must be one number a batch.*\(\d+, 1\)"):
         evaluate(Sum(), measured(111), loss=lambda o, t: (o - t).square(), metric=r2)
-    with pytest.raises(InputError, match="the metric must be one number a batch"):
+    with pytest.raises(InputError, match="the metric must be one number, not a tensor"):
         evaluate(Sum(), measured(), loss=nn.functional.mse_loss, metric=lambda o, t: (o - t).abs())
 
 
@@ -438,3 +491,28 @@ def test_a_slow_network_is_probed_on_a_few_samples(pause: float, most: int) -> N
 
     probe_precision(Slow(), torch.rand(64, 3), seconds=0.05)
     assert max(seen) == most
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (torch.zeros(2, 1), "gives 1 numbers a sample, but the data has 2 classes: let it give two logits"),
+        (torch.zeros(2, 5), "gives 5 numbers a sample.*let it give 2 logits a sample, or give both a `loss`"),
+        ((torch.zeros(2, 4), torch.zeros(2, 2)), "4 numbers a sample, the first of its outputs,.*return the logits"),
+        (torch.zeros(2, 2, 8, 8), r"output has the shape \(2, 2, 8, 8\), but the data has 2 classes"),
+        ("nothing", "the network returned str, in which there are no logits: return them as a tensor"),
+    ],
+    ids=["one logit", "other classes", "boxes first", "maps", "text"],
+)
+def test_an_output_that_is_no_score_for_each_class_is_refused_in_words(output, words):
+    with pytest.raises(InputError, match=words):
+        check_output(output, 2, loss=None, metric=None)
+    with pytest.raises(InputError, match=words):
+        check_output(output, 2, loss=None, metric=r2)
+    check_output(output, 2, loss=nn.functional.mse_loss, metric=r2)
+    check_output(output, 0, loss=nn.functional.mse_loss, metric=r2)
+
+
+def test_logits_by_name_or_first_of_several_outputs_are_accepted():
+    for output in (torch.zeros(2, 2), {"logits": torch.zeros(2, 2)}, (torch.zeros(2, 2), torch.zeros(2, 7))):
+        check_output(output, 2, loss=None, metric=None)

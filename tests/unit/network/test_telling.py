@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from autoprune.errors import CheckpointError, TraceError
 from autoprune.network.artifacts import load, model_document, read_document, save_model
 from autoprune.network.complexity import count_macs
+from autoprune.network.pruning import prune
 from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.telling import Telling, tell
+from autoprune.network.telling import Telling, tell, uncounted
 from autoprune.network.trace import Network, trace
 from autoprune.network.verify import relative_error
 
@@ -198,3 +199,48 @@ def test_a_call_that_changes_the_type_is_left_alone() -> None:
     told = tell(Bits(), {"": {"0": {"1": 2}}})
     assert told(torch.zeros(8)).shape == (4, 2)
     assert F.relu(torch.zeros(2)).shape == (2,)
+
+
+class Attending(nn.Module):
+    """Takes the width of its input for that of its heads, behind layers that calibration listens to."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv = nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(16, 48)
+        self.out, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        batch, length, width = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        return self.head((tokens + self.out(mixed)).mean(1))
+
+
+def test_hooks_that_listen_to_layers_are_not_counted_among_the_calls_of_the_code():
+    torch.manual_seed(0)
+    x = torch.randn(96, 3, 8, 8)
+    model = Attending().eval()
+    network = trace(model, x[:2])
+    assert network.told
+    cut_alone = prune(network, 0.5)(x)
+    repaired = prune(network, 0.5, calibration=[x])
+    dense, error = model(x), nn.functional.mse_loss
+    assert error(repaired(x), dense) < error(cut_alone, dense)
+
+
+def test_what_runs_uncounted_keeps_the_sizes_that_its_own_modules_are_told():
+    x = torch.randn(4, 3, 8, 8)
+    small = prune(trace(Attending().eval(), x), 0.5)
+    inner = copy.deepcopy(small)
+
+    class Outer(nn.Module):
+        def forward(self, x):
+            y = x.reshape(4, 3, 64)
+            with uncounted():
+                assert torch.equal(inner(x), small(x))
+                x.reshape(-1)
+            return y.reshape(4, 3, 8, 8)
+
+    outer = tell(Outer(), {"": {"1": {"1": 3}}})
+    assert outer(x).shape == x.shape

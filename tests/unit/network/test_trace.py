@@ -14,7 +14,7 @@ from torch import nn
 from autoprune.errors import CheckpointError, TraceError
 from autoprune.network import trace
 from autoprune.network.artifacts import model_document, save_model, shrink_to
-from autoprune.network.complexity import count_macs
+from autoprune.network.complexity import count_macs, macs_of_shapes
 from autoprune.network.surgery import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -280,7 +280,7 @@ def test_a_residual_input_stays_alive_until_it_is_added():
 def test_a_cost_that_no_rule_foresees_stays_whatever_is_pruned(monkeypatch):
     network = trace(cnn(), X)
     monkeypatch.setattr("autoprune.network.complexity.count_macs", lambda *a, count=count_macs: 7 + count(*a))
-    monkeypatch.setattr("autoprune.network.verify.macs_on_meta", lambda *a, count=count_macs: 7 + count(*a))
+    monkeypatch.setattr("autoprune.network.verify.macs_of_shapes", lambda *a, count=macs_of_shapes: 7 + count(*a))
     dearer = trace(cnn(), X)
     assert [group.name for group in dearer.groups] == [group.name for group in network.groups]
     assert dearer.cost_model.dense()["macs"] == network.cost_model.dense()["macs"] + 7

@@ -7,7 +7,7 @@ from torch import nn
 from autoprune.errors import TraceError
 from autoprune.network import verify
 from autoprune.network.trace import trace
-from autoprune.network.verify import check, halved, relative_error, shapes_of
+from autoprune.network.verify import Shapes, check, halved, relative_error
 
 X = torch.zeros(2, 3, 6, 6)
 
@@ -61,8 +61,8 @@ def test_groups_that_break_only_together_lose_one_of_them():
 
 def test_a_sound_network_passes_and_a_broken_one_is_told_why():
     network = trace(Chain(3, {1}), X, verify=False)
-    assert check(network, ["convs.0", "convs.2"], shapes_of(network)) is None
-    fault = check(network, ["convs.1"], shapes_of(network))
+    assert check(network, ["convs.0", "convs.2"], Shapes(network)) is None
+    fault = check(network, ["convs.1"], Shapes(network))
     assert fault == "the pruned network does not run: ValueError: it is 8 wide"
 
 
@@ -213,3 +213,41 @@ def test_a_model_that_writes_its_own_weights_stays_as_it_was(large, monkeypatch)
     before = model.up.weight.detach().clone()
     assert trace(model, torch.zeros(2, 4)).groups
     assert torch.equal(model.up.weight, before)
+
+
+class Looking(nn.Module):
+    """Looks at numbers, as code does that asks whether a mask masks anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        if not torch.compiler.is_exporting() and float(y.sum()) == 12.0:
+            y = y * 2
+        return self.b(y)
+
+
+def test_a_network_that_looks_at_numbers_is_counted_while_it_runs():
+    network = trace(Looking(), torch.randn(2, 6))
+    assert [group.name for group in network.groups] == ["a"]
+    assert not Shapes(network).tell
+    assert network.cost_model.dense()["macs"] == 6 * 8 + 8 * 3
+
+
+def test_of_a_network_that_looks_at_numbers_a_broken_group_is_frozen_all_the_same():
+    class Wide(Looking):
+        def forward(self, x):
+            if self.a(x).shape[-1] != 8:
+                raise ValueError("it is 8 wide")
+            return super().forward(x)
+
+    with pytest.raises(TraceError, match="ValueError: it is 8 wide"):
+        trace(Wide(), torch.randn(2, 6))
+
+
+def test_of_a_network_that_looks_at_numbers_a_wrong_price_is_found(monkeypatch):
+    network = trace(Looking(), torch.randn(2, 6), verify=False)
+    monkeypatch.setattr(verify, "macs_counted", lambda counter, inputs: 1)
+    assert "its MACs cannot be predicted (counted 1" in check(network, ["a"], Shapes(network))
