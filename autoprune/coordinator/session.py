@@ -42,7 +42,7 @@ from autoprune.executors import Executor, Limits
 from autoprune.network import pipeline
 from autoprune.network.checkpoints import file_digest
 from autoprune.network.devices import latency_table
-from autoprune.network.further import precision_text
+from autoprune.network.formats import precision_text
 from autoprune.network.latency import LatencyTable
 from autoprune.network.plausibility import doubts
 from autoprune.network.timing import device_name

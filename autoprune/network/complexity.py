@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoprune.network.copies import sharing_copy
+from autoprune.network.graph import unlogged
 from autoprune.network.trace import device_of, evaluating, unsaved_buffers
 
 
@@ -67,7 +68,7 @@ def run_shapes(model: nn.Module, inputs: Sequence[Tensor], device: torch.device)
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
         like = tuple(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs)
-    with fake, counting() as counter, evaluating(model), torch.no_grad():
+    with unlogged(), fake, counting() as counter, evaluating(model), torch.no_grad():
         model(*like)
     return counter
 

@@ -1,18 +1,16 @@
 """How good and how fast a network is.
 
-Decides what a task needs to be scored, how a network is scored on a split, how BatchNorm statistics are recalibrated,
-and which number format is the fastest here. Must not know of policies or of training.
+Decides what a task needs to be scored, how a network is scored on a split, and how BatchNorm statistics are
+recalibrated. Must not know of policies or of training.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from autoprune.errors import InputError
-from autoprune.network.failures import free_memory, out_of_memory
-from autoprune.network.replay import graph_for, recorded
 from autoprune.network.samples import Device, Split
-from autoprune.network.timing import ieee, synchronise
+from autoprune.network.timing import ieee
 
 Loss = Callable[[Any, Tensor], Tensor]
 """A function of (what the network returns, targets) that gives the mean over the batch, a scalar tensor."""
@@ -83,8 +79,8 @@ class Precision:
     channels_last: bool = True
 
     def arrange(self, value: Tensor) -> Tensor:
-        """Returns a 4-D tensor in this memory format; any other tensor as it is."""
-        if value.dim() != 4:
+        """Returns a 4-D tensor of real numbers in this memory format; any other tensor as it is."""
+        if value.dim() != 4 or not value.is_floating_point():
             return value
         return value.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
@@ -421,115 +417,3 @@ def recalibrate(
             for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
                 norm.momentum = momentum
                 handle.remove()
-
-
-_PASS = 0.5
-"""Seconds that a pass of a probe may take: with few samples a format's overhead counts for more than its arithmetic."""
-
-
-@cache
-def _is_emulated() -> bool:
-    """Whether this processor has no arithmetic of its own for bfloat16: small products take more than twice as long
-    (on AVX2 25 times, and a probe of ResNet-56 would take more than a minute to find it out).
-    """
-    return _small_products(torch.bfloat16) > 2.0 * _small_products(torch.float32)
-
-
-def _small_products(dtype: torch.dtype) -> float:
-    """Returns the least time in seconds of a small convolution and a small matrix product on the CPU."""
-    shapes = ((256, 256), (2, 64, 14, 14), (64, 64, 3, 3))
-    table, image, kernel = (torch.ones(*shape, dtype=dtype) for shape in shapes)
-    best = float("inf")
-    with torch.no_grad():
-        for _ in range(4):
-            start = time.perf_counter()
-            F.conv2d(image, kernel, padding=1)
-            table.mm(table)
-            best = min(best, time.perf_counter() - start)
-    return best
-
-
-def probe_precision(
-    model: nn.Module, example: Tensor, *, device: Device = "cpu", training: bool = False, seconds: float = 1.0
-) -> Precision:
-    """Times float32 against bfloat16 autocast, and contiguous against channels-last images, and returns the fastest.
-
-    The model is not changed: a copy is timed, with `training` forward and backward. A variant in which the network
-    cannot run (an operator without bfloat16) is left out, and so is bfloat16 on a CPU that only emulates it. About
-    `seconds` are spent, but two passes of each variant at least; of `example` as many samples are used as a pass of
-    `_PASS` seconds takes, and two at least; where memory runs out, half of them. On a GPU a training pass is replayed
-    from a capture, as training steps are: run one by one, passes of a small network would tell of launches alone.
-    """
-    variants = [Precision(None, channels_last=True)]
-    if example.dim() == 4:
-        variants.append(Precision(None, channels_last=False))
-    if torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else not _is_emulated():
-        variants += [Precision(torch.bfloat16, channels_last=v.channels_last) for v in variants]
-    twin = copy.deepcopy(model).to(device)
-    with ieee(device):
-        pair = _time(twin, example[:2].to(device), precision=variants[0], training=training, seconds=0.0)
-    # ResNet-50 at 224 px: eight passes of 64 samples, and eight more with training, took more than three minutes.
-    count = max(2, min(len(example), int(2 * _PASS / max(pair, 1e-9))))
-    while True:
-        try:
-            return _fastest(
-                twin, example[:count].to(device), variants, device=device, training=training, seconds=seconds
-            )
-        except RuntimeError as error:
-            if not out_of_memory(error) or count <= 2:
-                raise
-        free_memory(str(device))
-        count //= 2
-
-
-def _fastest(
-    model: nn.Module,
-    example: Tensor,
-    variants: Sequence[Precision],
-    *,
-    device: Device,
-    training: bool,
-    seconds: float,
-) -> Precision:
-    best, fastest = variants[0], float("inf")
-    for precision in variants:
-        try:
-            with ieee(device):
-                took = _time(model, example, precision=precision, training=training, seconds=seconds / len(variants))
-        except RuntimeError as error:
-            if precision.autocast_dtype is None or out_of_memory(error):
-                raise
-            continue
-        if took < fastest:
-            best, fastest = precision, took
-    return best
-
-
-def _time(model: nn.Module, example: Tensor, *, precision: Precision, training: bool, seconds: float) -> float:
-    """Returns the least time in seconds of a pass of `example`, out of what fits into `seconds`."""
-    model.zero_grad(set_to_none=True)  # those of a pass before, in the memory of its capture
-    precision.arrange_model(model)
-    x = precision.arrange(example)
-    best = float("inf")
-
-    def once() -> None:
-        with autocast(x.device, precision.autocast_dtype):
-            output = first_tensor(model(x))
-        if training:
-            model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
-            torch.autograd.backward(output.float().square().mean())
-
-    graph = graph_for(x.device) if training else None
-    with mode(model, training=training), torch.set_grad_enabled(training), recorded(once, graph) as run:
-        end = time.perf_counter() + seconds
-        for number in range(1000):
-            synchronise(x.device)
-            start = time.perf_counter()
-            run()
-            synchronise(x.device)
-            now = time.perf_counter()
-            if number > 0:  # the first pass prepares kernels
-                best = min(best, now - start)
-            if number > 0 and now > end:
-                break
-    return best

@@ -22,6 +22,7 @@ from autoprune.network.artifacts import load, read_document, save_model
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
 from autoprune.network.evaluation import Precision, Score, evaluate, samples_at_once
 from autoprune.network.export import inputs_of
+from autoprune.network.formats import precision_from
 from autoprune.network.models import build_model
 from autoprune.network.pipeline import (
     Ingredients,
@@ -99,7 +100,7 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
     document, model = read_document(folder), load(folder, allow_code=True)
     dense = _dense(space, cache=cache, note=note)
     device, recipe, val = resolve_device(space.device), recipe_of(space), dense.splits.val
-    precision = choose_precision(dense, recipe, device=device, training=True, cache=cache)
+    precision = choose_precision(dense, recipe, device=device, training=True, cache=cache, note=note)
     sample_bytes = _sample_bytes(document)
     scored = partial(
         _scored, dense, device=device, precision=_evaluating(space, dense, device, cache), sample_bytes=sample_bytes
@@ -259,25 +260,6 @@ def evaluate_again(
         return bench.evaluate(choose(bench.groups), fidelity)
     finally:
         torch.set_num_threads(before)
-
-
-def precision_text(precision: Precision) -> str:
-    """Returns a number format as a short text, such as `bfloat16, channels last`."""
-    dtype = str(precision.autocast_dtype or torch.float32).removeprefix("torch.")
-    return f"{dtype}, channels {'last' if precision.channels_last else 'first'}"
-
-
-def precision_from(text: str) -> Precision:
-    """Reads what `precision_text` wrote.
-
-    Raises:
-        InputError: It is no such text.
-    """
-    formats = [Precision(dtype, last) for dtype in (None, torch.bfloat16) for last in (True, False)]
-    found = next((precision for precision in formats if precision_text(precision) == text), None)
-    if found is None:
-        raise InputError(f"unknown number format {text!r}")
-    return found
 
 
 def _dense(space: Space, *, cache: Path, note: Note) -> Ingredients:

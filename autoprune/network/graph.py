@@ -72,7 +72,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     printed = io.StringIO()
     try:
         # A failed export prints the whole graph up to the fault; recurrent modules cache their weights in a list.
-        with torch.no_grad(), _unlogged(), _hastily(), redirect_stderr(printed), warnings.catch_warnings():
+        with torch.no_grad(), unlogged(), _hastily(), redirect_stderr(printed), warnings.catch_warnings():
             # Of recurrent modules, and of code that keeps a tensor on its module: it does so on a copy.
             warnings.filterwarnings("ignore", message="The tensor attributes? self")
             program = torch.export.export(model, inputs, strict=False)
@@ -85,7 +85,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """Keeps torch from logging what it raises; its handlers write to the terminal past `redirect_stderr`."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.level for logger in loggers]

@@ -8,7 +8,6 @@ same numbers.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,26 +22,21 @@ from autoprune.errors import InputError, nearest
 from autoprune.network.activations import activation_sites, choices_of
 from autoprune.network.attention import prunable
 from autoprune.network.blocks import with_removable
-from autoprune.network.checkpoints import load_checkpoint, save_state, write_whole
+from autoprune.network.checkpoints import load_checkpoint, save_state
 from autoprune.network.copies import runs_channels_last
 from autoprune.network.data import DataSettings, Splits, load_data
 from autoprune.network.devices import LOCK, conditions_of, resolve_device
-from autoprune.network.evaluation import (
-    Loss,
-    Precision,
-    check_output,
-    check_task,
-    probe_precision,
-    samples_at_once,
-)
+from autoprune.network.evaluation import Loss, Precision, check_output, check_task, samples_at_once
 from autoprune.network.failures import described
 from autoprune.network.folding import foldable
+from autoprune.network.formats import Choice, named_choice, precision_text, remembered_choice, told
 from autoprune.network.knowledge import read_knowledge, write_knowledge
 from autoprune.network.learning import learn, mean_loss
 from autoprune.network.mask_learning import learn_weights
 from autoprune.network.masks import grid_widths, pair_widths
 from autoprune.network.models import build_model
 from autoprune.network.own_criteria import criteria_key
+from autoprune.network.processor import processor_text
 from autoprune.network.recipe import Baseline, Distillation, Epoch, Iterative, Recipe, fine_tune
 from autoprune.network.regularisation import Regularisation, regulariser_of
 from autoprune.network.timing import device_name, ieee
@@ -199,14 +193,15 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
         load_checkpoint(model, path)
         return
     epochs = recipe.baseline.epochs
-    note(f"no checkpoint: training a baseline for {epochs:g} epochs (once; it is cached)")
     device = resolve_device(space.device)
+    precision = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
+    text = precision_text(precision)
+    note(f"no checkpoint: training a baseline for {epochs:g} epochs in {text} (once; it is cached)")
 
-    def told(epoch: Epoch) -> None:
+    def each(epoch: Epoch) -> None:
         if epoch.number == epoch.epochs or epoch.number % 5 == 0:
             note(f"  epoch {epoch.number}/{epoch.epochs}: training loss {epoch.train_loss:.3f}")
 
-    precision = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
     history = fine_tune(
         model,
         splits.train,
@@ -216,7 +211,7 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
         seed=space.seed,
         device=device,
         precision=precision,
-        on_epoch=told,
+        on_epoch=each,
         loss=ingredients.loss,
     )
     for sentence in history.notes:
@@ -229,36 +224,46 @@ def train_baseline(space: Space, ingredients: Ingredients, *, cache: Path, note:
 
 
 def choose_precision(
-    ingredients: Ingredients, recipe: Recipe, *, device: str, training: bool, cache: Path
+    ingredients: Ingredients,
+    recipe: Recipe,
+    *,
+    device: str,
+    training: bool,
+    cache: Path,
+    note: Note = lambda text: None,
 ) -> Precision:
     """Returns the number format that the recipe names; `auto` is probed once on this kind of device and remembered.
 
-    It is remembered because a probe is a race: a resumed search must not go on in another format.
+    `note` is told the choice and its reason.
     """
-    classes = ingredients.splits.num_classes
-    if recipe.precision == "float32" or (recipe.precision == "auto" and classes == 0):
-        # Without classes outputs are quantities, and bfloat16 keeps no more than three digits of them.
-        return Precision(autocast_dtype=None)
-    if recipe.precision == "bfloat16":
-        return Precision(autocast_dtype=torch.bfloat16)
-    model = ingredients.model
-    shapes = [[name, list(p.shape)] for name, p in model.state_dict().items()]
-    # A processor that only emulates bfloat16 may have got the cache of one that does not.
-    processor = torch.backends.cpu.get_cpu_capability() if torch.device(device).type == "cpu" else ""
-    key = digest([type(model).__qualname__, shapes, device_name(device), processor, training])
-    path = cache / f"precision-{key}.json"
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return Precision(torch.bfloat16 if known["bfloat16"] else None, bool(known["channels_last"]))
-    calibration = ingredients.splits.calibration
+    choice = _format(ingredients, recipe, device=device, training=training, cache=cache)
+    for sentence in told({"training" if training else "evaluation": choice}):
+        note(sentence)
+    last = choice.precision.channels_last and ingredients.channels_last
+    return replace(choice.precision, channels_last=last)
+
+
+def _format(ingredients: Ingredients, recipe: Recipe, *, device: str, training: bool, cache: Path) -> Choice:
+    model, calibration = ingredients.model, ingredients.splits.calibration
     count = _PROBED
     if torch.device(device).type != "cpu":  # where few samples leave most of the device idle
         count = recipe.batch_size if training else samples_at_once(device, None)
-    example, _ = next(iter(calibration.batches(min(count, len(calibration)))))
-    found = probe_precision(model, example, device=device, training=training)
-    known = {"bfloat16": found.autocast_dtype is not None, "channels_last": found.channels_last}
-    write_whole(path, json.dumps(known).encode())
-    return found
+
+    def examples(count: int = count) -> Tensor:
+        return next(iter(calibration.batches(min(count, len(calibration)))))[0]
+
+    if recipe.precision == "auto" and ingredients.splits.num_classes > 0:
+        shapes = [[name, list(p.shape)] for name, p in model.state_dict().items()]
+        # A processor that only emulates bfloat16 may have got the cache of one that does not.
+        key = digest([type(model).__qualname__, shapes, device_name(device), processor_text(device), training])
+        path = cache / f"precision-{key}.json"
+        return remembered_choice(path, model, examples, device=device, training=training)
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else None
+    choice = named_choice(dtype, model, examples(2), training=training)
+    if recipe.precision != "auto":
+        return choice
+    quantities = "the targets are no classes, and bfloat16 keeps no more than three digits of a quantity"
+    return replace(choice, reasons=(quantities, *choice.reasons))
 
 
 def example_of(splits: Splits) -> Tensor:
@@ -398,10 +403,12 @@ def workbench_of(
         regulariser_of(network, {}, recipe.regularisation)  # refused here rather than in the middle of a search
     if recipe.compensation is not True:
         knowledge = replace(knowledge, targets=None)
-    evaluation = choose_precision(ingredients, recipe, device=device, training=False, cache=cache)
-    training = evaluation
+    formats = {"evaluation": _format(ingredients, recipe, device=device, training=False, cache=cache)}
     if any(rung.epochs > 0 for rung in space.search.ladder):  # a probe takes a second
-        training = choose_precision(ingredients, recipe, device=device, training=True, cache=cache)
+        formats["training"] = _format(ingredients, recipe, device=device, training=True, cache=cache)
+    for sentence in told(formats):
+        note(sentence)
+    evaluation = formats["evaluation"].precision
     return Workbench(
         network=network,
         groups=groups,
@@ -410,7 +417,7 @@ def workbench_of(
         knowledge=knowledge,
         device=device,
         precision=evaluation,
-        training_precision=training,
+        training_precision=formats["training"].precision if "training" in formats else evaluation,
         seed=space.seed,
         origin=ingredients.origin,
         models=models,

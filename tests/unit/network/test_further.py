@@ -150,13 +150,6 @@ def test_an_evaluation_is_repeated_in_the_way_of_pruning_of_its_space(space: Spa
     assert result.costs["activation_bytes"] == dense["activation_bytes"]  # single weights go, no channels
 
 
-def test_number_formats_are_written_and_read_back() -> None:
-    for text in ("float32, channels last", "bfloat16, channels first"):
-        assert further.precision_text(further.precision_from(text)) == text
-    with pytest.raises(InputError, match="unknown number format 'float8'"):
-        further.precision_from("float8")
-
-
 def test_a_served_model_takes_lists_and_doubles_and_refuses_another_shape(saved: Path) -> None:
     served = serving._load_pyfunc(str(saved))
     with torch.no_grad():

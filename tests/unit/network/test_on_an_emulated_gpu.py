@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 import autoprune
-from autoprune.network import evaluation, own_criteria, pipeline, recipe, samples
+from autoprune.network import evaluation, own_criteria, pipeline, probing, recipe, samples
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.latency import build_table
 from autoprune.network.profiling import profile_trial
@@ -236,7 +236,7 @@ def gpu(monkeypatch):
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 1),
         (torch.cuda, "get_device_name", lambda device=None: "emulated"),
-        (torch.cuda, "is_bf16_supported", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda **_: False),
         (torch.cuda, "mem_get_info", lambda device=None: (2**36, 2**36)),
         (torch.cuda, "memory_reserved", lambda device=None: 0),
         (torch.cuda, "get_per_process_memory_fraction", lambda device=None: 1.0),
@@ -247,7 +247,7 @@ def gpu(monkeypatch):
         *((torch.cuda, name, nothing) for name in ("set_rng_state", "reset_peak_memory_stats")),
         (torch.accelerator, "current_accelerator", nothing),  # what fused optimizers ask before a capture
         (evaluation.Precision, "arrange_model", nothing),  # assigns to `data`, which a wrapper does not pass on
-        (evaluation, "graph_for", nothing),
+        (probing, "graph_for", nothing),
         (recipe, "graph_for", nothing),
         (samples, "lane_to", nothing),
     ]:

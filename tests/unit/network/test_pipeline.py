@@ -1,6 +1,7 @@
 """From settings to a workbench."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import BudgetError, DataError, InputError
-from autoprune.network import pipeline
+from autoprune.network import formats, pipeline
 from autoprune.network.evaluation import Precision
 from autoprune.network.learning import learn
 from autoprune.network.pipeline import (
@@ -25,6 +26,7 @@ from autoprune.network.pipeline import (
     train_baseline,
     workbench_of,
 )
+from autoprune.network.probing import Probe
 from autoprune.network.recipe import Iterative
 from autoprune.network.regularisation import Regularisation
 from autoprune.policy import uniform_policy
@@ -72,25 +74,33 @@ def test_a_missing_baseline_is_trained_once_and_read_from_the_cache_afterwards(m
     assert not second.model.training
 
 
-def test_a_probed_precision_is_remembered(make_space, iris, tmp_path, monkeypatch):
-    recipe, cache = replace(recipe_of(make_space()), precision="auto"), tmp_path / "cache"
-    first = choose_precision(iris, recipe, device="cpu", training=True, cache=cache)
-    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
-    assert choose_precision(iris, recipe, device="cpu", training=True, cache=cache) == first
-    named = replace(recipe, precision="bfloat16")
-    assert choose_precision(iris, named, device="cpu", training=True, cache=cache).autocast_dtype == torch.bfloat16
+def test_a_probed_precision_is_told_and_remembered(make_space, iris, tmp_path, monkeypatch):
+    recipe, cache, heard = replace(recipe_of(make_space()), precision="auto"), tmp_path / "cache", []
+    ask = partial(choose_precision, iris, device="cpu", training=True, cache=cache, note=heard.append)
+    first = ask(recipe)
+    monkeypatch.setattr(formats, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
+    monkeypatch.setattr(formats, "_doubt", lambda *_, **__: None)
+    assert ask(recipe) == first
+    assert [line.startswith("number format: ") for line in heard] == [True, True]
+    assert [line.endswith("(measured earlier on this kind of processor)") for line in heard] == [False, True]
+    heard.clear()
+    assert ask(replace(recipe, precision="bfloat16")).autocast_dtype == torch.bfloat16
+    assert heard == []
 
 
 def test_a_number_format_is_probed_again_on_a_processor_of_another_kind(make_space, iris, tmp_path, monkeypatch):
     """A cache that was filled where bfloat16 is fast may lie before a processor that only emulates it."""
     recipe = replace(recipe_of(make_space()), precision="auto")
-    found = {"AVX512": Precision(torch.bfloat16), "AVX2": Precision(None, channels_last=False)}
+    half, single = Precision(torch.bfloat16, channels_last=False), Precision(None, channels_last=False)
+    found = {"AVX512": half, "AVX2": single}
     now = {"kind": ""}
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: now["kind"])
-    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: found[now["kind"]])
+    monkeypatch.setattr(formats, "without_bfloat16", lambda device: None)
+    probes = {kind: Probe(precision, {half: 1.0, single: 2.0}, {}) for kind, precision in found.items()}
+    monkeypatch.setattr(formats, "probe_precision", lambda *_, **__: probes[now["kind"]])
     for now["kind"], precision in found.items():
         assert choose_precision(iris, recipe, device="cpu", training=False, cache=tmp_path) == precision
-    monkeypatch.setattr(pipeline, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
+    monkeypatch.setattr(formats, "probe_precision", lambda *_, **__: pytest.fail("probed twice"))
     for now["kind"], precision in found.items():
         assert choose_precision(iris, recipe, device="cpu", training=False, cache=tmp_path) == precision
 
@@ -101,12 +111,29 @@ def test_off_the_cpu_a_number_format_is_probed_on_batches_of_the_size_that_will_
     recipe = replace(recipe_of(make_space()), precision="auto", batch_size=7)
     seen = []
     monkeypatch.setattr(
-        pipeline, "probe_precision", lambda model, example, **_: seen.append(len(example)) or Precision()
+        formats, "probe_precision", lambda model, example, **_: seen.append(len(example)) or Probe(Precision(), {}, {})
     )
     for device, training in (("meta", True), ("meta", False), ("cpu", True)):
         choose_precision(iris, recipe, device=device, training=training, cache=tmp_path)
     calibration = len(iris.splits.calibration)
     assert seen == [7, min(500, calibration), min(64, calibration)]
+
+
+def test_quantities_are_evaluated_in_float32_and_the_reason_is_told(make_space, iris, tmp_path):
+    recipe, heard = replace(recipe_of(make_space()), precision="auto"), []
+    flowers = replace(iris, splits=replace(iris.splits, num_classes=0))
+    found = choose_precision(flowers, recipe, device="cpu", training=False, cache=tmp_path, note=heard.append)
+    assert found.autocast_dtype is None
+    assert heard[0].startswith("number format: float32: the targets are no classes")
+
+
+def test_preparing_says_once_which_number_format_the_search_has(make_space, iris, tmp_path):
+    space, heard = make_space("search: {ladder: [{rung: screen}, {rung: tune, epochs: 1, trials: 2}]}"), []
+    space = space.model_copy(update={"recipe": space.recipe.model_copy(update={"precision": "auto"})})
+    bench = workbench_of(space, iris, trace_ingredients(iris), cache=tmp_path, models=None, note=heard.append)
+    lines = [line for line in heard if line.startswith("number format")]
+    assert len(lines) == (1 if bench.precision == bench.training_precision else 2)
+    assert all("an evaluation pass" in line or "a training pass" in line or "only emulates" in line for line in lines)
 
 
 def test_globs_choose_the_groups_and_the_scope_their_criteria(make_space, iris):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from autoprune.errors import TrialError
-from autoprune.network import evaluation, replay, staging
+from autoprune.network import probing, replay, staging
 from autoprune.network import recipe as recipes
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import Precision
@@ -370,20 +370,21 @@ def test_a_probe_of_number_formats_times_replays_where_training_will_be_replayed
         graphs.append(RecordedGraph())
         return graphs[-1]
 
-    monkeypatch.setattr(evaluation, "graph_for", graph_for_probe)
+    monkeypatch.setattr(probing, "graph_for", graph_for_probe)
     model = network()
-    found = evaluation.probe_precision(model, torch.rand(4, 2, 6, 6), training=True, seconds=0.02)
-    assert found.autocast_dtype in (None, torch.bfloat16)
-    assert len(graphs) >= 3
+    for precision in (Precision(None), Precision(torch.bfloat16, channels_last=False)):
+        x = torch.rand(4, 2, 6, 6)
+        assert 0 < probing._captured_seconds(model, x, precision, training=True, seconds=0.02) < 60
+    assert len(graphs) == 2
     assert all(graph.captures == 1 and graph.replays >= 2 and graph.released == 1 for graph in graphs)
     graphs.clear()
-    evaluation.probe_precision(model, torch.rand(4, 2, 6, 6), seconds=0.02)
+    assert probing._captured_seconds(model, torch.rand(4, 2, 6, 6), Precision(), training=False, seconds=0.02) > 0
     assert graphs == []
 
 
 @pytest.mark.parametrize("short_in", ["float32", "bfloat16"])
 def test_a_probe_for_which_memory_is_short_takes_half_of_the_samples(monkeypatch, short_in):
-    monkeypatch.setattr(evaluation, "_is_emulated", lambda: False)
+    monkeypatch.setattr(probing, "without_bfloat16", lambda device: None)
     seen = []
 
     class Large(nn.Module):
@@ -393,8 +394,7 @@ def test_a_probe_for_which_memory_is_short_takes_half_of_the_samples(monkeypatch
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return x
 
-    evaluation.probe_precision(Large(), torch.rand(32, 3), seconds=0.02)
-    assert max(seen[-2:]) == 8
+    assert probing.probe_precision(Large(), torch.rand(32, 3), seconds=0.02).samples == 8
     assert {16, 32} <= set(seen)
 
 
