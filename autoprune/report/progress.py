@@ -26,6 +26,8 @@ _QUIET_SECONDS = 30.0
 
 @dataclass
 class _Rung:
+    """What a line shows: `done` of `total` trials are measured. Another trial takes the place of a failed one."""
+
     name: str
     total: int
     before: int
@@ -100,7 +102,7 @@ class Progress:
         self._task = self._bars.add_task(_padded(name), total=max(total, 1), completed=done, text=self._text())
 
     def trial_finished(self, *, val_accuracy: float | None, cost: float | None, known: bool = False) -> None:
-        """Counts a trial.
+        """Counts a trial: as done where it was measured, as failed otherwise.
 
         Args:
             val_accuracy: A fraction of 1; `None` for a trial that failed.
@@ -113,7 +115,7 @@ class Progress:
         else:
             rung.best = max(rung.best, val_accuracy)
             rung.points.append((1.0 - val_accuracy, cost))
-        rung.done += 0 if known else 1
+            rung.done += 0 if known else 1
         self._show()
 
     def rung_finished(self) -> None:

@@ -150,7 +150,10 @@ class Rung:
             TrialError: The first trials all failed, or more trials failed than the rung was to measure.
             BudgetError: A candidate exceeds the budget.
         """
-        work.on_event(RungStarted(self._fidelity.rung, total, len(self._known)))
+        done = len(self._known)
+        work.on_event(
+            RungStarted(self._fidelity.rung, max(total, done), done)
+        )  # an earlier call may have asked for more
         try:
             finished = self._loop(work, total)
         except (LeaseError, StorageError):  # nothing more can be stored

@@ -49,13 +49,34 @@ def test_trials_of_an_earlier_call_count_as_done_but_not_for_the_time_left() -> 
     ]
 
 
-def test_failed_trials_are_counted_apart() -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_failed_trials_are_counted_apart_and_never_as_done(live: bool) -> None:
+    """A rung measures as many trials as it was asked for: another one takes the place of a failed one."""
+    out, clock = io.StringIO(), Clock()
+    with Progress(file=out, live=live, clock=clock) as progress:
+        progress.rung_started("screen", total=8)
+        for number in range(9):
+            clock.now += 31.0
+            failed = number == 3
+            progress.trial_finished(val_accuracy=None if failed else 0.5, cost=None if failed else 1.0)
+        progress.rung_finished()
+    text = out.getvalue()
+    assert "9/8" not in text
+    assert "8/8 trials, best val accuracy 50.0%, front 1, 1 failed" in text
+    if not live:
+        lines = text.splitlines()
+        assert lines[3] == "screen: 3/8 trials, best val accuracy 50.0%, front 1, 2 min 35 s left"
+        assert lines[4].startswith("screen: 3/8 trials, best val accuracy 50.0%, front 1, 1 failed, ")
+
+
+def test_a_rung_whose_failed_trials_nobody_replaces_says_how_many_are_measured() -> None:
     out = io.StringIO()
     progress = Progress(file=out, clock=Clock())
     progress.rung_started("tune", total=2)
     progress.trial_finished(val_accuracy=None, cost=None)
+    progress.trial_finished(val_accuracy=0.5, cost=1.0)
     progress.rung_finished()
-    assert "1/2 trials, 1 failed" in out.getvalue()
+    assert "1/2 trials, best val accuracy 50.0%, front 1, 1 failed" in out.getvalue()
 
 
 def test_a_terminal_gets_a_line_a_rung_that_stays_and_notes_above_it() -> None:

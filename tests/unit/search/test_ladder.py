@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import pytest
 from autoprune import pareto
 from autoprune.errors import BudgetError, InputError, StudyError, TrialError
 from autoprune.policy import Policy, uniform_policy
+from autoprune.report import Progress
 from autoprune.results import Fidelity, Problem, TrialResult, WarmStart
 from autoprune.search import (
     Event,
@@ -26,8 +28,10 @@ from autoprune.search import (
     load_rung,
     read_results,
     run_ladder,
+    search_state,
 )
 from autoprune.search.ladder import rung_deadline
+from autoprune.search.state import write_total
 
 SCREEN, TUNE, FINAL = Fidelity("screen"), Fidelity("tune", 3), Fidelity("final", 8, test=True)
 
@@ -142,6 +146,46 @@ def test_more_trials_extend_a_finished_search(storage: Any, problem: Problem, su
     assert len(out.rungs["screen"]) == 12
     assert out.rungs["tune"][:3] == first.rungs["tune"]
     assert len(set(submit.asked)) == len(submit.asked)
+
+
+def test_fewer_trials_than_an_earlier_call_measured_are_told_as_all_of_them(
+    storage: Any, problem: Problem, submit: Any
+) -> None:
+    run(storage, plan_for(problem, (6, 3)), submit)
+    events: list[Event] = []
+    run(storage, plan_for(problem, (4, 3)), submit, on_event=events.append)
+    assert [(e.total, e.done) for e in events if isinstance(e, RungStarted)] == [(6, 6), (3, 3)]
+
+
+def test_a_failed_trial_is_replaced_and_never_counts_as_one_of_those_that_were_asked_for(
+    storage: Any, problem: Problem, submit: Any
+) -> None:
+    """What a person reads at every moment: on the live line, by `autoprune status`, and in the log."""
+
+    def react(call: int) -> None:
+        if call in (2, 8):
+            raise TrialError("loss is nan in epoch 1")
+
+    submit.react = react
+    out, seen = io.StringIO(), list[tuple[int, int]]()
+    with Progress(file=out) as progress:
+
+        def told(event: Event) -> None:
+            if isinstance(event, RungStarted):
+                progress.rung_started(event.rung, total=event.total, done=event.done)
+                write_total(load_rung(storage, "digits", event.rung), event.total)
+            elif isinstance(event, TrialFinished):
+                accuracy, cost = (None, None) if event.result is None else (0.5, 1.0)
+                progress.trial_finished(val_accuracy=accuracy, cost=cost)
+                state = search_state(storage, "digits")
+                seen.append((state.done, state.failed))
+            else:
+                progress.rung_finished()
+                assert (event.done, event.failed) == (8, 2)
+
+        run(storage, plan_for(problem, (8,)), submit, on_event=told)
+    assert seen == [(1, 0), (1, 1), *((n, 1) for n in range(2, 7)), (6, 2), (7, 2), (8, 2)]
+    assert "screen: finished: 8/8 trials, best val accuracy 50.0%, front 1, 2 failed" in out.getvalue()
 
 
 def test_equal_policies_take_over_the_result_of_the_first(storage: Any, problem: Problem, submit: Any) -> None:
