@@ -6,6 +6,7 @@ alive together. Knows nothing of pruning groups.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import operator
@@ -77,7 +78,7 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
             warnings.filterwarnings("ignore", message="The tensor attributes? self")
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:  # torch.export lets through whatever the model's own code raises
-        raise TraceError(_why(model, error, printed.getvalue())) from error
+        raise TraceError(_why(model, inputs, error, printed.getvalue())) from error
     sys.stderr.write(printed.getvalue())
     inline_regions(program.graph, program.graph_module)
     _drop_unused(program)
@@ -115,7 +116,22 @@ def _hastily() -> Iterator[None]:
                 setattr(config, name, before)
 
 
-def _why(model: nn.Module, error: Exception, graph: str) -> str:
+def _why(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception, graph: str) -> str:
+    """Returns what stopped an export, and what can be done about it where the cause is known.
+
+    Where the model does not run by itself either, its own error is told: the export's may use other words.
+    """
+    depends = _depends_on_data(error)
+    packed = any(word in (frame.line or "") for frame in traceback.extract_tb(error.__traceback__) for word in _PACKING)
+    own = None if depends or packed else _own_error(model, inputs)
+    if own is not None:
+        given = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in inputs)
+        advice = f"the model does not run on these example inputs, without an export either: {given}"
+        return _told(model, own, "", advice)
+    return _told(model, error, graph, _PACKED if packed else _NEEDED if depends else None)
+
+
+def _told(model: nn.Module, error: Exception, graph: str, advice: str | None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     head = lines[0] if lines else type(error).__name__
     recorded = re.findall(r"torch\.ops\.(\w+\.\w+)", graph)
@@ -127,16 +143,63 @@ def _why(model: nn.Module, error: Exception, graph: str) -> str:
     own = [frame for frame in stack if "/torch/" not in frame.filename and frame.filename != __file__]
     if where is None and own:
         found.append(f'File "{own[-1].filename}", line {own[-1].lineno}: {own[-1].line}')
+    found += [] if advice is None else [advice]
     detail = "".join(f"\n  {line}" for line in dict.fromkeys(found) if line and line != head)
-    packed = any(word in (frame.line or "") for frame in stack for word in _PACKING)
-    advice = _PACKED if packed else _NEEDED
-    return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}\n  {advice}"
+    return f"{type(model).__name__} cannot be exported: {type(error).__name__}: {head}{detail}"
 
 
 _NEEDED = "torch.export needs a forward pass without control flow that depends on the data"
 _PACKED = "the sizes of packed sequences depend on the data; give the recurrent layer the padded tensor itself"
 _PACKING = ("pack_padded_sequence", "pad_packed_sequence", "pack_sequence", "max_batch_size")
 """What stands in a line of code that fails on packed sequences."""
+_DEPENDENT = frozenset(
+    [
+        "GuardOnDataDependentSymNode",
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+        "PendingUnbackedSymbolNotFound",
+    ]
+)
+"""Torch's errors where code asks for a value, or for a size that follows from values."""
+_DEPENDENT_WORDS = re.compile(r"data-dependent|dynamic control flow|inputs to control flow", re.IGNORECASE)
+"""What torch says where such an error has a more general class."""
+_CHAIN = 20
+"""Errors that led to one another, at most."""
+_CHEAP = 1 << 28
+"""Bytes of a model that is copied before it is run."""
+
+
+def _depends_on_data(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is about control flow or sizes that depend on the data."""
+    for _ in range(_CHAIN):
+        if error is None:
+            break
+        if type(error).__name__ in _DEPENDENT or _DEPENDENT_WORDS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _own_error(model: nn.Module, inputs: tuple[Tensor, ...]) -> Exception | None:
+    """Runs a model by itself, in evaluation mode, and returns what it raises; None where it runs.
+
+    It is a copy that runs, where that is cheap: an error may come half way. An export may leave tensors of its own in a
+    model, and what they cause is no fault of the inputs.
+    """
+    from autoprune.network.trace import evaluating
+
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    try:
+        runs = copy.deepcopy(model) if size <= _CHEAP else model
+    except Exception:  # what a model keeps need not be made to be copied
+        runs = model
+    try:
+        with torch.no_grad(), evaluating(runs), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runs(*(x.clone() for x in inputs))
+    except Exception as error:  # whatever the model's own code raises
+        return None if "fake" in str(error).lower() else error
+    return None
 
 
 def _drop_unused(program: torch.export.ExportedProgram) -> None:

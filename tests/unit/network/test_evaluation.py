@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from autoprune.errors import InputError
+from autoprune.network import evaluation
 from autoprune.network.data import DataSettings, as_splits
 from autoprune.network.evaluation import (
     Precision,

@@ -15,6 +15,7 @@ from autoprune.errors import CheckpointError, TraceError
 from autoprune.network import trace
 from autoprune.network.artifacts import model_document, save_model, shrink_to
 from autoprune.network.complexity import count_macs, macs_of_shapes
+from autoprune.network.graph import export_program
 from autoprune.network.surgery import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -120,9 +121,102 @@ def test_a_model_whose_forward_depends_on_the_data_is_refused_and_the_message_sa
     assert "def forward" not in capfd.readouterr().err
 
 
-def test_a_model_that_leaves_torch_is_refused():
-    with pytest.raises(TraceError, match=r"cannot be exported: RuntimeError: \.numpy\(\) is not supported"):
+def sliced(m, x):
+    return m.head(m.conv(x).mean((2, 3)))[: int(x.abs().sum().item()) % 2 + 1]
+
+
+def counted(m, x):
+    y = m.head(m.conv(x).mean((2, 3)))
+    chosen = y[y[:, 0] > 0]
+    return chosen if len(chosen) > 1 else y
+
+
+def repeated(m, x):
+    y = m.head(m.conv(x).mean((2, 3)))
+    while y.norm() > 1:
+        y = 0.5 * y
+    return y
+
+
+@pytest.mark.parametrize("wiring", [branching, sliced, counted, repeated])
+def test_control_flow_that_depends_on_the_data_is_named_where_it_is_the_cause(wiring):
+    with pytest.raises(TraceError, match=r"cannot be exported: (?s:.*)control flow that depends on the data"):
+        trace(Calling(wiring), X)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "words"),
+    [
+        (nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), (torch.rand(2, 6),), ("indices", "float32 (2, 6)")),
+        (nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 4)), (torch.rand(2, 6),), ("2x6 and 5x8", "float32 (2, 6)")),
+        (nn.Bilinear(6, 6, 4), (torch.rand(2, 6),), ("'input2'", "float32 (2, 6)")),
+        (
+            nn.Bilinear(6, 6, 4),
+            (torch.rand(2, 6), torch.ones(2, 5, dtype=torch.int64)),
+            ("Bilinear cannot be exported", "float32 (2, 6), int64 (2, 5)"),
+        ),
+    ],
+    ids=["dtype", "shape", "missing", "two inputs"],
+)
+def test_a_model_that_does_not_run_on_its_example_inputs_is_told_so(model, inputs, words):
+    model.train()
+    with pytest.raises(TraceError, match="the model does not run on these example inputs, without an export") as error:
+        trace(model, inputs)
+    text = str(error.value)
+    assert all(word in text for word in words)
+    assert "control flow" not in text
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_leaves_torch_is_refused_with_the_error_alone():
+    with pytest.raises(TraceError, match=r"cannot be exported: RuntimeError: \.numpy\(\) is not supported") as error:
         trace(Calling(lambda m, x: m.head(torch.tensor(m.conv(x).detach().numpy()).mean((2, 3)))), X)
+    assert "control flow" not in str(error.value)
+    assert "does not run" not in str(error.value)
+    assert "m.conv(x).detach().numpy()" in str(error.value)
+
+
+def test_to_find_out_whether_a_model_runs_by_itself_leaves_it_as_it_was():
+    ran = []
+
+    def wiring(m, x):
+        ran.append(type(x))
+        m.calls += 1
+        x.zero_()
+        raise TypeError("never")
+
+    model, x = Calling(wiring), torch.ones(2, 3, 8, 8)
+    model.register_buffer("calls", torch.zeros(()))
+    with pytest.raises(TraceError, match=r"TypeError: never(?s:.*)does not run on these example inputs"):
+        trace(model, x)
+    assert ran[-1] is torch.Tensor
+    assert float(model.calls) == 0
+    assert torch.equal(x, torch.ones_like(x))
+
+
+class Whole(nn.Module):
+    """Cannot be copied, and runs on plain tensors where there is no `error`."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.layer, self.error = nn.Linear(3, 3), error
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+    def forward(self, x):
+        if self.error or type(x) is not torch.Tensor:
+            raise self.error or TypeError("only plain tensors")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("error", "own"), [(ValueError("broken"), True), (ValueError("mixes FakeTensor"), False), (None, False)]
+)
+def test_a_model_that_cannot_be_copied_is_run_itself_and_traces_of_an_export_are_not_blamed_on_it(error, own):
+    with pytest.raises(TraceError) as caught:
+        export_program(Whole(error), (torch.rand(2, 3),))
+    assert ("does not run on these example inputs" in str(caught.value)) == own
 
 
 def test_what_the_model_itself_prints_is_not_swallowed(capsys):
