@@ -14,6 +14,7 @@ from typing import Any
 from autoprune.budget import Budget
 from autoprune.cost import MACS, CostModel
 from autoprune.errors import AutopruneError
+from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import Group, Policy
 
 SCHEMA = 1
@@ -42,7 +43,8 @@ class Fidelity:
 class Problem:
     """Everything that the search knows about a network: groups, prices, budget, and the criteria that may be chosen.
 
-    `activations` maps `<scope>/<kind>` to the kinds of activation that may stand there, the default first.
+    `activations` maps `<scope>/<kind>` to the kinds of activation that may stand there, the default first. `objective`
+    says what the metric that is maximised is called, for the names that Optuna's dashboard shows.
     """
 
     groups: tuple[Group, ...]
@@ -50,6 +52,7 @@ class Problem:
     budget: Budget
     criteria: tuple[str, ...]
     activations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    objective: Objective = ACCURACY
 
     @property
     def default_activations(self) -> dict[str, str]:
@@ -102,7 +105,7 @@ class TrialResult:
 
     @property
     def val_error(self) -> float:
-        """1 - validation accuracy: the first objective."""
+        """1 - validation accuracy (or an own metric): the first objective, below 0 for a metric above 1."""
         return 1.0 - self.metrics["val_accuracy"]
 
     @property

@@ -24,7 +24,10 @@ def pick(
     max_latency_ms: Annotated[
         float | None, typer.Option(help="At most this latency in milliseconds, as the search measured it.")
     ] = None,
-    min_accuracy: Annotated[float | None, typer.Option(help="At least this validation accuracy, as in 0.9.")] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(help="At least this validation accuracy, as in 0.9; of an own metric at least this value."),
+    ] = None,
     home: HomeOption = HOME,
 ) -> None:
     """Pick a model of the front: by its number, the knee, or the best one within limits.

@@ -14,6 +14,7 @@ from typing import Any
 from autoprune.coordinator.setup import Setup
 from autoprune.cost import CostModel, Form, Surface, Term
 from autoprune.errors import StudyError
+from autoprune.objective import ACCURACY, UNNAMED, Objective
 from autoprune.policy import Group
 from autoprune.prices import ErrorCurve
 from autoprune.results import Problem
@@ -30,7 +31,8 @@ class Background:
 
     `setup` holds the settings that the search was last run with. `samples` holds the number of samples of each split,
     `classes` their number of classes (0: none), `environment` versions and the like as readable pairs, `began` the
-    time: both of the search's first call.
+    time: both of the search's first call. `accuracy` tells whether what the search maximises is a fraction of samples,
+    `objective` what it is called.
     """
 
     setup: Setup
@@ -45,6 +47,7 @@ class Background:
     device: str
     environment: Mapping[str, str] = field(default_factory=dict)
     began: datetime.datetime | None = None
+    objective: Objective = ACCURACY
 
 
 def pack(background: Background, *, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def pack(background: Background, *, before: Mapping[str, Any] | None = None) -> 
         "samples": dict(background.samples),
         "classes": background.classes,
         "accuracy": background.accuracy,
+        "objective": background.objective.to_json(),
         "origin": background.origin,
         "data": background.data,
         "device": background.device,
@@ -100,6 +104,7 @@ def unpack(data: Mapping[str, Any]) -> Background:
             " the same search again, which repeats nothing and stores it anew"
         )
     model = _model(data["model"])
+    unknown = ACCURACY if data["accuracy"] else Objective(UNNAMED, percent=False)  # an earlier version stored none
     groups = tuple(Group(name, size, tuple(widths), scope) for name, size, widths, scope in data["groups"])
     return Background(
         setup=Setup(**data["setup"], dense=model.dense(), scopes={group.name: group.scope for group in groups}),
@@ -117,6 +122,7 @@ def unpack(data: Mapping[str, Any]) -> Background:
         device=data["device"],
         environment=data["environment"],
         began=None if data["began"] is None else datetime.datetime.fromisoformat(data["began"]),
+        objective=Objective.from_json(data["objective"]) if "objective" in data else unknown,
     )
 
 

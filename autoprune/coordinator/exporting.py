@@ -82,6 +82,7 @@ def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say)
         scores=scores,
         made=_made(pick, document, setup),
         settings=setup.space if setup is not None and not setup.at_hand else None,
+        objective=stored.objective,
     )
     write_whole(target / CARD, card_markdown(card).encode())
     return [*files, target / CARD]

@@ -18,6 +18,7 @@ from autoprune.coordinator.registering import FINETUNE
 from autoprune.coordinator.setup import space_of
 from autoprune.coordinator.views import read_search
 from autoprune.errors import InputError
+from autoprune.objective import ACCURACY, Objective
 from autoprune.results import TrialResult
 
 _PATIENCE = 60.0
@@ -33,16 +34,18 @@ class Finetuned:
     origin: Pick
     result: TrialResult
     recorded: bool
+    objective: Objective = ACCURACY
 
     @property
     def text(self) -> str:
         """What a person reads."""
-        metrics, name = self.result.metrics, self.origin.search
-        before, after = (100 * metrics[key] for key in ("val_accuracy_before", "val_accuracy"))
+        metrics, name, own = self.result.metrics, self.origin.search, self.objective
+        before, after = (metrics[key] for key in ("val_accuracy_before", "val_accuracy"))
+        change = own.difference(after, before, 2)
         lines = [
             f"{name}, trial {self.origin.label}, trained {self.result.fidelity.epochs:g} epochs longer:",
-            f"  validation accuracy {before:.2f}% before, {after:.2f}% after ({after - before:+.2f} points)",
-            f"  test accuracy {100 * metrics['test_accuracy']:.2f}%",
+            f"  {own.long('val')} {own.text(before, 2)} before, {own.text(after, 2)} after ({change}){own.hint}",
+            f"  {own.long('test')} {own.text(metrics['test_accuracy'], 2)}",
             f"  model {self.folder}",
         ]
         if not self.recorded:
@@ -83,7 +86,8 @@ def finetune_model(
         names = ", ".join(pick.label for pick in chosen)
         raise InputError(f"several models are picked (trials {names}); name one: --trial {chosen[0].trial}")
     origin = chosen[0]
-    setup = read_search(origin.search, home=home).setup
+    stored = read_search(origin.search, home=home)
+    setup = stored.setup
     space = space_of(setup, doing="train a model longer", allow_code=allow_code)
     check_model(origin.folder, allow=allow_code)
     done = finetuned_folders(home, origin.search)
@@ -94,10 +98,10 @@ def finetune_model(
     result = further.finetune(
         space, origin.folder, training=training, cache=home / "cache", target=further.Target(folder, link), note=say
     )
-    records = Records(origin.search, setup, home=home, say=say, opens=False)
+    records = Records(origin.search, setup, home=home, say=say, opens=False, objective=stored.objective)
     record_finetuned(records, folder)
     left = records.close(_PATIENCE)
-    return Finetuned(folder, number, origin, result, recorded=left == 0)
+    return Finetuned(folder, number, origin, result, recorded=left == 0, objective=stored.objective)
 
 
 def record_finetuned(records: Records, folder: Path) -> None:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from autoprune.errors import StudyError
+from autoprune.objective import ACCURACY
 from autoprune.redaction import hide_secrets
 from autoprune.search import Event, RungStarted, TrialFinished
 
@@ -52,6 +53,7 @@ class SearchLog:
         Raises:
             StudyError: The file cannot be opened.
         """
+        self.objective = ACCURACY
         self._clock = clock
         self._begun = clock()
         self._executor: str | None = None
@@ -130,7 +132,9 @@ class SearchLog:
             "seconds": None if spent is None else round(spent, 3),
             **common,
         }
-        text = f"{head}: finished{again}" if accuracy is None else f"{head}: val_accuracy {accuracy:.4f}{again}"
+        own = self.objective
+        name = "val_accuracy" if own.percent else own.label("val")
+        text = f"{head}: finished{again}" if accuracy is None else f"{head}: {name} {own.plain(accuracy)}{again}"
         self._write(text, "trial_finished", fields)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import autoprune.search as studies
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.views import CONTROLS, DENSE, SCRATCH, StoredSearch, model_key
+from autoprune.objective import Objective
 from autoprune.report import SearchView, point_of
 from autoprune.report.markdown import front_markdown, table, widths_markdown
 from autoprune.results import TrialResult, not_faster
@@ -56,8 +57,9 @@ def trial_note(trial: StoredTrial, view: SearchView, link: str | None, *, slow: 
     point = point_of(result, trial=trial.number)
     costs = [[cost, f"{result.costs[cost]:,}", f"{100 * view.fraction(point, cost):.1f}%"] for cost in view.costs]
     criteria = {group: choice.criterion for group, choice in result.policy.choices.items()}
+    scores = _scores(result, view.objective)
     parts = [
-        " · ".join([*([f"[MLflow run]({link})"] if link else []), f"proposed by: {origin}", _scores(result)]),
+        " · ".join([*([f"[MLflow run]({link})"] if link else []), f"proposed by: {origin}", scores]),
         *([NO_FASTER] if slow else []),
         table(["cost", "pruned", "of dense"], costs),
         widths_markdown(view.sizes, result.widths, criteria),
@@ -74,8 +76,9 @@ def study_note(stored: StoredSearch, view: SearchView, rung: str, records: Recor
     elif rung == SCRATCH:
         how = "points of the front, trained from random weights by the last rung's recipe, to compare with"
     parts = [
-        f"**{stored.name}**, rung `{rung}` of {' → '.join(stored.order)}: {how}. Objectives: validation error and"
-        f" {view.primary} as a fraction of dense, both as small as possible.",
+        f"**{stored.name}**, rung `{rung}` of {' → '.join(stored.order)}: {how}. Objectives:"
+        f" {view.objective.error} and {view.primary} as a fraction of dense, both as small as possible."
+        + f" {view.objective.note}".rstrip(),
         front_markdown(view, {}),
         f"The front is that of the rung `{view.rung}`. Numbers are those of `{stored.picked_rung}`. Pick one in MLflow"
         f" (the alias `picked`), or by `autoprune pick {stored.name} --trial N`.",
@@ -85,12 +88,13 @@ def study_note(stored: StoredSearch, view: SearchView, rung: str, records: Recor
     return "\n\n".join(parts)
 
 
-def _scores(result: TrialResult) -> str:
+def _scores(result: TrialResult, objective: Objective) -> str:
     names = {
         "val_accuracy_pruned": "after surgery",
         "val_accuracy_recalibrated": "after repair",
-        "val_accuracy": "final validation accuracy",
+        "val_accuracy": f"final {objective.long('val')}",
         "test_accuracy": "test",
     }
-    found = [f"{text} {100 * result.metrics[name]:.2f}%" for name, text in names.items() if name in result.metrics]
-    return ", ".join(found)
+    metrics = result.metrics
+    found = [f"{text} {objective.text(metrics[name], 2)}" for name, text in names.items() if name in metrics]
+    return ", ".join(found) + objective.hint

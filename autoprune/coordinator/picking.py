@@ -49,7 +49,8 @@ class Wish:
     """What a person wants of a point: one of `trial` and `knee`, or limits and the least accuracy.
 
     `limits` maps keys of a budget (`macs`, `params`, `size`, `memory`) to numbers or texts as a space file takes them;
-    `latency_ms` is an upper limit in milliseconds, `accuracy` the least validation accuracy as a fraction.
+    `latency_ms` is an upper limit in milliseconds, `accuracy` the least validation accuracy as a fraction, or the least
+    value of a metric of the user's own.
     """
 
     trial: int | None = None
@@ -64,8 +65,8 @@ class Wish:
             raise InputError(
                 "say which model: --trial N, or --knee, or limits (--max-macs 0.5, --min-accuracy 0.9 ...)"
             )
-        if self.accuracy is not None and not 0 < self.accuracy <= 1:
-            raise InputError(f"an accuracy is a fraction in (0, 1], got {self.accuracy}")
+        if self.accuracy is not None and not math.isfinite(self.accuracy):
+            raise InputError(f"the least accuracy is a number, got {self.accuracy}")
         if self.latency_ms is not None and not self.latency_ms > 0:
             raise InputError(f"a latency is a positive number of milliseconds, got {self.latency_ms}")
 
@@ -115,12 +116,14 @@ def chosen_trial(view: SearchView, wish: Wish) -> int:
     """Returns the number of the trial that meets a wish.
 
     Of several points of the front within the limits it is the most accurate one; where the least accuracy alone is
-    given, the one of least primary cost.
+    given, the one of least primary cost. A metric of the user's own is compared as it is.
 
     Raises:
         StudyError: No point meets the wish; the message shows the front.
-        InputError: A limit cannot be read.
+        InputError: A limit cannot be read, or an accuracy is no fraction.
     """
+    if wish.accuracy is not None and view.objective.percent and not 0 < wish.accuracy <= 1:
+        raise InputError(f"an accuracy is a fraction in (0, 1], got {wish.accuracy}")
     if wish.trial is not None:
         return wish.trial
     if wish.knee:
@@ -137,17 +140,17 @@ def chosen_trial(view: SearchView, wish: Wish) -> int:
     if wish.accuracy is not None:
         within = [p for p in within if p.val_accuracy >= wish.accuracy]
     if not within or within[0].trial is None:
-        raise StudyError(f"no point of the front of {view.name} has {_wish_text(wish)}. {_front_text(view)}")
+        raise StudyError(f"no point of the front of {view.name} has {_wish_text(wish, view)}. {_front_text(view)}")
     limited = wish.limits or wish.latency_ms is not None
     best = max(within, key=lambda p: p.val_accuracy) if limited else within[0]
     assert best.trial is not None  # points of the front are trials
     return best.trial
 
 
-def _wish_text(wish: Wish) -> str:
+def _wish_text(wish: Wish, view: SearchView) -> str:
     parts = [f"{key} <= {text}" for key, text in wish.limits.items()]
     parts += [f"latency <= {wish.latency_ms:g} ms"] if wish.latency_ms is not None else []
-    parts += [f"accuracy >= {wish.accuracy:g}"] if wish.accuracy is not None else []
+    parts += [f"{view.objective.name} >= {wish.accuracy:g}"] if wish.accuracy is not None else []
     return ", ".join(parts)
 
 
@@ -156,9 +159,10 @@ def _front_text(view: SearchView) -> str:
     for p in view.front:
         latency = f", {p.metrics['latency_ms']:.3g} ms" if "latency_ms" in p.metrics else ""
         points.append(
-            f"trial {p.name}: accuracy {p.val_accuracy:.4f}, {view.fraction(p):.3f} of {view.primary}{latency}"
+            f"trial {p.name}: {view.objective.name} {view.objective.plain(p.val_accuracy)},"
+            f" {view.fraction(p):.3f} of {view.primary}{latency}"
         )
-    return f"The front: {'; '.join(points) or 'empty'}"
+    return f"The front: {'; '.join(points) or 'empty'}{view.objective.hint}"
 
 
 def resolve(reference: str, *, home: Path, trial: int | None, say: Say) -> list[Pick]:

@@ -20,6 +20,7 @@ from autoprune.coordinator.registering import finetuned_registration, registrati
 from autoprune.coordinator.reporting import page_of
 from autoprune.coordinator.setup import Setup
 from autoprune.coordinator.views import CONTROLS, SCRATCH, StoredSearch
+from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import CHANNEL, caveat
 from autoprune.report import SearchView
 from autoprune.report.markdown import search_markdown
@@ -47,12 +48,14 @@ class Records:
         say: Callable[[str], None],
         opens: bool = True,
         watches: bool = False,
+        objective: Objective = ACCURACY,
     ) -> None:
         """Starts recording; with `opens` the search's own run is made or set running, as a search does at once.
 
-        With `watches` that run gets system metrics until it ends.
+        With `watches` that run gets system metrics until it ends. `objective` is what the search maximises.
         """
         self.name = name
+        self.objective = objective
         self.setup = setup
         self.caveat = caveat(str(setup.space.get("pruning", CHANNEL)))
         self.home = home
@@ -135,7 +138,9 @@ class Records:
             page = report.figure_html(report.front_figure(view, links=links), address=self.address)
             tracker.log_front(run, files | {"front.html": page}, metrics=numbers)
             cost = tracking.FRACTIONS[view.primary]
-            self.charts = tracker.write_chart_view(self.name, rung=stored.shown_rung, cost=cost, params=ratios)
+            self.charts = tracker.write_chart_view(
+                self.name, rung=stored.shown_rung, cost=cost, params=ratios, objective=view.objective
+            )
             columns = [name for name in _COLUMNS if name != cost]
             listing = tracker.write_list_view(self.name, rung=stored.shown_rung, metrics=[*columns, cost])
             self.versions = register(tracker, runs)
@@ -170,7 +175,8 @@ class Records:
             tags={"finetuned_from": origin},
             name=f"finetune {number} of {origin.removeprefix(f'{self.name}.')}",
         )
-        register = finetuned_registration(self.name, record.key, folder, result, origin=origin)
+        own, key = self.objective, record.key
+        register = finetuned_registration(self.name, key, folder, result, origin=origin, objective=own)
 
         def finetuned(tracker: tracking.Tracker) -> None:
             run_id = tracker.record_trial(record)
@@ -253,6 +259,12 @@ class Records:
             return f"make export NAME={self.name} {variables}".rstrip()
         return f"autoprune export {self.name} {options}".rstrip()
 
+    @property
+    def _says(self) -> str:
+        """A sentence about a metric of the user's own, which MLflow holds under the keys of an accuracy."""
+        note, name = self.objective.note, self.objective.name
+        return f"{note} The metrics `val_accuracy` and `test_accuracy` hold {name}."
+
     def _connect(self) -> tracking.Tracker:
         tracker = tracking.Tracker(
             self.uri,
@@ -262,6 +274,7 @@ class Records:
                 f"Pruning-policy search **{self.name}**. The run of kind `search` holds the front, its plot and its"
                 " tables; every trial is a run of kind `trial`; those with the tag `pareto = true` are the front."
                 + (f" {self.caveat}" if self.caveat else "")
+                + (f" {self._says}" if self.objective.note else "")
             ),
             environment=tracking.environment_tags(),
         )

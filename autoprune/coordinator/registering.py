@@ -16,6 +16,7 @@ import autoprune.search as studies
 from autoprune import tracking
 from autoprune.coordinator.views import Shown, StoredSearch
 from autoprune.cost import COSTS, LATENCY
+from autoprune.objective import Objective
 from autoprune.report import FrontPoint, SearchView
 from autoprune.report.markdown import version_markdown
 from autoprune.results import TrialResult
@@ -70,10 +71,10 @@ def aliases_of(view: SearchView, members: list[Candidate]) -> dict[str, str | No
 
 def version_tags(view: SearchView, member: Candidate) -> dict[str, str]:
     """Returns the numbers that the registry's table shows beside a version."""
-    point = member.point
-    tags = {"trial": point.name, "rung": member.shown.rung, "val_accuracy": f"{point.val_accuracy:.4f}"}
+    point, plain = member.point, view.objective.plain
+    tags = {"trial": point.name, "rung": member.shown.rung, "val_accuracy": plain(point.val_accuracy)}
     if point.test_accuracy is not None:
-        tags["test_accuracy"] = f"{point.test_accuracy:.4f}"
+        tags["test_accuracy"] = plain(point.test_accuracy)
     for cost in (c for c in view.costs if c in (*COSTS[:3], LATENCY)):
         tags[tracking.FRACTIONS[cost]] = f"{view.fraction(point, cost):.4f}"
     if "latency_ms" in point.metrics:
@@ -133,7 +134,7 @@ def registration(stored: StoredSearch, view: SearchView, *, export: str) -> Call
 
 
 def finetuned_registration(
-    name: str, key: str, folder: Path, result: TrialResult, *, origin: str
+    name: str, key: str, folder: Path, result: TrialResult, *, origin: str, objective: Objective
 ) -> Callable[[tracking.Tracker, str], None]:
     """Returns the job that registers a model that was trained longer: a function of the tracker and of its run.
 
@@ -143,14 +144,16 @@ def finetuned_registration(
         folder: The model.
         result: What was measured.
         origin: Key of the trial that it comes from.
+        objective: What the search maximises.
     """
     shape, outputs = _shapes(folder)
     tags = {"rung": FINETUNE, "finetuned_from": origin, "epochs": f"{result.fidelity.epochs:g}"}
     names = ("val_accuracy", "test_accuracy", "latency_ms")
     tags |= {name: f"{result.metrics[name]:.4g}" for name in names if name in result.metrics}
-    before, after = (100 * result.metrics[k] for k in ("val_accuracy_before", "val_accuracy"))
-    text = f"`{origin}` trained for {result.fidelity.epochs:g} epochs longer: {before:.2f}% → {after:.2f}% validation"
-    text += f" accuracy, {100 * result.metrics['test_accuracy']:.2f}% test accuracy."
+    scores = (result.metrics[key] for key in ("val_accuracy_before", "val_accuracy", "test_accuracy"))
+    before, after, test = (objective.text(score, 2) for score in scores)
+    text = f"`{origin}` trained for {result.fidelity.epochs:g} epochs longer: {before} → {after}"
+    text += f" {objective.long('val')}, {test} {objective.long('test')}{objective.hint}."
 
     def register(tracker: tracking.Tracker, run_id: str) -> None:
         registry = tracker.registry(name)

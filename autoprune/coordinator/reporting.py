@@ -148,7 +148,7 @@ def _pairs(stored: StoredSearch) -> tuple[RungPair, ...]:
         before = {r.identity: r.metrics["val_accuracy"] for r in results_of(stored, first) if r.finite}
         after = {r.identity: r.metrics["val_accuracy"] for r in results_of(stored, second) if r.finite}
         points = tuple((numbers[i], before[i], after[i]) for i in before if i in after)
-        pairs.append(RungPair(first, second, points, audit.tau, audit.regret, audit.warning))
+        pairs.append(RungPair(first, second, points, audit.tau, audit.regret, audit.warning, stored.objective))
     return tuple(pairs)
 
 

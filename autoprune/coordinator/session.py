@@ -48,6 +48,7 @@ from autoprune.network.plausibility import doubts
 from autoprune.network.timing import device_name
 from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
+from autoprune.objective import objective_of
 from autoprune.pareto import front_indices
 from autoprune.policy import digest
 from autoprune.report import SearchView
@@ -146,12 +147,15 @@ class Session:
             self.network = self.network.with_latency(table.surfaces)
             self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
             self.table = table
-        self.problem: Problem = pipeline.problem_of(self.network, groups, space)
+        objective = progress.objective = log.objective = objective_of(ingredients.metric)
+        self.problem: Problem = replace(pipeline.problem_of(self.network, groups, space), objective=objective)
         self.models = models_path(home, space.name)
         _check_apart(home)
         self._studies: dict[str, Any] = {}
         self.storage = studies.open_storage(storage_path(home), say=progress.note)
         self._check()
+        if objective.note:
+            progress.note(objective.note)
         self.watches = tracking.watches_machine(os.environ)
         pipeline.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
         self.bench: Workbench = pipeline.workbench_of(
@@ -174,7 +178,14 @@ class Session:
     def _run(self, plan: LadderPlan, executor: Executor, deadline: float | None, *, summary: bool) -> SearchOutcome:
         begun = time.monotonic()
         say = self.progress.note
-        records = Records(self.space.name, self.background.setup, home=self.home, say=say, watches=self.watches)
+        records = Records(
+            self.space.name,
+            self.background.setup,
+            home=self.home,
+            say=say,
+            watches=self.watches,
+            objective=self.problem.objective,
+        )
         try:
             self._log_start(executor)
             complete = self._climb(plan, executor, records, deadline)
@@ -275,6 +286,7 @@ class Session:
             samples={name: len(getattr(bench.splits, name)) for name in ("train", "calibration", "val", "test")},
             classes=bench.splits.num_classes,
             accuracy=self._counts,
+            objective=self.problem.objective,
             origin=str(bench.origin.get("name") or bench.origin.get("factory") or bench.origin.get("class")),
             data="given in Python" if at_hand else str(data.name or data.factory),
             device=device_name(bench.device),
@@ -361,6 +373,7 @@ class Session:
         studies.write_total(self._study(event.rung), event.total)
         first = self._study(self.space.search.ladder[0].rung)
         studies.write_current(first, event.rung)
+        studies.write_objective(first, self.problem.objective)
         studies.write_complete(first, False)
 
     def _controls(self, plan: LadderPlan) -> LadderPlan | None:
@@ -402,6 +415,8 @@ class Session:
         dense = self.bench.dense_result(last)
         if not math.isfinite(dense["val_accuracy"]):
             raise DataError(f"the dense model scores {dense['val_accuracy']} on the validation data: it is not usable")
+        if warning := self.problem.objective.warning(dense["val_accuracy"]):
+            self.progress.note(warning)
         doubted = doubts(self.bench, dense, limit=last.images)
         for sentence in doubted:
             self.progress.note(f"warning: {sentence}")

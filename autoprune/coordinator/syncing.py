@@ -58,7 +58,7 @@ def sync_search(name: str, *, home: Path, say: Say) -> Synced:
 
 def _sync(stored: StoredSearch, storage: studies.LastingStorage, *, home: Path, say: Say) -> Synced:
     name = stored.name
-    records = Records(name, stored.setup, home=home, say=say)
+    records = Records(name, stored.setup, home=home, say=say, objective=stored.objective)
     count = 0
     for rung in [*stored.order, CONTROLS, SCRATCH]:
         for trial in stored.rungs.get(rung, ()):

@@ -18,6 +18,7 @@ from autoprune import report
 from autoprune.coordinator.background import Background, unpack
 from autoprune.coordinator.setup import Setup
 from autoprune.errors import StudyError
+from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import CHANNEL
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
@@ -62,7 +63,7 @@ def facts_of(
         "dense_metrics": dict(dense_metrics),
         "limits": dict(problem.budget.limits),
         "latency": dict(latency),
-        "reference": list(studies.reference_point()),
+        "reference": list(studies.reference_point(problem.objective.worst(dense_metrics["val_accuracy"]))),
         "rungs": [
             {"rung": f.rung, "test": f.test, "epochs": f.epochs, "seeds": f.seeds, "images": f.images} for f in rungs
         ],
@@ -105,6 +106,11 @@ class StoredSearch:
                 f"the search {self.name!r} keeps no settings (an earlier version ran it): run `autoprune search` again"
             )
         return self.background.setup
+
+    @property
+    def objective(self) -> Objective:
+        """What the search maximises."""
+        return ACCURACY if self.background is None else self.background.objective
 
     @property
     def order(self) -> list[str]:
@@ -280,9 +286,16 @@ def view_of(stored: StoredSearch, *, notes: Sequence[str] = ()) -> SearchView:
         reference=(float(facts["reference"][0]), float(facts["reference"][1])),
         limits=facts["limits"],
         samples=_samples(background, rung.get("images")),
-        notes=(*doubt_notes(facts), *latency_notes(facts), *audit_notes(stored), *notes),
+        notes=(
+            *filter(None, [stored.objective.note]),
+            *doubt_notes(facts),
+            *latency_notes(facts),
+            *audit_notes(stored),
+            *notes,
+        ),
         pruning=facts.get("pruning", CHANNEL),
         seeds=rung.get("seeds", 1),
+        objective=stored.objective,
     )
 
 
@@ -327,7 +340,7 @@ def audit_notes(stored: StoredSearch) -> list[str]:
             continue
         notes.append(
             f"Proxy audit {first} → {second}: Kendall τ {audit.tau:.2f} over {audit.pairs} policies,"
-            f" regret {100 * audit.regret:.2f} points."
+            f" regret {stored.objective.regret(audit.regret)}."
         )
         if audit.warning:
             notes.append(f"Warning: {audit.warning}")

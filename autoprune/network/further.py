@@ -38,6 +38,7 @@ from autoprune.network.recipe import Epoch, fine_tune
 from autoprune.network.samples import Split
 from autoprune.network.timing import Conditions, measure_latency, one_at_a_time
 from autoprune.network.workbench import curves_of
+from autoprune.objective import objective_of
 from autoprune.policy import Group, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.space import Space
@@ -106,8 +107,11 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         _scored, dense, device=device, precision=_evaluating(space, dense, device, cache), sample_bytes=sample_bytes
     )
 
+    own = objective_of(dense.metric)
+
     def told(epoch: Epoch) -> None:
-        accuracy = "" if epoch.val_accuracy is None else f", val accuracy {100 * epoch.val_accuracy:.1f}%"
+        value = epoch.val_accuracy
+        accuracy = "" if value is None else f", {own.label('val')} {own.text(value)}{own.hint}"
         note(f"  epoch {epoch.number}/{epoch.epochs}: training loss {epoch.train_loss:.3f}{accuracy}")
 
     metrics = {"val_accuracy_before": scored(model, val).accuracy}
@@ -133,7 +137,7 @@ def finetune(space: Space, folder: Path, *, training: Training, cache: Path, tar
         score = scored(model, split)
         metrics |= {f"{name}_accuracy": score.accuracy, f"{name}_loss": score.loss}
     if not math.isfinite(metrics["val_accuracy"]):
-        raise TrialError(f"the validation accuracy is {metrics['val_accuracy']} after training longer")
+        raise TrialError(f"the {own.long('val')} is {metrics['val_accuracy']} after training longer")
     with one_at_a_time(cache / LOCK):
         latency = measure_latency(model, inputs_of(document).sample(1), conditions_of(space))
     result = TrialResult(

@@ -39,6 +39,7 @@ from autoprune.network.stages import StageClock
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.timing import Conditions, ieee, measure_latency, measure_peak_memory, one_at_a_time
 from autoprune.network.trace import Network
+from autoprune.objective import objective_of
 from autoprune.policy import Group, Policy, digest
 from autoprune.results import Fidelity, TrialResult
 
@@ -227,7 +228,7 @@ class Workbench:
         """Measures the finished model, keeps it where models are kept, and says what was found."""
         model, selection, metrics, history = found
         if not np.isfinite(metrics["val_accuracy"]):
-            raise TrialError(f"the validation accuracy is {metrics['val_accuracy']}")
+            raise TrialError(f"the {objective_of(self.metric).long('val')} is {metrics['val_accuracy']}")
         if np.isnan(metrics["val_loss"]):  # an accuracy is a number even where every output is NaN
             raise TrialError("the validation loss is nan")
         if fidelity.epochs > 0 or fidelity.test:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoprune.cost import COSTS, LATENCY
+from autoprune.objective import ACCURACY, Objective
 from autoprune.report import units
 from autoprune.report.markdown import table, widths_markdown
 
@@ -34,6 +35,7 @@ class Card:
     `document` is the `policy.json` beside the weights, `dense` the dense network's metrics. `latency` holds `device`,
     `batch`, `dtype`, `threads`, `dense_ms`, `dense_spread_ms`, `pruned_ms`, `pruned_spread_ms` where they were
     measured. `made` are short facts (search, versions, seed), `settings` the space as run, `files` what was exported.
+    `objective` says what the metrics `*_accuracy` are.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Card:
     scores: Sequence[ClassScores] = ()
     made: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
+    objective: Objective = ACCURACY
 
 
 def card_markdown(card: Card) -> str:
@@ -54,7 +57,7 @@ def card_markdown(card: Card) -> str:
     criteria = {name: str(group["criterion"]) for name, group in groups.items()}
     parts = [f"# {card.title}", _summary(card), "## Dense and pruned", _numbers(card)]
     for scores in card.scores:
-        parts += [f"## By class, {scores.split} ({scores.count} samples)", _classes(scores)]
+        parts += [f"## By class, {scores.split} ({scores.count} samples)", _classes(card.objective, scores)]
     parts += ["## What was removed", widths_markdown(sizes, document["result"]["widths"], criteria)]
     parts += ["## How it was made", table(["", ""], [[name, value] for name, value in card.made.items()])]
     if card.settings is not None:
@@ -66,19 +69,19 @@ def card_markdown(card: Card) -> str:
 def _summary(card: Card) -> str:
     result, dense = card.document["result"], card.document["dense_costs"]
     shares = [f"{units.share(card.document['costs'][c] / dense[c])} of the {units.LABELS[c]}" for c in COSTS[:2]]
-    accuracy = units.percent(result["metrics"]["val_accuracy"], 2)
-    return f"A structurally pruned network with {' and '.join(shares)}, at {accuracy} validation accuracy."
+    own, value = card.objective, card.objective.text(result["metrics"]["val_accuracy"], 2)
+    return f"A structurally pruned network with {' and '.join(shares)}, at {value} {own.long('val')}{own.hint}."
 
 
 def _numbers(card: Card) -> str:
     metrics, costs, dense = card.document["result"]["metrics"], card.document["costs"], card.document["dense_costs"]
-    rows = []
+    rows, own = [], card.objective
     for split in ("val", "test"):
         key = f"{split}_accuracy"
         if key in metrics:
             before = card.dense.get(key, math.nan)
-            change = f"{units.points(metrics[key] - before)} points" if math.isfinite(before) else "–"
-            rows.append([f"{split} accuracy", units.percent(before, 2), units.percent(metrics[key], 2), change])
+            change = own.difference(metrics[key], before) if math.isfinite(before) else "–"
+            rows.append([f"{own.label(split)}{own.hint}", own.text(before, 2), own.text(metrics[key], 2), change])
     for cost in (*COSTS, *([LATENCY] if LATENCY in costs else [])):
         values = [units.cost(cost, n) for n in (dense[cost], costs[cost])]
         rows.append([units.AXES[cost], *values, f"{units.share(costs[cost] / dense[cost])} of dense"])
@@ -94,15 +97,16 @@ def _numbers(card: Card) -> str:
     return f"{text}\n\nLatency: median of repeated passes, {how}."
 
 
-def _classes(scores: ClassScores) -> str:
-    rows = [["**all**", str(scores.count), *_accuracies(scores.dense, scores.pruned)]]
-    rows += [[name, str(count), *_accuracies(dense, pruned)] for name, count, dense, pruned in scores.classes]
+def _classes(own: Objective, scores: ClassScores) -> str:
+    rows = [["**all**", str(scores.count), *_accuracies(own, scores.dense, scores.pruned)]]
+    rows += [[name, str(count), *_accuracies(ACCURACY, dense, pruned)] for name, count, dense, pruned in scores.classes]
     return table(["class", "samples", "dense", "pruned", "change"], rows)
 
 
-def _accuracies(dense: float, pruned: float) -> list[str]:
-    change = units.points(pruned - dense) if math.isfinite(pruned - dense) else "–"
-    return [units.percent(dense, 1), units.percent(pruned, 1), change]
+def _accuracies(own: Objective, dense: float, pruned: float) -> list[str]:
+    known = math.isfinite(pruned - dense)
+    change = own.change(pruned - dense, near=max(dense, pruned, key=abs)) if known else "–"
+    return [own.text(dense), own.text(pruned), change]
 
 
 def _loading(card: Card) -> str:

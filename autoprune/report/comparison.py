@@ -5,7 +5,6 @@ Decides which differences are marked. Must not know where the trials come from.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoprune.cost import LATENCY
+from autoprune.objective import Objective
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
 from autoprune.report.view import FrontPoint, SearchView
@@ -101,13 +101,14 @@ def _spread(view: SearchView, trials: Sequence[Compared], group: str) -> float:
 
 
 def _scores(view: SearchView, trials: Sequence[Compared]) -> list[tuple[str, str, list[str]]]:
-    dense, points = view.dense, [trial.point for trial in trials]
+    dense, points, own = view.dense, [trial.point for trial in trials], view.objective
     rows = [
         ("rung", "", [trial.rung for trial in trials]),
-        ("val accuracy", units.percent(dense.val_accuracy), [units.percent(p.val_accuracy) for p in points]),
+        (f"{own.label('val')}{own.hint}", own.text(dense.val_accuracy), [own.text(p.val_accuracy) for p in points]),
     ]
     if any(p.test_accuracy is not None for p in points):
-        rows.append(("test accuracy", _percent(dense.test_accuracy), [_percent(p.test_accuracy) for p in points]))
+        tested = [_text(own, p.test_accuracy) for p in points]
+        rows.append((own.label("test"), _text(own, dense.test_accuracy), tested))
     for name in view.costs:
         cells = [f"{units.cost(name, p.costs[name])} {units.share(view.fraction(p, name)):>4}" for p in points]
         rows.append((units.LABELS[name], units.cost(name, dense.costs[name]), cells))
@@ -119,8 +120,8 @@ def _scores(view: SearchView, trials: Sequence[Compared]) -> list[tuple[str, str
     return rows
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else units.percent(value)
+def _text(own: Objective, value: float | None) -> str:
+    return "–" if value is None else own.text(value)
 
 
 def _kept(trial: Compared, group: str, size: int, *, criterion: bool) -> str:

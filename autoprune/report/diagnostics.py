@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autoprune.objective import ACCURACY, Objective
 from autoprune.prices import Curves, Explanation
 from autoprune.report import units
 from autoprune.report.figures import CONTROL, DENSE, FRONT, GRID, INK, TRIAL, layout
@@ -44,7 +45,10 @@ class RungTime:
 
 @dataclass(frozen=True, slots=True)
 class RungPair:
-    """Two rungs in a row: what both measured, as (trial, first accuracy, second accuracy), and the audit's numbers."""
+    """Two rungs in a row: what both measured, as (trial, first accuracy, second accuracy), and the audit's numbers.
+
+    `objective` says what the accuracies are.
+    """
 
     first: str
     second: str
@@ -52,6 +56,7 @@ class RungPair:
     tau: float | None
     regret: float | None
     warning: str | None = None
+    objective: Objective = ACCURACY
 
 
 def sensitivity_figure(
@@ -114,15 +119,16 @@ def audit_figure(pair: RungPair) -> go.Figure:
     """Returns what two rungs measured of the same policies: the first across, the second upwards."""
     import plotly.graph_objects as go
 
+    own = pair.objective
     said = [
-        f"trial {number} of {html.escape(pair.first)}<br>{html.escape(pair.first)} {units.percent(a, 2)}"
-        f"<br>{html.escape(pair.second)} {units.percent(b, 2)}"
+        f"trial {number} of {html.escape(pair.first)}<br>{html.escape(pair.first)} {own.text(a, 2)}"
+        f"<br>{html.escape(pair.second)} {own.text(b, 2)}"
         for number, a, b in pair.points
     ]
     figure = go.Figure(
         go.Scatter(
-            x=[100.0 * a for _, a, _ in pair.points],
-            y=[100.0 * b for _, _, b in pair.points],
+            x=[own.scale * a for _, a, _ in pair.points],
+            y=[own.scale * b for _, _, b in pair.points],
             mode="markers",
             marker={"color": FRONT, "size": 9, "opacity": 0.8},
             customdata=said,
@@ -131,9 +137,9 @@ def audit_figure(pair: RungPair) -> go.Figure:
         )
     )
     figure.update_layout(**layout(f"{html.escape(pair.first)} against {html.escape(pair.second)}", height=400))
-    axis = {"ticksuffix": "%", "gridcolor": GRID, "zeroline": False}
-    figure.update_xaxes(title_text=f"validation accuracy on {html.escape(pair.first)} (%)", **axis)
-    figure.update_yaxes(title_text=f"validation accuracy on {html.escape(pair.second)} (%)", **axis)
+    axis = {"ticksuffix": own.suffix, "gridcolor": GRID, "zeroline": False}
+    figure.update_xaxes(title_text=html.escape(own.axis("val", on=pair.first)), **axis)
+    figure.update_yaxes(title_text=html.escape(own.axis("val", on=pair.second)), **axis)
     return figure
 
 

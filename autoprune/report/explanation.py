@@ -29,10 +29,9 @@ def render_explanation(
 ) -> str:
     """Returns the explanation of one trial as text: what was paid, a table of the groups, and a sentence a group."""
     console = text_console(console_width, color)
-    accuracy = (
-        f"validation accuracy {units.percent(point.val_accuracy)} (dense {units.percent(view.dense.val_accuracy)})"
-    )
-    console.print(Text.assemble((view.name, "bold"), f", trial {point.name}: {accuracy}"))
+    own = view.objective
+    scores = f"{own.text(point.val_accuracy)} (dense {own.text(view.dense.val_accuracy)}){own.hint}"
+    console.print(Text.assemble((view.name, "bold"), f", trial {point.name}: {own.long('val')} {scores}"))
     if view.caveat:
         console.print(view.caveat)
     for line in summary(why):

@@ -41,8 +41,8 @@ _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 def front_figure(view: SearchView, *, links: Mapping[int, str] | None = None) -> go.Figure:
     """Returns the interactive front: all trials grey, the front as a line, controls, and the dense network as a star.
 
-    x is the primary cost in percent of dense, y the validation accuracy in percent. Pointing at a mark shows trial,
-    accuracies, costs, criterion and origin.
+    x is the primary cost in percent of dense, y the validation accuracy in percent, or an own metric as it is. Pointing
+    at a mark shows trial, accuracies, costs, criterion and origin.
 
     Args:
         view: The search.
@@ -79,12 +79,12 @@ def front_figure(view: SearchView, *, links: Mapping[int, str] | None = None) ->
         figure.add_vline(x=share, line={"dash": "dash", "width": 1.2, "color": INK})
         place = math.log10(share) if _is_wide(view) else share
         figure.add_annotation(x=place, y=1, yref="paper", yanchor="bottom", text=note, showarrow=False)
-    figure.update_layout(**layout(f"{html.escape(view.name)}: accuracy against {units.AXES[view.primary]}"))
+    figure.update_layout(**layout(f"{html.escape(_titled(view))} against {units.AXES[view.primary]}"))
     figure.update_xaxes(title_text=_cost_axis(view), ticksuffix="%", gridcolor=GRID, zeroline=False)
     if _is_wide(view):
         figure.update_xaxes(type="log", tickvals=list(_TICKS), ticktext=[f"{tick:g}%" for tick in _TICKS])
-    title = "accuracy (%): validation, and test" if tested else "validation accuracy (%)"
-    figure.update_yaxes(title_text=title, ticksuffix="%", gridcolor=GRID, zeroline=False)
+    title = html.escape(view.objective.axis("val", "test") if tested else view.objective.axis("val"))
+    figure.update_yaxes(title_text=title, ticksuffix=view.objective.suffix, gridcolor=GRID, zeroline=False)
     _leave_out_far_below(figure, view)
     if links:
         _link(figure, view, links)
@@ -186,9 +186,9 @@ def front_png(view: SearchView, path: Path) -> Path:
         share = 100.0 * limit / view.dense.costs[view.primary]
         label = f"budget {units.cost(view.primary, limit)}"
         axes.axvline(share, color=INK, linewidth=1, linestyle="--", label=label, zorder=1)
-    _dress(axes, f"{_plain(view.name)}: accuracy against {units.AXES[view.primary]}")
+    _dress(axes, f"{_plain(_titled(view))} against {units.AXES[view.primary]}")
     axes.set_xlabel(_cost_axis(view))
-    axes.set_ylabel("validation accuracy (%)")
+    axes.set_ylabel(_plain(view.objective.axis("val")))
     if _is_wide(view):
         axes.set_xscale("log")
         low, high = axes.get_xlim()
@@ -249,17 +249,18 @@ def _marks(view: SearchView, chosen: Sequence[FrontPoint], name: str, marker: di
 
 
 def _tested(view: SearchView, chosen: Sequence[FrontPoint]) -> go.Scatter:
-    """Returns the test accuracies of the front, with a bar of one standard deviation or error to either side."""
+    """Returns the test values of the front, with a bar of one standard deviation or error to either side."""
     import plotly.graph_objects as go
 
+    scale, name = view.objective.scale, html.escape(view.objective.label("test"))
     margins = [view.margin(p) for p in chosen]
-    bars = [100.0 * margin[0] if margin is not None else 0.0 for margin in margins]
+    bars = [scale * margin[0] if margin is not None else 0.0 for margin in margins]
     return go.Scatter(
         x=[100.0 * view.fraction(p) for p in chosen],
-        y=[100.0 * p.test_accuracy for p in chosen if p.test_accuracy is not None],
+        y=[scale * p.test_accuracy for p in chosen if p.test_accuracy is not None],
         error_y={"array": bars, "color": TEST, "thickness": 1.4, "width": 4},
         mode="markers",
-        name="front, test accuracy",
+        name=f"front, {name}",
         marker={"color": TEST, "size": 7, "symbol": "square"},
         customdata=[[_said(view, p)] for p in chosen],
         hovertemplate="%{customdata[0]}<extra></extra>",
@@ -272,7 +273,7 @@ def _link(figure: go.Figure, view: SearchView, links: Mapping[int, str]) -> None
     drawn = {
         "other trials": [p for p in view.trials if id(p) not in on_front],
         "front": view.front,
-        "front, test accuracy": [p for p in view.front if p.test_accuracy is not None],
+        f"front, {html.escape(view.objective.label('test'))}": [p for p in view.front if p.test_accuracy is not None],
     }
     for trace in figure.data:
         if trace.name not in drawn:
@@ -284,16 +285,18 @@ def _link(figure: go.Figure, view: SearchView, links: Mapping[int, str]) -> None
 
 def _leave_out_far_below(figure: go.Figure, view: SearchView) -> None:
     """Ends the picture below the front where other trials lie so far below that they would press it flat; says so."""
-    near = [100.0 * p.val_accuracy for p in (*view.front, *view.controls, view.dense)]
-    near += [100.0 * p.test_accuracy for p in view.front if p.test_accuracy is not None]
+    scale = view.objective.scale
+    near = [scale * p.val_accuracy for p in (*view.front, *view.controls, view.dense)]
+    near += [scale * p.test_accuracy for p in view.front if p.test_accuracy is not None]
     near = [value for value in near if math.isfinite(value)]
     if len(near) < 2:
         return
     span = max(near) - min(near)
-    floor = min(near) - max(0.5 * span, 1.0)
-    below = [p for p in view.trials if 100.0 * p.val_accuracy < floor]
+    least = 1.0 if view.objective.percent else 0.01 * max(map(abs, near))  # a percentage point, or a part of a number
+    floor = min(near) - max(0.5 * span, least)
+    below = [p for p in view.trials if scale * p.val_accuracy < floor]
     if below:
-        figure.update_yaxes(range=[floor, max(near) + max(0.12 * span, 0.5)])
+        figure.update_yaxes(range=[floor, max(near) + max(0.12 * span, 0.5 * least)])
         trials = "1 trial lies" if len(below) == 1 else f"{len(below)} trials lie"
         place = {"xref": "paper", "x": 1, "xanchor": "right", "yref": "paper", "y": 0, "yanchor": "bottom"}
         figure.add_annotation(text=f"{trials} below the picture (double-click shows all)", showarrow=False, **place)
@@ -303,11 +306,13 @@ def _said(view: SearchView, point: FrontPoint) -> str:
     name = point.origin if point.trial is None else f"trial {point.trial}"
     if point is view.dense:
         name = "dense network"
-    lines = [f"<b>{html.escape(name)}</b>", f"validation accuracy {units.percent(point.val_accuracy, 2)}"]
+    own = view.objective
+    lines = [f"<b>{html.escape(name)}</b>", f"{html.escape(own.long('val'))} {own.text(point.val_accuracy, 2)}"]
     if point.test_accuracy is not None:
         margin = view.margin(point)
-        around = "" if margin is None else f" ± {100.0 * margin[0]:.2f} ({margin[1]})"
-        lines.append(f"test accuracy {units.percent(point.test_accuracy, 2)}{around}")
+        spread = "" if margin is None else own.spread(margin[0], near=point.test_accuracy, digits=2)
+        around = "" if margin is None else f" ± {spread} ({margin[1]})"
+        lines.append(f"{html.escape(own.long('test'))} {own.text(point.test_accuracy, 2)}{around}")
     for cost in view.costs:
         share = units.percent(view.fraction(point, cost), 1)
         lines.append(f"{units.LABELS[cost]} {units.cost(cost, point.costs[cost])} ({share} of dense)")
@@ -330,7 +335,7 @@ def _folded(text: str) -> str:
 
 
 def _coordinates(view: SearchView, chosen: Sequence[FrontPoint]) -> tuple[list[float], list[float]]:
-    return [100.0 * view.fraction(p) for p in chosen], [100.0 * p.val_accuracy for p in chosen]
+    return [100.0 * view.fraction(p) for p in chosen], [view.objective.scale * p.val_accuracy for p in chosen]
 
 
 def _is_wide(view: SearchView) -> bool:
@@ -370,6 +375,10 @@ def _kept(view: SearchView) -> tuple[list[str], list[str], list[list[float]]]:
     front = view.front
     kept = [[100.0 * p.widths.get(name, size) / size for p in front] for name, size in view.sizes.items()]
     return [_short(name) for name in view.sizes], [units.share(view.fraction(p)) for p in front], kept
+
+
+def _titled(view: SearchView) -> str:
+    return f"{view.name}: {view.objective.name}"
 
 
 def _short(name: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoprune.pareto import front_indices, hypervolume
+from autoprune.report import units
 from autoprune.report.view import FrontPoint, SearchView
 
 _DRAWS = 1000
@@ -58,12 +59,25 @@ def hypervolume_interval(view: SearchView, points: Sequence[FrontPoint]) -> Inte
 def hypervolume_sentence(view: SearchView) -> str:
     """Returns the front's hypervolume and the controls', each with its interval where there is one."""
     own = hypervolume_interval(view, view.trials)
-    text = f"Hypervolume {view.hypervolume:.4f}{_between(own)}"
+    area = view.objective.area
+    text = f"Hypervolume {area(view.hypervolume)}{_between(view, own)}"
     if view.controls:
-        text += f", controls alone {view.controls_hypervolume:.4f}"
-        text += _between(hypervolume_interval(view, view.controls))
+        text += f", controls alone {area(view.controls_hypervolume)}"
+        text += _between(view, hypervolume_interval(view, view.controls))
     return text if own is None else f"{text}, 95 % intervals by parametric bootstrap over {own.source}"
 
 
-def _between(interval: Interval | None) -> str:
-    return "" if interval is None else f" [{interval.low:.4f}, {interval.high:.4f}]"
+def reference_sentence(view: SearchView) -> str:
+    """Returns where the area begins, and how much of the front lies outside of it where that may be."""
+    error, cost = view.reference
+    axis = f"{units.LABELS[view.primary]} {cost:.3g} of dense"
+    if view.objective.percent:
+        return f"reference point: {view.objective.error} {error:g}, {axis}"
+    text = f"reference point: {view.objective.label('val')} {view.objective.text(1.0 - error)}, {axis}"
+    worse = sum(view.coordinates(p)[0] >= error for p in view.front)
+    return text if not worse else f"{text}; {worse} of {len(view.front)} points of the front are worse and add nothing"
+
+
+def _between(view: SearchView, interval: Interval | None) -> str:
+    area = view.objective.area
+    return "" if interval is None else f" [{area(interval.low)}, {area(interval.high)}]"

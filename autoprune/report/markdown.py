@@ -29,7 +29,8 @@ def front_markdown(view: SearchView, links: Mapping[int, str], *, names: Mapping
     """
     tested = any(point.test_accuracy is not None for point in view.front)
     timed = any("latency_ms" in point.metrics for point in view.front)
-    head = ["trial", "val accuracy", *(["test accuracy"] if tested else [])]
+    own = view.objective
+    head = ["trial", own.label("val"), *([own.label("test")] if tested else [])]
     costs = [cost for cost in view.costs if cost in (MACS, PARAMS, SIZE, LATENCY, view.primary)]
     head += [*(units.LABELS[cost] for cost in costs), *([_measured_head(view)] if timed else []), "criterion"]
     rows = []
@@ -39,8 +40,8 @@ def front_markdown(view: SearchView, links: Mapping[int, str], *, names: Mapping
             number = f"[{number}]({links[point.trial]})"
         if point.trial is not None and names and point.trial in names:
             number += f" ({names[point.trial]})"
-        row = [number, units.percent(point.val_accuracy, 2)]
-        row += [units.percent(math.nan if point.test_accuracy is None else point.test_accuracy, 2)] if tested else []
+        row = [number, own.text(point.val_accuracy, 2)]
+        row += [own.text(math.nan if point.test_accuracy is None else point.test_accuracy, 2)] if tested else []
         row += [_cost(view, point, cost) for cost in costs]
         row += [units.latency(point.metrics)] if timed else []
         rows.append([*row, point.criterion or "–"])
@@ -49,19 +50,16 @@ def front_markdown(view: SearchView, links: Mapping[int, str], *, names: Mapping
 
 def comparison_markdown(view: SearchView, point: FrontPoint) -> str:
     """Returns one network beside the dense one: accuracies, costs and latency, a row each."""
-    dense = view.dense
-    rows = [
-        [
-            "val accuracy",
-            units.percent(dense.val_accuracy, 2),
-            units.percent(point.val_accuracy, 2),
-            units.points(point.val_accuracy - dense.val_accuracy) + " points",
-        ]
-    ]
+    dense, own = view.dense, view.objective
+
+    def row(split: str, before: float, after: float) -> list[str]:
+        head = f"{own.label(split)}{own.hint}"
+        return [head, own.text(before, 2), own.text(after, 2), own.difference(after, before)]
+
+    rows = [row("val", dense.val_accuracy, point.val_accuracy)]
     given = dense.metrics.get("test_accuracy", dense.test_accuracy)
     if point.test_accuracy is not None and given is not None:
-        change = units.points(point.test_accuracy - given) + " points"
-        rows.append(["test accuracy", units.percent(given, 2), units.percent(point.test_accuracy, 2), change])
+        rows.append(row("test", given, point.test_accuracy))
     for cost in view.costs:
         share = units.share(view.fraction(point, cost))
         values = [units.cost(cost, p.costs[cost]) for p in (dense, point)]
@@ -95,12 +93,12 @@ def search_markdown(
         commands: The sentence that says how to export a pick.
     """
     limits = ", ".join(f"{units.AXES[name]} at most {units.cost(name, n)}" for name, n in view.limits.items())
-    front, knee = view.front, view.knee
+    front, knee, area = view.front, view.knee, view.objective.area
     names = {knee.trial: "knee"} if knee is not None and knee.trial is not None else {}
     parts = [
         f"**{len(front)} networks on the front** of {len(view.trials)} trials of the rung `{view.rung}`"
-        f" ({limits or 'no budget'}); hypervolume {view.hypervolume:.4f}"
-        + (f", simple policies alone {view.controls_hypervolume:.4f}." if view.controls else "."),
+        f" ({limits or 'no budget'}); hypervolume {area(view.hypervolume)}"
+        + (f", simple policies alone {area(view.controls_hypervolume)}." if view.controls else "."),
         " · ".join(f"[{name}]({page})" for name, page in pages.items()),
         "**Pick one**: open a version of the registered model and add the alias `picked`, or give a run the tag"
         f" `pick` with the value `true`. {commands}",
@@ -122,7 +120,7 @@ def version_markdown(view: SearchView, point: FrontPoint, *, address: str, expor
     """
     return "\n\n".join(
         [
-            f"{units.percent(point.val_accuracy)} at {units.share(view.fraction(point))} of the"
+            f"{_named(view, point)} at {units.share(view.fraction(point))} of the"
             f" {units.LABELS[view.primary]}: trial {point.name} of the search **{view.name}** (rung `{view.rung}`),"
             f" proposed by {point.origin or '–'}; channels ranked by {point.criterion or '–'}.",
             comparison_markdown(view, point),
@@ -131,6 +129,12 @@ def version_markdown(view: SearchView, point: FrontPoint, *, address: str, expor
             f"As a file: `{export}`. Add the alias `picked` to choose this version.",
         ]
     )
+
+
+def _named(view: SearchView, point: FrontPoint) -> str:
+    own = view.objective
+    text = own.text(point.val_accuracy)
+    return text if own.percent else f"{own.label('val')} {text}{own.hint}"
 
 
 def _cost(view: SearchView, point: FrontPoint, cost: str) -> str:

@@ -93,13 +93,13 @@ def render_page(data: PageData) -> str:
             sections.head(data.view, data.about),
             sections.navigation(list(_parts(data, figures))),
             *_parts(data, figures).values(),
-            "<footer>Made by autoprune. Accuracies named val are of the validation split, which the search has seen;"
-            " those named test are of the test set, which it has not.</footer>",
+            f"<footer>Made by autoprune. {_plural(data.view)} named val are of the validation split, which the search"
+            " has seen; those named test are of the test set, which it has not.</footer>",
         ]
     )
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=html.escape(f"{data.view.name}: accuracy against complexity"),
+        title=html.escape(f"{data.view.name}: {data.view.objective.name} against complexity"),
         body=body,
         plotly=get_plotlyjs(),
         figures=_embedded({name: json.loads(figure.to_json()) for name, figure in figures.items()}),
@@ -115,12 +115,16 @@ def chosen_points(view: SearchView) -> list[tuple[str, FrontPoint]]:
     found = [("smallest", front[0])]
     if view.knee is not None:
         found.append(("knee", view.knee))
-    found.append(("most accurate", front[-1]))
+    found.append((view.objective.best, front[-1]))
     names: dict[int, list[str]] = {}
     for what, point in found:
         names.setdefault(id(point), []).append(what)
     points = {id(point): point for _, point in found}
     return [(" and ".join(whats), points[key]) for key, whats in names.items()]
+
+
+def _plural(view: SearchView) -> str:
+    return "Accuracies" if view.objective.percent else "Values"
 
 
 def _figures(data: PageData) -> dict[str, go.Figure | None]:

@@ -20,7 +20,7 @@ _ASCII = {"trial": ".", "control": "+", "line": "-", "front": "o", "knee": "@", 
 
 
 def plot_front(view: SearchView, *, width: int = 100, height: int = 14, unicode: bool = True) -> str:
-    """Returns accuracy (upwards) against the primary cost (to the right) as lines of text.
+    """Returns accuracy or an own metric (upwards) against the primary cost (to the right) as lines of text.
 
     Args:
         view: The search.
@@ -93,7 +93,7 @@ def _accuracies(view: SearchView, shown: Sequence[FrontPoint]) -> tuple[float, f
     near = [*(p.val_accuracy for p in (*view.front, *view.controls)), view.dense.val_accuracy]
     near = [value for value in near if math.isfinite(value)]
     low, high = min(near), max(p.val_accuracy for p in shown)
-    gap = (high - low) * 0.04 or 0.01
+    gap = (high - low) * 0.04 or (0.01 if view.objective.percent else 0.01 * abs(low) or 0.01)
     return low - gap, high
 
 
@@ -115,21 +115,23 @@ def _framed(
     unicode: bool,
 ) -> str:
     bar, corner, dash = ("│", "└", "─") if unicode else ("|", "+", "-")
-    lines = ["val acc"]
-    for number, row in enumerate(cells):
+    lines = [f"{view.objective.head('val')}{view.objective.hint}"]
+    labels = dict.fromkeys((0, len(cells) // 2, len(cells) - 1), "")
+    for number in labels:
         value = place.top - (place.top - place.bottom) * number / (len(cells) - 1)
-        label = units.percent(value) if number in (0, len(cells) // 2, len(cells) - 1) else ""
-        lines.append(f"{label:>7} {bar}{''.join(row).rstrip()}")
-    lines.append(f"{'':>7} {corner}{dash * place.columns}")
+        labels[number] = view.objective.text(value)
+    margin = max(7, *map(len, labels.values()))
+    lines += [f"{labels.get(n, ''):>{margin}} {bar}{''.join(row).rstrip()}" for n, row in enumerate(cells)]
+    lines.append(f"{'':>{margin}} {corner}{dash * place.columns}")
     ends = [math.exp(v) if logarithmic else v for v in (place.low, (place.low + place.high) / 2, place.high)]
     left, middle, right = (units.share(value) for value in ends)
     gap = place.columns - len(left) - len(right)
-    lines.append(f"{'':>9}{left}{middle:^{gap}}{right}")
+    lines.append(f"{'':>{margin + 2}}{left}{middle:^{gap}}{right}")
     scale = ", logarithmic" if logarithmic else ""
     legend = [("front", "front"), ("trial", "trial"), ("dense", "dense")]
     legend += [("knee", "knee")] if view.knee is not None else []
     legend += [("control", "control")] if view.controls else []
     legend += [("budget", "budget")] if view.primary in view.limits else []
     said = "  ".join(f"{marks[mark]} {name}" for mark, name in legend)
-    lines.append(f"{'':>9}{units.AXES[view.primary]}, part of dense{scale}   {said}")
+    lines.append(f"{'':>{margin + 2}}{units.AXES[view.primary]}, part of dense{scale}   {said}")
     return "\n".join(lines) + "\n"

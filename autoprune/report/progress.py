@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from autoprune.objective import ACCURACY
 from autoprune.pareto import Point, front_indices
 from autoprune.report import units
 
@@ -66,6 +67,8 @@ class Progress:
             clock: Seconds, for the time left.
             on_note: Is told every sentence as well, for instance to log it.
         """
+        self.objective = ACCURACY
+        """What `val_accuracy` is: a search of another metric says so before its first rung."""
         self._console = Console(file=file or sys.stderr, soft_wrap=True, highlight=False)
         self._live = self._console.is_terminal if live is None else live
         self._clock = clock
@@ -105,7 +108,7 @@ class Progress:
         """Counts a trial: as done where it was measured, as failed otherwise.
 
         Args:
-            val_accuracy: A fraction of 1; `None` for a trial that failed.
+            val_accuracy: A fraction of 1, or the value of an own metric; `None` for a trial that failed.
             cost: Its primary cost, in any unit that is the same for the whole rung; `None` for a trial that failed.
             known: Whether the trial was finished by an earlier call and is already counted in `done`.
         """
@@ -169,7 +172,8 @@ class Progress:
         parts = [f"{rung.done}/{rung.total} trials"]
         if math.isfinite(rung.best):
             front = len(front_indices(rung.points))
-            parts += [f"best val accuracy {units.percent(rung.best)}", f"front {front}"]
+            own = self.objective
+            parts += [f"best {own.label('val')} {own.text(rung.best)}{own.hint}", f"front {front}"]
         if rung.failed:
             parts.append(f"{rung.failed} failed")
         left = rung.left(self._clock())

@@ -16,7 +16,7 @@ from autoprune.prices import CHEAP, DEAR, Curves, Explanation
 from autoprune.report import units
 from autoprune.report.diagnostics import RungPair, RungTime
 from autoprune.report.explanation import number, price_text, sentence, summary, weighted
-from autoprune.report.intervals import hypervolume_sentence
+from autoprune.report.intervals import hypervolume_sentence, reference_sentence
 from autoprune.report.view import FrontPoint, SearchView
 
 Chosen = Sequence[tuple[str, FrontPoint]]
@@ -39,7 +39,7 @@ def front(view: SearchView) -> str:
         text = f"No trial of the rung {_e(view.rung)} has finished yet."
         return _section("Front", f"<p>{text}</p>{_figure('figure-front')}")
     tested = any(p.test_accuracy is not None for p in (view.dense, *view.front, *view.controls))
-    heads = ["trial", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in view.costs)]
+    heads = ["trial", *_score_heads(view, tested=tested), *(units.LABELS[c] for c in view.costs)]
     heads += [_measured_head(view)] if _has_latency(view) else []
     heads += ["criterion", "proposed by"]
     rows = [_front_row(view, view.dense, tested=tested)]
@@ -129,7 +129,7 @@ def audit(pairs: Sequence[RungPair], figures: Mapping[str, Any]) -> str:
     rows, warnings = [], []
     for pair in pairs:
         tau = "–" if pair.tau is None else f"{pair.tau:.2f}"
-        regret = "–" if pair.regret is None else f"{100 * pair.regret:.2f} points"
+        regret = "–" if pair.regret is None else pair.objective.regret(pair.regret)
         rows.append(_row([f"{_e(pair.first)} → {_e(pair.second)}", str(len(pair.points)), tau, regret]))
         if pair.warning:
             warnings.append(f"<p class='warning'>{_e(f'{pair.first} → {pair.second}: {pair.warning}')}</p>")
@@ -189,21 +189,21 @@ def _found(view: SearchView) -> str:
     points = view.front
     if not points:
         return f"No trial of the rung {_e(view.rung)} has finished yet."
-    label, best = units.LABELS[view.primary], points[-1]
+    label, best, own = units.LABELS[view.primary], points[-1], view.objective
     text = f"{len(points)} of {len(view.trials)} trials of the rung {_e(view.rung)} are on the front. "
-    text += f"The most accurate (trial {_e(best.name)}) reaches {units.percent(best.val_accuracy)} on the validation"
+    text += f"The {_e(own.best)} (trial {_e(best.name)}) reaches {own.text(best.val_accuracy)} on the validation"
     text += f" split at {units.share(view.fraction(best))} of the dense network's {label}; the dense network"
-    text += f" reaches {units.percent(view.dense.val_accuracy)}."
+    text += f" reaches {own.text(view.dense.val_accuracy)}."
     if view.knee is not None:
         knee = view.knee
-        text += f" The knee (trial {_e(knee.name)}) has {units.percent(knee.val_accuracy)} at"
+        text += f" The knee (trial {_e(knee.name)}) has {own.text(knee.val_accuracy)} at"
         text += f" {units.share(view.fraction(knee))}."
-    return text
+    return f"{text} {_e(own.note)}".rstrip()
 
 
 def _front_row(view: SearchView, point: FrontPoint, *, tested: bool) -> str:
     dense = point is view.dense
-    cells = ["dense" if dense else _e(point.name), units.percent(point.val_accuracy)]
+    cells = ["dense" if dense else _e(point.name), view.objective.text(point.val_accuracy)]
     cells += [_tested(view, point)] if tested else []
     cells += [_cost(view, point, cost) for cost in view.costs]
     cells += [_measured(view, point)] if _has_latency(view) else []
@@ -213,24 +213,32 @@ def _front_row(view: SearchView, point: FrontPoint, *, tested: bool) -> str:
 
 
 def _controls(view: SearchView, *, tested: bool) -> str:
-    heads = ["control", "val acc", *(["test acc"] if tested else []), *(units.LABELS[c] for c in view.costs)]
+    heads = ["control", *_score_heads(view, tested=tested), *(units.LABELS[c] for c in view.costs)]
     heads.append("front gains")
     rows = []
     for point in sorted(view.controls, key=lambda p: -p.costs[view.primary]):
         gain = view.gain(point)
-        shade = "" if gain is None or abs(gain) < 0.0005 else "good" if gain > 0 else "bad"
-        said = "–" if gain is None else f"<span class='{shade}'>{units.points(gain)} points</span>"
-        cells = [_e(point.origin or point.name), units.percent(point.val_accuracy)]
+        said = "–" if gain is None else _gain(view, point, gain)
+        cells = [_e(point.origin or point.name), view.objective.text(point.val_accuracy)]
         cells += [_tested(view, point)] if tested else []
         rows.append(_row([*cells, *(_cost(view, point, cost) for cost in view.costs), said]))
-    text = "What the front gains: the validation accuracy of its best point within the control's"
+    text = f"What the front gains: the {_e(view.objective.long('val'))} of its best point within the control's"
     text += f" {units.LABELS[view.primary]} (or 2 % above), less the control's."
     return _table(heads, rows) + f"<p class='note'>{text}</p>"
 
 
+def _gain(view: SearchView, point: FrontPoint, gain: float) -> str:
+    shade = "" if not view.objective.tells(gain) else "good" if gain > 0 else "bad"
+    unit = " points" if view.objective.percent else ""
+    return f"<span class='{shade}'>{view.objective.change(gain, near=point.val_accuracy)}{unit}</span>"
+
+
+def _score_heads(view: SearchView, *, tested: bool) -> list[str]:
+    return [view.objective.head(split) for split in (("val", "test") if tested else ("val",))]
+
+
 def _card(view: SearchView, what: str, point: FrontPoint) -> str:
-    change = units.points(point.val_accuracy - view.dense.val_accuracy)
-    lines = [f"{change} points against dense"]
+    lines = [f"{view.objective.difference(point.val_accuracy, view.dense.val_accuracy)} against dense"]
     if point.test_accuracy is not None:
         lines.append(f"test {_tested(view, point)}")
     shown = [c for c in view.costs if c in (*COSTS[:3], LATENCY)]
@@ -239,7 +247,7 @@ def _card(view: SearchView, what: str, point: FrontPoint) -> str:
         lines.append(f"{_measured_head(view)} {_measured(view, point)} (dense {units.latency(view.dense.metrics)})")
     items = "".join(f"<li>{line}</li>" for line in lines)
     title = f"<span class='what'>{_e(what)}</span> <span class='soft'>trial {_e(point.name)}</span>"
-    return f"<div class='card'>{title}<b>{units.percent(point.val_accuracy)}</b><ul>{items}</ul></div>"
+    return f"<div class='card'>{title}<b>{view.objective.text(point.val_accuracy)}</b><ul>{items}</ul></div>"
 
 
 def _prices(found: Explanation) -> str:
@@ -274,19 +282,18 @@ def _kept(width: int, size: int) -> str:
 def _tested(view: SearchView, point: FrontPoint) -> str:
     if point.test_accuracy is None:
         return "–"
-    margin = view.margin(point)
-    around = "" if margin is None else f" <span class='unit'>± {100.0 * margin[0]:.1f}</span>"
-    return units.percent(point.test_accuracy) + around
+    margin, own = view.margin(point), view.objective
+    around = "" if margin is None else f" <span class='unit'>± {own.spread(margin[0], near=point.test_accuracy)}</span>"
+    return own.text(point.test_accuracy) + around
 
 
 def _margins(view: SearchView) -> str:
     known = list(dict.fromkeys(m[1] for p in (view.dense, *view.front) if (m := view.margin(p)) is not None))
-    return f"± is one {_e(' or '.join(known))}, of the test accuracy. " if known else ""
+    return f"± is one {_e(' or '.join(known))}, of the {_e(view.objective.long('test'))}. " if known else ""
 
 
 def _closing(view: SearchView) -> str:
-    axis = f"{units.LABELS[view.primary]} {view.reference[1]:.3g} of dense"
-    return f"{hypervolume_sentence(view)} (reference point: validation error {view.reference[0]:g}, {axis})."
+    return _e(f"{hypervolume_sentence(view)} ({reference_sentence(view)}).")
 
 
 def _cost(view: SearchView, point: FrontPoint, cost: str) -> str:

@@ -5,13 +5,14 @@ Decides the columns and the words. Must not know where the values come from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from autoprune.objective import ACCURACY, Objective
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
 
@@ -61,7 +62,7 @@ def _searches(rows: Any) -> Table:
     table.add_column("search", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("rung")
-    for name in ("trials", "best val acc", "rung ends in", "priority"):
+    for name in ("trials", best_head(rows), "rung ends in", "priority"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for row in rows:
@@ -71,12 +72,30 @@ def _searches(rows: Any) -> Table:
             Text(row["state"], style=_STYLES.get(row["state"], "")),
             row["rung"] or "–",
             trials(row),
-            "–" if row["best"] is None else units.percent(row["best"]),
+            best(row),
             "–" if left is None else units.seconds(left),
             "–" if row["priority"] is None else str(row["priority"]),
             row["reason"],
         )
     return table
+
+
+def best_head(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the head of the column of best values: `best val acc` where all of them are accuracies."""
+    return f"best {ACCURACY.head('val')}" if all(_objective(row).percent for row in rows) else "best on val"
+
+
+def best(row: Mapping[str, Any]) -> str:
+    """Returns the best value of a row's rung: `83.4%`, or that of a metric of the user's own, `r2 1.924`."""
+    own, value = _objective(row), row["best"]
+    if value is None:
+        return "–"
+    return own.text(value) if own.percent else f"{own.name} {own.text(value)}"
+
+
+def _objective(row: Mapping[str, Any]) -> Objective:
+    stored = row.get("objective")
+    return ACCURACY if stored is None else Objective.from_json(stored)
 
 
 def trials(row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from autoprune.report import units
-from autoprune.report.status import trials
+from autoprune.report.status import best, best_head, trials
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c1c1e;background:#fff}
@@ -41,7 +41,8 @@ def status_page(data: Mapping[str, Any]) -> str:
         "<h2>Searches</h2>",
     ]
     if data["rows"]:
-        head = ("search", "state", "rung", "trials", "", "best val acc", "rung ends in", "priority", "")
+        highest = escape(best_head(data["rows"]))
+        head = ("search", "state", "rung", "trials", "", highest, "rung ends in", "priority", "")
         body.append(_table(head, (_search(row) for row in data["rows"]), numbers={3, 5, 6, 7}))
     else:
         body.append("<p>None yet.</p>")
@@ -72,7 +73,7 @@ def _search(row: Mapping[str, Any]) -> list[str]:
         escape(row["rung"] or "–"),
         trials(row),
         bar,
-        "–" if row["best"] is None else units.percent(row["best"]),
+        escape(best(row)),
         "–" if left is None else units.seconds(left),
         "–" if row["priority"] is None else str(row["priority"]),
         escape(row["reason"]),

@@ -96,6 +96,7 @@ def front_json(view: SearchView) -> dict[str, Any]:
         "pruning": view.pruning,
         "caveat": view.caveat,
         "primary": view.primary,
+        "objective": view.objective.to_json(),
         "limits": dict(view.limits),
         "dense": _json_row(view, view.dense),
         "front": [_json_row(view, point) for point in view.front],

@@ -18,7 +18,7 @@ from autoprune.errors import StudyError
 from autoprune.policy import CHANNEL
 from autoprune.report import units
 from autoprune.report.console import text_console, text_of
-from autoprune.report.intervals import hypervolume_sentence
+from autoprune.report.intervals import hypervolume_sentence, reference_sentence
 from autoprune.report.view import FrontPoint, LayerRow, SearchView
 
 _SHOWN = (MACS, PARAMS, SIZE)
@@ -95,8 +95,9 @@ def render_layers(
             style="dim" if untouched else "",
         )
     console = text_console(console_width, color)
-    dense = units.percent(view.dense.val_accuracy)
-    said = f", trial {trial}: validation accuracy {units.percent(point.val_accuracy)} (dense {dense})"
+    own = view.objective
+    scores = f"{own.text(point.val_accuracy)} (dense {own.text(view.dense.val_accuracy)}){own.hint}"
+    said = f", trial {trial}: {own.long('val')} {scores}"
     console.print(Text.assemble((view.name, "bold"), said))
     if view.caveat:
         console.print(view.caveat)
@@ -116,12 +117,11 @@ def _tested(shown: Sequence[FrontPoint]) -> bool:
     return any(p.test_accuracy is not None for p in shown)
 
 
-def _head(first: str, costs: Sequence[str], *, tested: bool, timed: bool = False) -> Table:
+def _head(view: SearchView, first: str, costs: Sequence[str], *, tested: bool, timed: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(first, justify="right" if first == "trial" else "left", min_width=5)
-    table.add_column("val acc", justify="right", no_wrap=True)
-    if tested:
-        table.add_column("test acc", justify="right", no_wrap=True)
+    for split in ("val", "test") if tested else ("val",):
+        table.add_column(view.objective.head(split), justify="right", no_wrap=True)
     for cost in costs:
         table.add_column(units.LABELS[cost], justify="right", no_wrap=True)
     if timed:
@@ -143,10 +143,10 @@ def _mark(view: SearchView, point: FrontPoint) -> str:
     return ", ".join(marks)
 
 
-def _scores(point: FrontPoint, *, tested: bool) -> list[str]:
-    scores = [units.percent(point.val_accuracy)]
+def _scores(view: SearchView, point: FrontPoint, *, tested: bool) -> list[str]:
+    scores = [view.objective.text(point.val_accuracy)]
     if tested:
-        scores.append("–" if point.test_accuracy is None else units.percent(point.test_accuracy))
+        scores.append("–" if point.test_accuracy is None else view.objective.text(point.test_accuracy))
     return scores
 
 
@@ -160,7 +160,7 @@ def _saving(view: SearchView, point: FrontPoint, cost: str) -> str:
 
 def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
     tested, timed = _tested((view.dense, *view.front)), LATENCY in costs
-    table = _head("trial", costs, tested=tested, timed=timed)
+    table = _head(view, "trial", costs, tested=tested, timed=timed)
     if savings:
         for cost in costs:
             table.add_column(f"saves {units.LABELS[cost]}", justify="right", no_wrap=True)
@@ -170,7 +170,7 @@ def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
     dense = view.dense
     table.add_row(
         "dense",
-        *_scores(dense, tested=tested),
+        *_scores(view, dense, tested=tested),
         *(_kept(view, dense, c) for c in costs),
         *_time(dense, timed=timed),
         *blanks,
@@ -183,7 +183,7 @@ def _front(view: SearchView, costs: Sequence[str], *, savings: bool) -> Table:
         is_knee = point is knee
         table.add_row(
             point.name,
-            *_scores(point, tested=tested),
+            *_scores(view, point, tested=tested),
             *(_kept(view, point, c) for c in costs),
             *_time(point, timed=timed),
             *saved,
@@ -198,29 +198,28 @@ def _savings(view: SearchView, costs: Sequence[str]) -> Table:
     table.add_column("trial", justify="right", no_wrap=True)
     for cost in costs:
         table.add_column(units.LABELS[cost], justify="right", no_wrap=True)
-    table.add_column("val acc", justify="right", no_wrap=True)
+    table.add_column(view.objective.head("val"), justify="right", no_wrap=True)
     table.add_column("criterion", overflow="fold", min_width=_CRITERION)
     for point in reversed(view.front):
-        change = f"{units.points(point.val_accuracy - view.dense.val_accuracy)} points"
+        change = view.objective.difference(point.val_accuracy, view.dense.val_accuracy)
         table.add_row(point.name, *(_saving(view, point, c) for c in costs), change, point.criterion)
     return table
 
 
 def _controls(view: SearchView, costs: Sequence[str]) -> Table:
     tested = _tested(view.controls)
-    table = _head("control", costs, tested=tested)
+    table = _head(view, "control", costs, tested=tested)
     table.add_column("front gains", justify="right")
     for point in sorted(view.controls, key=lambda p: -p.costs[view.primary]):
         gain = view.gain(point)
-        better = "–" if gain is None else units.points(gain)
+        better = "–" if gain is None else view.objective.change(gain, near=point.val_accuracy)
         name = point.origin or point.name
-        table.add_row(name, *_scores(point, tested=tested), *(_kept(view, point, c) for c in costs), better)
+        table.add_row(name, *_scores(view, point, tested=tested), *(_kept(view, point, c) for c in costs), better)
     return table
 
 
 def _closing(view: SearchView) -> list[str]:
-    axis = f"{units.LABELS[view.primary]} {view.reference[1]:.3g} of dense"
-    lines = [f"{hypervolume_sentence(view)} (reference point: validation error {view.reference[0]:g}, {axis})."]
+    lines = [f"{hypervolume_sentence(view)} ({reference_sentence(view)})."]
     if view.limits:
         limits = ", ".join(
             f"{units.LABELS[name]} {units.cost(name, view.limits[name])}" for name in view.costs if name in view.limits

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoprune.cost import COSTS, LATENCY, MACS
+from autoprune.objective import ACCURACY, Objective
 from autoprune.pareto import SAME, Point, front_indices, hypervolume, knee_index
 from autoprune.policy import CHANNEL, UNITS, Policy, caveat
 from autoprune.results import TrialResult, not_faster
@@ -23,7 +24,7 @@ class FrontPoint:
     `trial` is the number that a person types (`TRIAL=17`); `None` for the dense network and for a control that is no
     trial. `costs` holds the names of `autoprune.cost.COSTS`, and `LATENCY` where there is a latency table. `criterion`
     is readable text. `origin` says who proposed the policy; for a control it is its name (`uniform l2`). Accuracies
-    are fractions of 1.
+    are fractions of 1, or values of a metric of the user's own, of any size.
     """
 
     trial: int | None
@@ -70,7 +71,8 @@ class SearchView:
     with the study. `limits` are the budget's upper limits in absolute numbers. `samples` holds the number of samples of
     each split where accuracies are fractions of them, so that their standard errors follow; `seeds` is how many
     trainings an accuracy is the mean of. `notes` are sentences for the end of the report, such as the proxy audit's.
-    `pruning` says what a group's width counts: channels, or the non-zeros of a weight.
+    `pruning` says what a group's width counts: channels, or the non-zeros of a weight. `objective` says what the
+    accuracies are, and how they are written.
     """
 
     name: str
@@ -86,6 +88,7 @@ class SearchView:
     notes: tuple[str, ...] = ()
     pruning: str = CHANNEL
     seeds: int = 1
+    objective: Objective = ACCURACY
 
     def __post_init__(self) -> None:
         if self.primary not in (*COSTS, LATENCY):
@@ -125,7 +128,7 @@ class SearchView:
         return point.costs[name] / dense if dense else math.nan
 
     def coordinates(self, point: FrontPoint) -> Point:
-        """Returns (validation error, fraction of the dense primary cost)."""
+        """Returns (validation error, fraction of the dense primary cost); the error is 1 less what is maximised."""
         return 1.0 - point.val_accuracy, self.fraction(point)
 
     @property

@@ -39,6 +39,7 @@ from autoprune.search.state import (
     search_state,
     write_complete,
     write_current,
+    write_objective,
     write_total,
 )
 from autoprune.search.storage import open_storage, quiet_optuna, same_database, split_password
@@ -122,6 +123,7 @@ __all__ = [
     "write_facts",
     "write_measured",
     "write_notes",
+    "write_objective",
     "write_pick",
     "write_study_note",
     "write_total",

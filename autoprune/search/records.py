@@ -34,7 +34,7 @@ REASON = "reason"
 ABANDONED = "abandoned"
 WIDTHS = "widths"
 
-_ACCURACIES = {"val_accuracy": "val accuracy", "test_accuracy": "test accuracy"}
+_SCORES = {"val_accuracy": "val", "test_accuracy": "test"}
 _KEPT = {MACS: "MACs kept", PARAMS: "params kept", SIZE: "size kept", MEMORY: "memory kept", LATENCY: "latency kept"}
 """What the dashboard calls a result's numbers. Nothing reads these attributes back: the whole result holds them."""
 
@@ -167,7 +167,8 @@ def objectives(problem: Problem, result: TrialResult) -> tuple[float, float]:
 def fault(problem: Problem, result: TrialResult) -> str | None:
     """Returns why a result must not reach Optuna, which would let an infinite value dominate; None where it may."""
     if not result.finite:
-        return f"val_accuracy is {result.metrics.get('val_accuracy')}"
+        name = "val_accuracy" if problem.objective.percent else problem.objective.label("val")
+        return f"{name} is {result.metrics.get('val_accuracy')}"
     if not math.isfinite(objectives(problem, result)[1]):
         return f"{problem.budget.primary} is {result.costs[problem.budget.primary]}"
     return None
@@ -186,11 +187,13 @@ def candidate_attrs(candidate: Candidate) -> dict[str, Any]:
 def result_attrs(problem: Problem, result: TrialResult, *, reused: int | None = None) -> dict[str, Any]:
     """Returns the user attributes that a finished trial adds: readable numbers, and the whole result last.
 
-    Accuracies and what is kept of the dense network's costs are fractions of 1.
+    Accuracies and what is kept of the dense network's costs are fractions of 1; a metric of the user's own is as it is,
+    under its own name.
     """
     sizes = {group.name: group.size for group in problem.groups}
     dense = problem.cost_model.dense()
-    attrs: dict[str, Any] = {text: result.metrics[name] for name, text in _ACCURACIES.items() if name in result.metrics}
+    label, metrics = problem.objective.label, result.metrics
+    attrs: dict[str, Any] = {label(split): metrics[name] for name, split in _SCORES.items() if name in metrics}
     attrs |= {text: round(result.costs[name] / dense[name], 4) for name, text in _KEPT.items() if dense.get(name)}
     attrs[WIDTHS] = ", ".join(f"{name} {width}/{sizes.get(name, '?')}" for name, width in result.widths.items())
     if reused is not None:

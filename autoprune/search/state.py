@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autoprune.objective import ACCURACY, Objective
 from autoprune.search import records
 from autoprune.search.lease import LEASE, is_running
 from autoprune.search.study import RUNG, load_rung, rung_names, search_names
@@ -22,6 +23,7 @@ from autoprune.search.study import RUNG, load_rung, rung_names, search_names
 TOTAL = "autoprune.total"
 COMPLETE = "autoprune.complete"
 CURRENT = "autoprune.current_rung"
+OBJECTIVE = "autoprune.objective"
 _PACE = 20
 """Trials whose pace tells when a rung may end."""
 
@@ -32,8 +34,8 @@ class SearchState:
 
     `state` is `running` (a process holds its lease), `finished`, or `stopped` (the same command goes on). `holder`
     names the process. `done` of `total` distinct policies of `rung` are measured, `failed` trials of it failed; `total`
-    is None where an earlier version ran it. `best` is the rung's best validation accuracy, `seconds_left` is for the
-    rung alone and known while it runs.
+    is None where an earlier version ran it. `best` is the rung's best validation accuracy, or the best value of what
+    `objective` names in its place. `seconds_left` is for the rung alone and known while it runs.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SearchState:
     best: float | None
     seconds_left: float | None
     updated: datetime.datetime | None
+    objective: Objective = ACCURACY
 
     def to_json(self) -> dict[str, Any]:
         """Returns the state as plain JSON values."""
@@ -63,6 +66,17 @@ def write_current(first: Study, rung: str) -> None:
     """Stores with the first rung which one is being measured."""
     if first.user_attrs.get(CURRENT) != rung:
         first.set_user_attr(CURRENT, rung)
+
+
+def write_objective(first: Study, objective: Objective) -> None:
+    """Stores with the first rung what a metric of the user's own is called; where nothing is stored it is accuracy."""
+    if _objective(first) != objective:
+        first.set_user_attr(OBJECTIVE, objective.to_json())
+
+
+def _objective(first: Study) -> Objective:
+    stored = first.user_attrs.get(OBJECTIVE)
+    return ACCURACY if stored is None else Objective.from_json(stored)
 
 
 def write_complete(study: Study, complete: bool) -> None:
@@ -106,6 +120,7 @@ def search_state(storage: BaseStorage, search: str, *, side: Sequence[str] = ())
         best=max((1.0 - trial.values[0] for trial in complete), default=None),
         seconds_left=_seconds_left(complete, total - done) if holder is not None and total is not None else None,
         updated=max((t.datetime_complete for found in trials for t in found if t.datetime_complete), default=None),
+        objective=_objective(opened[0]),
     )
 
 

@@ -41,12 +41,13 @@ def study_name(search: str, rung: str) -> str:
     return f"{search}.{rung}"
 
 
-def reference_point() -> tuple[float, float]:
+def reference_point(worst: float = 0.0) -> tuple[float, float]:
     """Returns the (error, fraction of the dense primary cost) below which hypervolumes of this search are measured.
 
-    It is (1, 1), everything wrong at the dense network's cost, so that a point exactly on the budget counts too.
+    It is (1, 1), everything wrong at the dense network's cost, so that a point exactly on the budget counts too. Of a
+    metric of the user's own `worst` is the value from which on it counts; the search's facts hold that.
     """
-    return 1.0, 1.0
+    return 1.0 - worst, 1.0
 
 
 def open_study(
@@ -107,7 +108,7 @@ def _describe(study: Study, problem: Problem, sections: Mapping[str, str]) -> No
     search, _, rung = study.study_name.rpartition(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # set_metric_names
-        study.set_metric_names(["val_error", f"{key_of(problem.budget.primary)}_fraction"])
+        study.set_metric_names([problem.objective.stored_error, f"{key_of(problem.budget.primary)}_fraction"])
     attrs = {
         SCHEMA_KEY: SCHEMA,
         SECTIONS: dict(sections),

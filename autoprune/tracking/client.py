@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from autoprune.errors import TrackingError
+from autoprune.objective import ACCURACY, Objective
 from autoprune.tracking import records
 from autoprune.tracking.connection import connect, translated
 from autoprune.tracking.records import TrialRecord
@@ -298,7 +299,9 @@ class Tracker:
         with self._translated("finish the search in"):
             self._client.set_terminated(run_id, status)
 
-    def write_chart_view(self, search: str, *, rung: str, cost: str, params: Sequence[str]) -> str:
+    def write_chart_view(
+        self, search: str, *, rung: str, cost: str, params: Sequence[str], objective: Objective = ACCURACY
+    ) -> str:
         """Prepares the UI's chart page for one rung of a search.
 
         Args:
@@ -306,6 +309,7 @@ class Tracker:
             rung: Whose trials are drawn.
             cost: The metric on the x axis, such as `macs_fraction`.
             params: Parameters for the parallel coordinates, such as `ratio/layer1`, most telling first.
+            objective: What the metric `val_accuracy` is, for the charts' titles.
 
         Returns:
             The page's address after the server's own: put `ui_address` before it.
@@ -317,6 +321,7 @@ class Tracker:
             filter_text=_trials_of(search, rung),
             cost=records.safe_key(cost),
             params=[records.safe_key(name) for name in params],
+            objective=objective,
         )
         return self._write_view(f"{search}-{rung}", state, mode="CHART")
 

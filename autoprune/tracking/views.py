@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from autoprune.objective import ACCURACY, Objective
+
 WORKFLOW = "workflowType=machine_learning"
 """Opens the UI on its pages for training; without it, it may open on those for agents."""
 
@@ -22,7 +24,14 @@ _AXES = 14
 _TAGS = ("tags.`pareto`", "tags.`origin`")
 
 
-def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]:
+def chart_view(
+    *,
+    filter_text: str,
+    cost: str,
+    params: Sequence[str],
+    metrics: Sequence[str] = (),
+    objective: Objective = ACCURACY,
+) -> dict[str, Any]:
     """Returns the state of the page: a scatter of `val_accuracy` against `cost` and parallel coordinates.
 
     Args:
@@ -30,6 +39,7 @@ def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: S
         cost: The metric on the scatter's x axis, such as `macs_fraction`.
         params: Parameters that become axes; more than 14 cannot be read, the first ones are taken.
         metrics: Further metrics that become a column of the table and an axis.
+        objective: What `val_accuracy` is, for the charts' titles.
     """
     section = "autoprune-front"
     shown = ["val_accuracy", cost, *metrics]
@@ -42,7 +52,7 @@ def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: S
             "runsCountToCompare": 1000,
             "xaxis": _axis(cost),
             "yaxis": _axis("val_accuracy"),
-            "displayName": f"validation accuracy against {cost}",
+            "displayName": f"{objective.long('val')}{objective.hint} against {cost}",
             **common,
         },
         {
@@ -52,7 +62,7 @@ def chart_view(*, filter_text: str, cost: str, params: Sequence[str], metrics: S
             "selectedParams": axes,
             "selectedMetrics": [cost, "val_accuracy"],
             "showAllRuns": False,
-            "displayName": "ratios, cost and accuracy",
+            "displayName": f"ratios, cost and {objective.name}{objective.hint}",
             **common,
         },
     ]

@@ -199,7 +199,7 @@ class FakeTracker:
     def log_front(self, run: str, files: Mapping[str, Any], *, metrics: Mapping[str, float]) -> None:
         self.said += [("files", (run, set(files), dict(metrics))), ("page", files["front.html"])]
 
-    def write_chart_view(self, search: str, *, rung: str, cost: str, params: Any) -> str:
+    def write_chart_view(self, search: str, *, rung: str, cost: str, params: Any, objective: Any) -> str:
         self.said.append(("charts", (rung, cost, params)))
         return "/#/charts"
 

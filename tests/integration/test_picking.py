@@ -16,6 +16,7 @@ from autoprune.coordinator.registering import aliases_of, candidates
 from autoprune.coordinator.views import StoredSearch, view_of
 from autoprune.cost import COSTS
 from autoprune.errors import BudgetError, InputError, StudyError, TrackingError
+from autoprune.objective import Objective
 from autoprune.policy import Choice, Policy
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, TrialResult
@@ -105,8 +106,7 @@ def test_a_front_of_two_points_has_no_knee(search: StoredSearch) -> None:
         {},
         {"trial": 1, "knee": True},
         {"knee": True, "latency_ms": 1.0},
-        {"accuracy": 90.0},
-        {"accuracy": 0.0},
+        {"accuracy": float("inf")},
         {"latency_ms": 0.0},
         {"latency_ms": float("nan")},
         {"accuracy": float("nan")},
@@ -115,6 +115,24 @@ def test_a_front_of_two_points_has_no_knee(search: StoredSearch) -> None:
 def test_a_wish_that_says_nothing_or_two_things_or_nonsense_is_refused(wish: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Wish(**wish)
+
+
+@pytest.mark.parametrize("accuracy", [90.0, 0.0, -1.0])
+def test_an_accuracy_that_is_no_fraction_is_refused(accuracy: float, view: SearchView) -> None:
+    with pytest.raises(InputError, match=r"an accuracy is a fraction in \(0, 1\], got"):
+        chosen_trial(view, Wish(accuracy=accuracy))
+
+
+def test_the_least_value_of_an_own_metric_is_compared_as_it_is(view: SearchView) -> None:
+    own = replace(
+        view,
+        objective=Objective("negative_mae", percent=False),
+        trials=tuple(replace(p, val_accuracy=-1000 * (1 - p.val_accuracy)) for p in view.trials),
+    )
+    assert chosen_trial(own, Wish(accuracy=-70.001)) == 2
+    assert chosen_trial(own, Wish(accuracy=-180.001)) == 1
+    with pytest.raises(StudyError, match=r"negative_mae >= 5\. .*negative_mae -50\.00.*\(higher is better\)"):
+        chosen_trial(own, Wish(accuracy=5))
 
 
 def test_a_latency_that_was_not_measured_meets_no_limit(search: StoredSearch) -> None:

@@ -126,7 +126,7 @@ def test_a_finished_model_is_kept_where_there_is_a_folder_for_it(bench, tmp_path
 
 def test_a_score_that_is_not_finite_fails_the_trial(bench):
     broken = replace(bench, metric=lambda output, target: float("nan"))
-    with pytest.raises(TrialError, match="validation accuracy is nan"):
+    with pytest.raises(TrialError, match="validation metric is nan"):
         broken.evaluate(uniform_policy(bench.groups, 0.5, "l2"), SCREEN)
 
 
