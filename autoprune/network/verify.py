@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -82,9 +83,11 @@ class Shapes:
     """
 
     def __init__(self, network: Network) -> None:
-        self._network = replace(network, model=shapes_alone(network.model))
-        self._device = device_of(network.model)
-        self._dense_runs: bool | None = None
+        self._given, self._device = network, device_of(network.model)
+
+    @cached_property
+    def _network(self) -> Network:
+        return replace(self._given, model=shapes_alone(self._given.model))
 
     def run(self, selection: Selection) -> None:
         """Runs a copy that is cut to `selection`; it raises what the forward pass raises."""
@@ -94,21 +97,21 @@ class Shapes:
         """Returns the MACs of one sample in a copy that is cut to `selection`; it raises what the pass raises."""
         return macs_of_shapes(cut(self._network, selection), self._network.example_inputs, self._device)
 
-    @property
+    @cached_property
     def tell(self) -> bool:
         """Whether the dense network runs without numbers, so that a cut copy which does not is broken."""
-        if self._dense_runs is None:
-            try:
-                self.run({})
-                self._dense_runs = True
-            except Exception:  # whatever its code raises on tensors without numbers
-                self._dense_runs = False
-        return self._dense_runs
+        try:
+            self.run({})
+        except Exception:  # whatever its code raises on tensors without numbers
+            return False
+        return True
 
     def freeze(self, reasons: dict[str, str]) -> Shapes:
         """Returns the same with the groups in `reasons` frozen."""
         frozen = copy.copy(self)
-        frozen._network = self._network.freeze(reasons)
+        frozen._given = self._given.freeze(reasons)
+        if "_network" in vars(self):
+            vars(frozen)["_network"] = self._network.freeze(reasons)
         return frozen
 
 
@@ -181,8 +184,8 @@ def faults(network: Network, selection: Selection, shapes: Shapes | None) -> str
 
     `shapes` is `Shapes` of the network; None: MACs are not counted.
     """
-    if shapes is None:
-        return _fault(network, selection, _batches(network))
+    if shapes is None or not _is_large(network):  # a small one runs for real in less time than on fake tensors
+        return _fault(network, selection, _batches(network), counted=shapes is not None)
     try:
         counted = shapes.count(selection)
     except Exception as error:
