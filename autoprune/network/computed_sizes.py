@@ -42,7 +42,7 @@ def _calls(network: Network, broken: set[str]) -> tuple[Told, ...]:
         if group.name in broken:
             inside[group.offset : group.offset + group.size] = True
     by_module: dict[str, list[Size]] = {}
-    for size in network.record.literals:
+    for size in (size for size in network.record.literals if size.shapes):
         by_module.setdefault(size.module, []).append(size)
     wanted = {
         path: sizes for path, sizes in by_module.items() if any(_touches(network, size, inside) for size in sizes)

@@ -247,15 +247,20 @@ def layer_norm(
 def group_norm(
     tape: Tape, x: Value, groups: int, weight: Value | None = None, bias: Value | None = None, *_: Any
 ) -> Value:
-    """Groups stay equal; within a group removal shifts the statistics of the others."""
+    """Groups stay equal; within a group removal shifts the statistics of the others.
+
+    With a channel a group nothing is shared: channels go together with their groups.
+    """
     channels = x.dims[1]
     for param in (weight, bias):
         if isinstance(param, Value) and param.dims[0] is not None:
             tape.align(param.dims[0], channels, f"normalised at {tape.where} with a fixed width")
-    if channels is not None:
+    if channels is not None and groups < x.shape[1]:
         if groups > 1:
             tape.positions(channels, groups)
         tape.labels.approximate(channels, f"the GroupNorm {tape.where} averages over these channels")
+    for labels in x.dims[2:]:
+        tape.labels.approximate(labels, f"the GroupNorm {tape.where} averages over these channels")
     _norm_layer(tape, (weight, bias), channels)
     return Value(x.shape, x.dims)
 

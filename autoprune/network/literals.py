@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from autoprune.errors import CheckpointError
 from autoprune.network.labels import Labels, Value
@@ -22,6 +23,10 @@ SIZED = frozenset(["view", "_unsafe_view", "reshape", "unflatten", "expand", "sp
 """Operators whose arguments are sizes."""
 SPLITS = frozenset(["split_with_sizes", "split_with_sizes_copy", "unsafe_split_with_sizes"])
 """Operators that are told the sizes of their parts, one by one."""
+_TOLD_NORMS = frozenset(["layer_norm", "rms_norm"])
+"""Norms that are told the sizes of the last dimensions."""
+_CHANNEL_NORMS = frozenset(["group_norm", "batch_norm", "instance_norm"])
+"""Norms over dimension 1, of which PyTorch's modules write down the width, and one is told how many groups it has."""
 _NOT_WIDTHS = ("stride", "kernel", "pad", "dilat", "depth", "layers", "window", "patch", "image", "img", "resolution")
 """Parts of names that speak of space or of depth: never the number of channels."""
 
@@ -49,12 +54,12 @@ def width_attributes(module: nn.Module) -> dict[str, int]:
 
 
 def width_lists(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Returns the attributes of a module that are lists or tuples of at least two integers, such as widths of parts."""
+    """Returns the attributes of a module that are lists or tuples of integers, such as widths of parts."""
     return {
         name: tuple(value)
         for name, value in vars(module).items()
-        if type(value) in (list, tuple)
-        and len(value) > 1
+        if type(value) in (list, tuple, torch.Size)
+        and len(value) > 0
         and all(type(n) is int and n > 0 for n in value)
         and not any(part in name.lower() for part in _NOT_WIDTHS)
     }
@@ -73,6 +78,8 @@ def inferred_axis(node: torch.fx.Node, name: str, rank: int) -> int | None:
 
 def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> list[Size]:
     """Returns the sizes of labelled dimensions that a call writes down, in the order of the dimensions."""
+    if name in _TOLD_NORMS or name in _CHANNEL_NORMS:
+        return _norm_sizes(node, name, module, result)
     if name not in SIZED:
         return []
     found: list[Size] = []
@@ -98,6 +105,27 @@ def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> l
     return found
 
 
+def _norm_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> list[Size]:
+    """Returns the widths that a norm is told, or that its module repeats beside parameters that it may not have.
+
+    They have no shapes: a norm is no call that could be told other sizes.
+    """
+    if not isinstance(result, Value):
+        return []
+    if name in _CHANNEL_NORMS:
+        labels = result.dims[1]
+        told = name == "group_norm" and node.args[1] == result.shape[1]  # as many groups as channels
+        return [] if labels is None else [Size(module, result.shape[1], labels, node.name, (), 1, implied=not told)]
+    sizes: Any = node.args[1]
+    parts = tuple(int(n) for n in sizes)
+    dims = result.dims[len(result.dims) - len(parts) :]
+    return [
+        Size(module, parts[place], labels, node.name, (), place, parts)
+        for place, labels in enumerate(dims)
+        if labels is not None
+    ]
+
+
 def split_axis(node: torch.fx.Node, rank: int) -> int:
     """Returns the axis along which a call of split cuts."""
     axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
@@ -120,6 +148,10 @@ def following(model: nn.Module, sizes: Sequence[tuple[Size, Labels]]) -> tuple[A
         for name, parts in width_lists(modules[size.module]).items():
             if parts == size.parts:
                 found[size.module, name, size.axis] = Attribute(size.module, name, units, size.axis)
+        if size.implied:
+            if (own := _channels_of(modules[size.module])) is not None:
+                found[size.module, own, None] = Attribute(size.module, own, units)
+            continue
         known = dims.setdefault((size.module, size.number), [])
         if not any(_same(units, other) for other in known):
             known.append(units)
@@ -129,6 +161,13 @@ def following(model: nn.Module, sizes: Sequence[tuple[Size, Labels]]) -> tuple[A
                 counts_heads = "head" in name and "dim" not in name
                 found[module, name, None] = Attribute(module, name, choices[0 if counts_heads else -1])
     return tuple(found.values())
+
+
+def _channels_of(norm: nn.Module) -> str | None:
+    """Returns the attribute in which PyTorch's own norms keep their number of channels."""
+    if isinstance(norm, nn.GroupNorm):
+        return "num_channels"
+    return "num_features" if isinstance(norm, _NormBase) else None
 
 
 def _same(a: Labels, b: Labels) -> bool:

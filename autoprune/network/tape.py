@@ -60,8 +60,8 @@ class Layer:
 class Size:
     """A number in a call of `view` and its kin: the size of a dimension with labels, written down in a module.
 
-    `node` is the call, `shapes` are those of its results, and `axis` is the dimension, or the part of a split that is
-    told the sizes of its `parts` one by one.
+    `node` is the call, `shapes` are those of its results (none where it cannot be told sizes from outside), and `axis`
+    is the dimension, or the place among `parts`, the sizes that a split or a norm is told one by one.
     """
 
     module: str
@@ -73,6 +73,8 @@ class Size:
     parts: tuple[int, ...] = ()
     apart: bool = False
     """Whether the first dimension goes through the call as it is, so that this one holds nothing of the batch."""
+    implied: bool = False
+    """Whether the call is not told the size: only what PyTorch's own modules keep under its number is this size."""
 
 
 @dataclass(frozen=True, slots=True)
