@@ -42,14 +42,19 @@ def _calls(network: Network, broken: set[str]) -> tuple[Told, ...]:
         if group.name in broken:
             inside[group.offset : group.offset + group.size] = True
     by_module: dict[str, list[Size]] = {}
-    for size in (size for size in network.record.literals if size.shapes):
+    # PyTorch's own norms and recurrent modules know what they make by themselves.
+    known = {p for p, m in network.model.named_modules() if type(m).__module__.startswith("torch.nn.")}
+    for size in network.record.literals:
+        if not size.shapes or (size.made and size.module in known):
+            continue
         by_module.setdefault(size.module, []).append(size)
     wanted = {
         path: sizes for path, sizes in by_module.items() if any(_touches(network, size, inside) for size in sizes)
     }
     found: list[Told] = []
     for path, seen in _watched(network, wanted).items():
-        found += _matched(path, seen, wanted[path])
+        for made in (False, True):
+            found += _matched(path, seen[made], [size for size in wanted[path] if size.made == made])
     return tuple(found)
 
 
@@ -59,9 +64,11 @@ def _touches(network: Network, size: Size, inside: np.ndarray) -> bool:
 
 
 _Shapes = list[tuple[tuple[int, ...], ...]]
+_Seen = tuple[_Shapes, _Shapes]
+"""Shapes of the results of `view` and its kin, and of calls that are counted apart (`Size.made`)."""
 
 
-def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Shapes]:
+def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Seen]:
     """Returns what the calls that are told sizes give in the first forward pass of each module, in their order.
 
     A module whose second forward pass makes other calls, for it keeps something of the first, is left out: its calls
@@ -69,13 +76,13 @@ def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Shapes]:
     """
     model = copy.deepcopy(network.model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    seen: dict[str, _Shapes] = {}
+    seen: dict[str, _Seen] = {}
     for path in paths:
         module: Any = modules[path]
         forward = module.forward
 
         def watching(*args: Any, _path: str = path, _forward: Any = forward, **kwargs: Any) -> Any:
-            shapes: _Shapes = []
+            shapes: _Seen = ([], [])
             with Sizes({}, shapes):
                 result = _forward(*args, **kwargs)
             seen.setdefault(_path, shapes)
@@ -105,7 +112,7 @@ def _matched(path: str, seen: _Shapes, sizes: Sequence[Size]) -> list[Told]:
         # A dimension in which channels repeat for every image of a batch has no number of its own; one in which they
         # repeat for every pixel (a map that is flattened to a number that is written down) has.
         found += [
-            Told(path, call, size.axis, size.labels)
+            Told(path, -1 - call if size.made else call, size.axis, size.labels)
             for size in own
             if size.apart or len(np.unique(size.labels)) == len(size.labels)
         ]

@@ -76,6 +76,12 @@ def _product(tape: Tape, equation: str, tensors: Sequence[Value], *, counted: bo
     terms = inputs.split(",")
     if any(len(set(term)) < len(term) for term in (*terms, output)):
         raise NotImplementedError  # a diagonal
+    if len(terms) == 2:
+        a, b = tensors
+        for letter in set(terms[0]) & set(terms[1]):
+            i, k = terms[0].index(letter), terms[1].index(letter)
+            a, b = tape.met(a, i, b.dims[k]), tape.met(b, k, a.dims[i])
+        tensors = (a, b)
     labels: dict[str, Labels | None] = {}
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, tensors, strict=True):

@@ -6,10 +6,11 @@ Decides how aligned dimensions live and die together. Knows nothing of modules, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from autoprune.network.labels import Labels, Value
-from autoprune.network.tape import Rule, Tape
+from autoprune.network.tape import Made, Rule, Tape
 
 
 def _plain(tape: Tape, dims: Sequence[Labels | None]) -> Value:
@@ -33,23 +34,33 @@ def elementwise(tape: Tape, *args: Any, **_: Any) -> Value:
         if size == 1:
             continue
         seen: list[Labels | None] = []
+        made: list[tuple[Value, int]] = []
         for tensor in tensors:
             own = axis - (rank - len(tensor.shape))
-            if own >= 0 and tensor.shape[own] == size:
+            if own < 0 or tensor.shape[own] != size:
+                continue
+            if tensor.maker and tensor.dims[own] is None:
+                made.append((tensor, own))
+            else:
                 seen.append(tensor.dims[own])
         merged = seen[0] if seen else None
         for other in seen[1:]:
             if merged is not None or other is not None:
                 merged = tape.align(merged, other, f"combined at {tape.where} with a tensor of fixed width")
+        if merged is not None:
+            for tensor, own in made:
+                tape.fill(tensor, own, merged)
         dims[axis] = merged
-    return Value(tape.shape, tuple(dims))
+    alone = tensors[0] if len(tensors) == 1 and tensors[0].shape == tape.shape else None
+    return Value(tape.shape, tuple(dims), maker=alone.maker if alone else "", axes=alone.axes if alone else ())
 
 
 def same(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
     """Keeps the labels of every dimension that keeps its size (activations, copies, pooling over space)."""
     if len(x.shape) != len(tape.shape):
         raise NotImplementedError
-    return _plain(tape, x.dims)
+    value = _plain(tape, x.dims)
+    return replace(value, maker=x.maker, axes=x.axes) if x.maker and x.shape == tape.shape else value
 
 
 def spatial(rank: int) -> Rule:
@@ -80,7 +91,14 @@ def copy(tape: Tape, x: Value, source: Any = None, *_: Any, **__: Any) -> Value:
 
 def shape_only(tape: Tape, *_: Any, **__: Any) -> Value:
     """Makes a tensor out of nothing but a shape."""
-    return Value(tape.shape, (None,) * len(tape.shape), constant=True)
+    return Value(tape.shape, (None,) * len(tape.shape))
+
+
+def uniform(tape: Tape, *_: Any, **__: Any) -> Value:
+    """Makes a tensor that holds one number everywhere: it can be as wide as what it meets."""
+    rank = len(tape.shape)
+    tape.made[tape.node] = Made(tape.module, tape.shape, [None] * rank)
+    return Value(tape.shape, (None,) * rank, maker=tape.node, axes=tuple(range(rank)))
 
 
 UNARY = [

@@ -32,8 +32,10 @@ class Value:
     """Qualified name of the parameter or buffer that this tensor is, or is some rows of."""
     start: int = 0
     """The first of these rows."""
-    constant: bool = False
-    """Whether it was made out of nothing but its shape (zeros, ones)."""
+    maker: str = ""
+    """Node that made it out of nothing but its shape, the same number everywhere: its indices are all alike."""
+    axes: tuple[int, ...] = ()
+    """The dimension of what that node made that each dimension is."""
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.dims):

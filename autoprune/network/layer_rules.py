@@ -35,6 +35,8 @@ def _conv(tape: Tape, x: Value, weight: Value, bias: Value | None, *, groups: in
     axis = len(x.shape) - rank - 1
     for kernel in weight.dims[2:]:
         tape.labels.freeze(kernel, "kernel size")
+    if groups == 1:
+        x = tape.met(x, axis, weight.dims[0 if transposed else 1])
     join = _join_transposed if transposed else _join_channels
     kind, inputs, outputs, per_group = join(tape, x.dims[axis], weight, (x.shape[axis], tape.shape[axis], groups))
     made = np.tile(outputs, groups) if kind == "transposed" else outputs
@@ -187,6 +189,7 @@ def _same(own: Labels | None, other: Labels | None) -> bool:
 def linear(tape: Tape, x: Value, weight: Value, bias: Value | None = None) -> Value:
     """`(..., K) * (N, K) -> (..., N)`."""
     w_out, w_in = weight.dims[0], weight.dims[1]
+    x = tape.met(x, -1, w_in)
     if w_in is not None:
         tape.align(w_in, x.dims[-1], f"{tape.where} reads the model's input or a tensor of fixed width")
     outputs = w_out if w_out is not None else tape.fixed(weight.shape[0], "a single output")

@@ -8,7 +8,7 @@ channels go. A module such as `x.view(B, N, 3, self.num_heads, self.head_dim)` r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autoprune.errors import CheckpointError
 from autoprune.network.labels import Labels, Value
-from autoprune.network.tape import Size
+from autoprune.network.tape import Made, Size
 
 SIZED = frozenset(["view", "_unsafe_view", "reshape", "unflatten", "expand", "split_with_sizes"])
 """Operators whose arguments are sizes."""
@@ -105,22 +105,34 @@ def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> l
     return found
 
 
+def made_sizes(made: Mapping[str, Made]) -> list[Size]:
+    """Returns the sizes of tensors that modules make (zeros), where they met channels."""
+    return [
+        Size(own.module, own.shape[axis], labels, node, (own.shape,), axis, apart=axis > 0, made=True)
+        for node, own in made.items()
+        for axis, labels in enumerate(own.labels)
+        if labels is not None and not own.parts
+    ]
+
+
 def _norm_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> list[Size]:
     """Returns the widths that a norm is told, or that its module repeats beside parameters that it may not have.
 
-    They have no shapes: a norm is no call that could be told other sizes.
+    For these `axis` is the place among what the call is told.
     """
     if not isinstance(result, Value):
         return []
     if name in _CHANNEL_NORMS:
         labels = result.dims[1]
         told = name == "group_norm" and node.args[1] == result.shape[1]  # as many groups as channels
-        return [] if labels is None else [Size(module, result.shape[1], labels, node.name, (), 1, implied=not told)]
+        shapes = (result.shape,) if told else ()
+        size = None if labels is None else Size(module, len(labels), labels, node.name, shapes, 0)
+        return [] if size is None else [replace(size, apart=True, made=True, implied=not told)]
     sizes: Any = node.args[1]
     parts = tuple(int(n) for n in sizes)
     dims = result.dims[len(result.dims) - len(parts) :]
     return [
-        Size(module, parts[place], labels, node.name, (), place, parts)
+        Size(module, parts[place], labels, node.name, (result.shape,), place, parts, apart=True, made=True)
         for place, labels in enumerate(dims)
         if labels is not None
     ]
@@ -143,8 +155,8 @@ def following(model: nn.Module, sizes: Sequence[tuple[Size, Labels]]) -> tuple[A
     dims: dict[tuple[str, int], list[Labels]] = {}
     found: dict[tuple[str, str, int | None], Attribute] = {}
     for size, units in sizes:
-        if not (units >= 0).any():
-            continue
+        if not (units >= 0).any() or isinstance(modules[size.module], (nn.RNNBase, nn.RNNCellBase)):
+            continue  # a recurrent module's sizes are read from its parameters
         for name, parts in width_lists(modules[size.module]).items():
             if parts == size.parts:
                 found[size.module, name, size.axis] = Attribute(size.module, name, units, size.axis)
@@ -188,7 +200,7 @@ def set_attributes(model: nn.Module, values: Numbers) -> None:
     for path, attributes in values.items():
         module = modules.get(path)
         for name, value in attributes.items():
-            if module is None or name not in {**width_attributes(module), **width_lists(module)}:
+            if module is None or not (type(vars(module).get(name)) is int or name in width_lists(module)):
                 raise CheckpointError(f"the model has no module {path!r} with an integer attribute {name!r}")
             old = getattr(module, name)
             if not isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from autoprune.network.labels import Labels, Value
-from autoprune.network.tape import TAKEN_APART, Tape
+from autoprune.network.tape import TAKEN_APART, Made, Tape
 
 
 def permute(tape: Tape, x: Value, order: Sequence[int]) -> Value:
@@ -46,20 +46,42 @@ def concatenate(tape: Tape, tensors: Sequence[Value], dim: int = 0) -> Value:
     for k in range(rank):
         parts = [t.dims[k] for t in tensors]
         if k != axis:
-            merged = parts[0]
-            for other in parts[1:]:
-                if merged is not None or other is not None:
-                    merged = tape.align(merged, other, f"concatenated at {tape.where} beside a tensor of fixed width")
-            dims.append(merged)
+            dims.append(_beside(tape, tensors, k, "concatenated"))
         elif all(p is None for p in parts):
             dims.append(None)
         else:
-            filled = [
-                p if p is not None else tape.fixed(t.shape[k], f"a fixed part of the concatenation at {tape.where}")
-                for p, t in zip(parts, tensors, strict=True)
-            ]
-            dims.append(np.concatenate(filled))
+            dims.append(np.concatenate([_part(tape, t, k) for t in tensors]))
+    if any(t.maker for t in tensors) and all(d is None for t in tensors for d in t.dims):
+        # Zeros beside an input, such as a first state: what reads them tells them apart.
+        tape.made[tape.node] = Made(tape.module, tape.shape, [None] * rank, tuple(tensors), axis)
+        return Value(tape.shape, tuple(dims), maker=tape.node, axes=tuple(range(rank)))
     return Value(tape.shape, tuple(dims))
+
+
+def _part(tape: Tape, tensor: Value, axis: int) -> Labels:
+    """Returns the labels of one part of a concatenation; zeros may be as wide as they are needed behind it."""
+    known = tensor.dims[axis]
+    if known is not None:
+        return known
+    if tensor.maker and tensor.shape[axis] > 1:
+        labels = tape.labels.fresh(tensor.shape[axis])
+        tape.fill(tensor, axis, labels)
+        return labels
+    return tape.fixed(tensor.shape[axis], f"a fixed part of the concatenation at {tape.where}")
+
+
+def _beside(tape: Tape, tensors: Sequence[Value], axis: int, what: str) -> Labels | None:
+    """Joins one dimension of tensors that lie beside each other in another one."""
+    own = [t.dims[axis] for t in tensors if t.dims[axis] is not None or not t.maker]
+    merged = own[0] if own else None
+    for other in own[1:]:
+        if merged is not None or other is not None:
+            merged = tape.align(merged, other, f"{what} at {tape.where} beside a tensor of fixed width")
+    if merged is not None:
+        for tensor in tensors:
+            if tensor.maker and tensor.dims[axis] is None:
+                tape.fill(tensor, axis, merged)
+    return merged
 
 
 def chunk(tape: Tape, x: Value, size: Any = None, dim: int = 0) -> tuple[Value, ...]:
@@ -135,27 +157,26 @@ def select(tape: Tape, x: Value, dim: int, *_: Any) -> Value:
     """Takes one index of a dimension."""
     axis = dim % len(x.shape)
     tape.labels.freeze(x.dims[axis], f"a single channel is picked by its number at {tape.where}")
-    return Value(tape.shape, x.dims[:axis] + x.dims[axis + 1 :])
+    return _without(x, axis, tape.shape)
+
+
+def _without(x: Value, axis: int, shape: tuple[int, ...]) -> Value:
+    """Returns what is left of a tensor where one index of a dimension is taken."""
+    axes = x.axes[:axis] + x.axes[axis + 1 :]
+    return Value(shape, x.dims[:axis] + x.dims[axis + 1 :], maker=x.maker, axes=axes)
 
 
 def unbind(tape: Tape, x: Value, dim: int = 0) -> tuple[Value, ...]:
     """Takes every index of a dimension: their number is written into the model."""
     axis = dim % len(x.shape)
     tape.labels.freeze(x.dims[axis], f"{TAKEN_APART} at {tape.where}")
-    dims = x.dims[:axis] + x.dims[axis + 1 :]
-    return tuple(Value(shape, dims) for shape in tape.shapes)
+    return tuple(_without(x, axis, shape) for shape in tape.shapes)
 
 
 def stack(tape: Tape, tensors: Sequence[Value], dim: int = 0) -> Value:
     """Lays tensors of one shape side by side along a new dimension."""
     axis = dim % len(tape.shape)
-    dims: list[Labels | None] = []
-    for k in range(len(tape.shape) - 1):
-        merged = tensors[0].dims[k]
-        for other in tensors[1:]:
-            if merged is not None or other.dims[k] is not None:
-                merged = tape.align(merged, other.dims[k], f"stacked at {tape.where} beside a tensor of fixed width")
-        dims.append(merged)
+    dims = [_beside(tape, tensors, k, "stacked") for k in range(len(tape.shape) - 1)]
     return Value(tape.shape, (*dims[:axis], None, *dims[axis:]))
 
 

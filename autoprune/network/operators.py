@@ -252,9 +252,11 @@ def _follow(name: str, args: list[Any]) -> list[Any]:
             args[6] = args[0].shape[1]
     elif name.startswith("conv") and len(args) > 6:
         args[6] = args[0].shape[1] // args[1].shape[1]
-    elif name == "layer_norm":
+    elif name in ("layer_norm", "rms_norm"):
         count = len(args[1])
         args[1] = list(args[0].shape[-count:])
+    elif name == "group_norm":
+        args[1] = min(args[1], args[0].shape[1])  # fewer channels than groups: each was a group
     elif name in _RECURRENT:
         # The first states are made by the module, out of nothing but its own attributes.
         recurrent = args[2][1]  # (gates * hidden, states)

@@ -61,10 +61,8 @@ def _recurrent(tape: Tape, x: Value, state: Any, call: _Call) -> tuple[Value, ..
     hidden_size = first[0].shape[0] // call.gates
     hidden = tape.labels.fresh(hidden_size)
     shown = tape.labels.fresh(first[-1].shape[0]) if call.projected else hidden
-    for values in state if isinstance(state, (list, tuple)) else (state,):
-        if isinstance(values, Value) and not values.constant:
-            tape.labels.freeze(hidden, f"the initial state of {tape.where} is given from outside")
-            tape.labels.freeze(shown, f"the initial state of {tape.where} is given from outside")
+    for values, labels in zip(state if isinstance(state, (list, tuple)) else (state,), (shown, hidden), strict=False):
+        _start(tape, values, labels)
     steps = int(np.prod(x.shape[:-1]))
     inputs: Labels | None = x.dims[-1]
     for layer in range(call.layers):
@@ -72,10 +70,46 @@ def _recurrent(tape: Tape, x: Value, state: Any, call: _Call) -> tuple[Value, ..
             _cell(tape, call, call.of(layer * call.directions + direction), (inputs, hidden, shown), steps)
         inputs = np.tile(shown, call.directions)
     output = Value(tape.shapes[0], (*x.dims[:-1], inputs))
-    last = [Value(tape.shapes[1], (None, None, shown))]
+    before = (None,) * (len(tape.shapes[1]) - 1)
+    last = [Value(tape.shapes[1], (*before, shown))]
     if call.gates == 4:
-        last.append(Value(tape.shapes[2], (None, None, hidden)))
+        last.append(Value(tape.shapes[2], (*before, hidden)))
     return (output, *last)
+
+
+def _start(tape: Tape, state: Any, labels: Labels) -> None:
+    """Joins the units of an initial state `(layers, B, H)` or `(B, H)` with the hidden units that start from it.
+
+    Zeros follow; a state that is the model's input, or else of a fixed width, keeps the units.
+    """
+    if not isinstance(state, Value):
+        return
+    *others, own = state.dims
+    for layers in others:
+        tape.labels.freeze(layers, f"it is the number of layers of {tape.where}, or the batch")
+    if own is not None:
+        tape.labels.join(own, labels)
+    elif not tape.fill(state, len(others), labels):
+        tape.labels.freeze(labels, f"the initial state of {tape.where} is given from outside")
+
+
+def _cell_rule(name: str) -> Rule:
+    """Returns the rule of one step: `(B, K)` and the state `(B, H)` give the next state."""
+
+    def rule(
+        tape: Tape, x: Value, state: Any, w_ih: Value, w_hh: Value, *biases: Value | None, **_: Any
+    ) -> Value | tuple[Value, ...]:
+        weights = (w_ih, w_hh, *(b for b in biases if b is not None))
+        call = _Call(_GATES[name], weights, len(weights) == 4, 1, 1, False)
+        hidden = w_hh.dims[1] if w_hh.dims[1] is not None else tape.labels.fresh(w_hh.shape[1])
+        states = state if isinstance(state, (list, tuple)) else (state,)
+        for values in states:
+            _start(tape, values, hidden)
+        _cell(tape, call, weights, (x.dims[-1], hidden, hidden), int(np.prod(x.shape[:-1])))
+        found = tuple(Value(shape, (*(None,) * (len(shape) - 1), hidden)) for shape in tape.shapes)
+        return found if len(found) > 1 else found[0]
+
+    return rule
 
 
 def _cell(
@@ -127,8 +161,11 @@ def _layer(tape: Tape, weight: Value, inputs: Labels | None, outputs: Labels, bi
     )
 
 
-def refresh_recurrent(module: nn.RNNBase) -> None:
+def refresh_recurrent(module: nn.RNNBase | nn.RNNCellBase) -> None:
     """Makes a recurrent module's sizes and flat list of weights say what its parameters say."""
+    if isinstance(module, nn.RNNCellBase):
+        module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+        return
     gates = _GATES[module.mode.lower()]
     w_hh = module.weight_hh_l0
     assert isinstance(w_hh, nn.Parameter)
@@ -141,4 +178,7 @@ def refresh_recurrent(module: nn.RNNBase) -> None:
     module._init_flat_weights()
 
 
-RECURRENT_RULES: dict[str, Callable[..., Any]] = {name: _rule(name) for name in _GATES}
+RECURRENT_RULES: dict[str, Callable[..., Any]] = {
+    **{name: _rule(name) for name in _GATES},
+    **{f"{name}_cell": _cell_rule(name) for name in _GATES},
+}

@@ -21,6 +21,7 @@ from autoprune.network.elementwise_rules import (
     same,
     shape_only,
     spatial,
+    uniform,
 )
 from autoprune.network.layer_rules import (
     batch_norm,
@@ -169,16 +170,10 @@ RULES: dict[str, Rule] = {
     "einsum": einsum,
     **dict.fromkeys(
         (
-            "zeros",
-            "ones",
-            "full",
             "arange",
             "empty",
             "rand",
             "randn",
-            "new_zeros",
-            "new_ones",
-            "new_full",
             "new_empty",
             "linspace",
             "eye",
@@ -186,6 +181,7 @@ RULES: dict[str, Rule] = {
         ),
         shape_only,
     ),
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full"), uniform),
 }
 
 

@@ -161,7 +161,7 @@ def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
         first, second = module.weight.shape[0], module.weight.shape[1] * module.groups
         module.in_channels, module.out_channels = (first, second) if transposed else (second, first)
-    elif isinstance(module, nn.RNNBase):
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         refresh_recurrent(module)
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

@@ -6,7 +6,7 @@ Decides what is written down about a network. Knows no operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoprune.network.labels import Labels, LabelStore, Value
@@ -73,6 +73,8 @@ class Size:
     parts: tuple[int, ...] = ()
     apart: bool = False
     """Whether the first dimension goes through the call as it is, so that this one holds nothing of the batch."""
+    made: bool = False
+    """Whether the call makes a tensor, or is a norm: these are counted apart from `view` and its kin."""
     implied: bool = False
     """Whether the call is not told the size: only what PyTorch's own modules keep under its number is this size."""
 
@@ -92,6 +94,20 @@ class Query:
 
 
 @dataclass(slots=True)
+class Made:
+    """A tensor that a module made out of nothing but its `shape` (zeros), and the labels that its dimensions met.
+
+    Or one that was put together along `axis` out of `parts`, among which there are such tensors.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    labels: list[Labels | None]
+    parts: tuple[Value, ...] = ()
+    axis: int = 0
+
+
+@dataclass(slots=True)
 class Tape:
     """What the rules write to."""
 
@@ -99,8 +115,12 @@ class Tape:
     layers: list[Layer] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    made: dict[str, Made] = field(default_factory=dict)
+    """What was made out of nothing but a shape, by node."""
     node: str = ""
     """Name of the node at work."""
+    module: str = ""
+    """Path of the module at work; the root's is empty."""
     where: str = ""
     """Module path of the node at work, for reasons that a person reads."""
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -142,6 +162,46 @@ class Tape:
             return a if a is not None else b
         self.labels.join(a, b)
         return a
+
+    def fill(self, value: Value, axis: int, labels: Labels) -> bool:
+        """Makes a dimension of a tensor of zeros or the like as wide as what it meets; False where it is no such one.
+
+        Its indices are all alike: it can be of any size, once the call that makes it is told another one.
+        """
+        made = self.made.get(value.maker)
+        if made is None:
+            return False
+        place = value.axes[axis]
+        known = made.labels[place]
+        if known is not None:
+            self.labels.join(known, labels)
+            return True
+        made.labels[place] = labels
+        start = 0
+        for part in made.parts:
+            stop = start + part.shape[made.axis]
+            own = labels[start:stop] if place == made.axis else labels
+            if len(own) == part.shape[place] and not self.fill(part, place, own):
+                self.labels.freeze(own, f"a fixed part of the concatenation at {self.where}")
+            start = stop
+        return True
+
+    def met(self, value: Value, axis: int, labels: Labels | None) -> Value:
+        """Returns a tensor that is read by something with `labels` along a dimension: see `fill`."""
+        if labels is None or not value.maker or value.dims[axis] is not None or len(labels) != value.shape[axis]:
+            return value
+        self.fill(value, axis, labels)
+        found: Value = self.current(value)
+        return found
+
+    def current(self, value: Any) -> Any:
+        """Returns a value with the labels that what made it has met by now."""
+        made = self.made.get(value.maker) if isinstance(value, Value) else None
+        if made is None:
+            return value
+        return replace(
+            value, dims=tuple(made.labels[k] if d is None else d for k, d in zip(value.axes, value.dims, strict=True))
+        )
 
     def freeze_all(self, values: Any, reason: str) -> None:
         """Freezes every label of every tensor in `values`."""

@@ -26,6 +26,9 @@ from autoprune.network.trace import Network
 Numbers = Mapping[str, Mapping[str, Mapping[str, int]]]
 """Module path → number of the call in its forward pass → axis → size; numbers as text, for JSON."""
 _FUNCTIONS = frozenset(["view", "reshape", "unflatten", "expand", "split", "split_with_sizes"])
+_MAKERS = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full"])
+_NORMS = frozenset(["layer_norm", "rms_norm", "group_norm"])
+"""Counted apart, from -1 downwards: numbers of models that were saved before these were told stay right."""
 
 
 @contextmanager
@@ -71,25 +74,35 @@ def _made(base: Any) -> Any:
 
 
 class Sizes(TorchFunctionMode):
-    """Puts the sizes of `told` into the calls that are told sizes, which it counts; `seen` gets every such result."""
+    """Puts the sizes of `told` into the calls that are told sizes, which it counts; `seen` gets every such result, and
+    apart from them those that are counted from -1 downwards.
+    """
 
-    def __init__(self, told: Mapping[int, Mapping[int, int]], seen: list[tuple[tuple[int, ...], ...]] | None = None):
+    def __init__(
+        self,
+        told: Mapping[int, Mapping[int, int]],
+        seen: tuple[list[tuple[tuple[int, ...], ...]], list[tuple[tuple[int, ...], ...]]] | None = None,
+    ):
         super().__init__()
-        self._told, self._seen, self._count = told, seen, 0
+        self._told, self._seen, self._count, self._made = told, seen, 0, 0
         self.paused = False
         """Whether the calls are those of a hook; see `uncounted`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = None if self.paused else _parsed(func, args, kwargs or {})
+        apart = None if self.paused else _parsed_apart(func, args, kwargs or {})
+        call = apart or (None if self.paused else _parsed(func, args, kwargs or {}))
         if call is None:
             return func(*args, **(kwargs or {}))
         first, sizes, again = call
-        own = self._told.get(self._count, {})
-        self._count += 1
+        own = self._told.get(self._count if apart is None else -1 - self._made, {})
+        if apart is None:
+            self._count += 1
+        else:
+            self._made += 1
         result = again([n if _is(n, -1) else own.get(first + k, n) for k, n in enumerate(sizes)])
         if self._seen is not None:
             parts = result if isinstance(result, (tuple, list)) else [result]
-            self._seen.append(tuple(tuple(int(n) for n in part.shape) for part in parts))
+            self._seen[apart is not None].append(tuple(tuple(int(n) for n in part.shape) for part in parts))
         return result
 
 
@@ -118,6 +131,34 @@ def _parsed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call |
     if not all(isinstance(n, (int, torch.SymInt, Tensor)) for n in sizes):
         return None  # another type, not another shape; `torch.jit.trace` makes tensors of sizes
     return 0, sizes, lambda sizes: func(x, sizes, **kwargs)
+
+
+def _parsed_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+    """Returns the parts of a call that makes a tensor of a size (zeros), or of a norm that is told a width."""
+    name = getattr(func, "__name__", "")
+    if name in _NORMS:
+        if len(args) < 2:
+            return None
+        listed = isinstance(args[1], (tuple, list))
+        return (
+            0,
+            list(args[1]) if listed else [args[1]],
+            lambda sizes: func(args[0], sizes if listed else sizes[0], *args[2:], **kwargs),
+        )
+    if name not in _MAKERS:
+        return None
+    before = args[: int(name.startswith("new_"))]
+    rest = args[len(before) :]
+    if "size" in kwargs:
+        sizes, after = kwargs["size"], rest
+    elif rest and isinstance(rest[0], (tuple, list)):
+        sizes, after = rest[0], rest[1:]
+    else:
+        sizes, after = rest, ()
+    if not all(isinstance(n, (int, torch.SymInt)) for n in sizes):
+        return None
+    others = {key: value for key, value in kwargs.items() if key != "size"}
+    return 0, list(sizes), lambda sizes: func(*before, tuple(sizes), *after, **others)
 
 
 def tell(model: nn.Module, numbers: Numbers) -> nn.Module:

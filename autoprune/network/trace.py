@@ -45,6 +45,7 @@ from autoprune.network.literals import (
     Attribute,
     following,
     inferred_axis,
+    made_sizes,
     width_attributes,
     width_lists,
     written_sizes,
@@ -294,8 +295,10 @@ def walk(
         elif node.op == "get_attr":
             env[node] = None
         elif node.op == "output":
-            for value in tree_leaves(torch.fx.map_arg(node.args, lambda n: env[n])):
+            for value in tree_leaves(torch.fx.map_arg(node.args, lambda n: tape.current(env[n]))):
                 tape.freeze_all(value, "the model's output")
+    env.update({node: tape.current(value) for node, value in env.items()})
+    tape.literals += made_sizes(tape.made)
     for name, tensor in state.items():
         if name not in parameters and not _is_alias(tensor, parameters, state):
             # What the forward pass never reads still has a size.
@@ -357,7 +360,8 @@ def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[Any]],
     """Tells the tape what the rules of reshaping and of attention need to know about a call."""
     name = operator_name(node.target)
     result = node.meta.get("val")
-    tape.sizes = widths.get(module_path(node), frozenset())
+    tape.module = module_path(node)
+    tape.sizes = widths.get(tape.module, frozenset())
     tape.told = name in SPLITS
     tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
     tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
@@ -371,8 +375,8 @@ def _without_kernel(value: Value, name: str, parameters: dict[str, Parameter]) -
 
 
 def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any:
-    args = torch.fx.map_arg(node.args, lambda n: env[n])
-    kwargs = torch.fx.map_arg(node.kwargs, lambda n: env[n])
+    args = torch.fx.map_arg(node.args, lambda n: tape.current(env[n]))
+    kwargs = torch.fx.map_arg(node.kwargs, lambda n: tape.current(env[n]))
     if node.target is operator.getitem:
         source = args[0]
         return source[int(str(args[1]))] if isinstance(source, (tuple, list)) else None

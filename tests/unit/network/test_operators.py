@@ -209,7 +209,7 @@ FROZEN = {
     "no rule for the operator aten.sort": lambda m, y: y.sort(1).values,
     "no rule for the operator aten.gather": lambda m, y: y.gather(1, torch.zeros(2, 8, 8, 8, dtype=torch.long)),
     "no rule for the operator aten.scatter": lambda m, y: y.scatter(1, torch.zeros(2, 1, 8, 8, dtype=torch.long), 0.5),
-    "a tensor of fixed width": lambda m, y: torch.zeros(2, 8, 8, 8).copy_(y),
+    "a tensor of fixed width": lambda m, y: torch.arange(8.0).view(1, 8, 1, 1).expand(2, 8, 8, 8).clone().copy_(y),
     "filters them by a constant": lambda m, y: F.conv2d(y, torch.ones(8, 1, 3, 3) / 9, padding=1, groups=8),
 }
 

@@ -414,16 +414,17 @@ def test_a_literal_pad_along_channels_freezes_all_that_is_added_to_it_and_names_
         assert reason(network, name).startswith("padded along channels by a constant"), name
 
 
-def test_zeros_concatenated_by_a_literal_width_freeze_the_sum(exact):
+def test_zeros_concatenated_by_a_literal_width_are_told_another_one(exact):
     def wiring(m, x):
         y = m.a(x)
         wide = torch.cat([y, torch.zeros(y.shape[0], 4, *y.shape[2:])], 1)
         return m.fc((wide + m.b(x)).mean((2, 3)))
 
     network = exact(Wired(wiring, a=conv(3, 4), b=conv(3, 8), fc=nn.Linear(8, 5)), X)
-    # The channels of `a` are joined with the first four of `b`; the other four are added to zeros that stay.
-    assert sizes(network) == {"a": 4}
+    # The channels of `a` are joined with the first four of `b`; the other four are added to zeros that follow.
+    assert sizes(network) == {"a": 4, "b": 4}
     assert network.group("a").producers == ("a", "b")
+    assert network.group("b").producers == ("b",)
 
 
 def test_a_module_that_is_called_twice_is_one_layer_with_twice_the_macs(exact):
