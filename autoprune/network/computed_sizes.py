@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoprune.network.checked_widths import with_checked_widths
 from autoprune.network.groups import assemble
 from autoprune.network.tape import Size
 from autoprune.network.telling import Sizes, tell, told_numbers
@@ -31,7 +32,7 @@ def with_told_sizes(network: Network) -> Network:
         return network
     whole = replace(whole, told=told)
     dense = told_numbers(whole, np.ones(sum(group.size for group in whole.groups), dtype=bool))
-    again = verified(replace(whole, model=tell(copy.deepcopy(network.model), dense)))
+    again = verified(replace(whole, model=tell(copy.deepcopy(network.model), dense)), heal=with_checked_widths)
     return again if len(again.groups) > len(network.groups) else network
 
 

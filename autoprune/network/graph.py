@@ -261,10 +261,14 @@ def norm_behind(node: torch.fx.Node, named: dict[str, str]) -> str | None:
 
 def module_path(node: torch.fx.Node) -> str:
     """Returns the path of the module whose forward pass made a node; the root's is empty."""
-    path = ""
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        path = entry[0] if isinstance(entry, tuple) else str(entry)
-    return re.sub(r"@\d+", "", path)  # a module's second call is written with a number
+    return next(reversed(module_paths(node)), "")
+
+
+def module_paths(node: torch.fx.Node) -> list[str]:
+    """Returns the paths of the modules whose forward passes were under way when a node was made, outermost first."""
+    entries = (node.meta.get("nn_module_stack") or {}).values()
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in entries]
+    return [re.sub(r"@\d+", "", path) for path in paths]  # a module's second call is written with a number
 
 
 def place_of(node: torch.fx.Node) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from autoprune.cost import CostModel
 from autoprune.network.labels import Labels, Solution
 from autoprune.network.pricing import cost_model
-from autoprune.network.tape import TAKEN_APART, Layer, Product, Query, Size
+from autoprune.network.tape import TAKEN_APART, Layer, Product, Query, Size, Width
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,8 @@ class Record:
     literals: tuple[Size, ...] = ()
     queries: tuple[Query, ...] = ()
     contracted: tuple[Labels, ...] = ()
+    widths: tuple[Width, ...] = ()
+    """What integer attributes of the modules with code of their own may be the size of."""
     computed: tuple[tuple[str, int, str], ...] = ()
     """Layers whose weight is no parameter: where, how many outputs, why they stay."""
 

@@ -80,6 +80,19 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Width:
+    """A number that an attribute of `module` has, and a dimension of this size of something that the module works on.
+
+    `name` is the attribute where it is known to follow the dimension.
+    """
+
+    module: str
+    number: int
+    labels: Labels
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """Queries of an attention whose scale follows from their width: the rows of a parameter that make them.
 

@@ -6,7 +6,7 @@ Decides how a module becomes a `Network`. Everything after that is arithmetic on
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from autoprune.network.graph import (
     lays_out_itself,
     live_tensors,
     module_path,
+    module_paths,
     norm_behind,
     place_of,
 )
@@ -52,7 +53,7 @@ from autoprune.network.literals import (
 )
 from autoprune.network.queries import query_rows
 from autoprune.network.rules import RULES, operator_name
-from autoprune.network.tape import Product, Tape
+from autoprune.network.tape import Product, Tape, Width
 from autoprune.policy import CHANNEL
 
 
@@ -85,6 +86,8 @@ class Network:
     """Groups that may lose all of their channels, as `blocks.with_removable` found them."""
     told: tuple[Told, ...] = ()
     """Sizes that modules cannot know by themselves, as `computed_sizes.with_told_sizes` found them."""
+    checked: tuple[Width, ...] = ()
+    """Attributes that modules compare with a width, as `checked_widths` found them."""
     followers: tuple[Attribute, ...] | None = None
     """What `attributes` returns of a network that was cut before: its numbers do not name dimensions any more."""
     channels_last: bool = True
@@ -127,7 +130,9 @@ class Network:
         """Integer attributes of modules that must follow when channels go."""
         if self.followers is not None:
             return self.followers
-        return following(self.model, [(size, self.units_of(size.labels)) for size in self.record.literals])
+        sizes = [(size, self.units_of(size.labels)) for size in self.record.literals]
+        checked = (Attribute(width.module, width.name, self.units_of(width.labels)) for width in self.checked)
+        return (*following(self.model, sizes), *(own for own in checked if (own.units >= 0).any()))
 
     def group(self, name: str) -> PruningGroup:
         """Returns the group called `name`.
@@ -205,15 +210,21 @@ def _verified(network: Network, *, ruled: bool) -> Network:
     """Verifies a network, whose operators all have a rule where it is `ruled`: then pruned copies tell whether MACs are
     those that are predicted, and the dense network is counted only where they are not.
     """
-    from autoprune.network.computed_sizes import with_told_sizes
-    from autoprune.network.verify import verified
-
     if ruled:
-        found = with_told_sizes(verified(network))
+        found = _freed(network)
         if not found.broken:
             return found
     whole = _with_uncounted(network)
-    return found if ruled and whole is network else with_told_sizes(verified(whole))
+    return found if ruled and whole is network else _freed(whole)
+
+
+def _freed(network: Network) -> Network:
+    """Verifies a network, with attributes following and sizes told where that lets pruned copies run."""
+    from autoprune.network.checked_widths import with_checked_widths, with_checks_of_single_groups
+    from autoprune.network.computed_sizes import with_told_sizes
+    from autoprune.network.verify import verified
+
+    return with_checks_of_single_groups(with_told_sizes(verified(network, heal=with_checked_widths)))
 
 
 def _with_uncounted(network: Network) -> Network:
@@ -276,6 +287,10 @@ def walk(
         path: frozenset([*width_attributes(module).values(), *width_lists(module).values()])
         for path, module in model.named_modules()
     }
+    # PyTorch's own modules have their sizes from their parameters.
+    own_code = {p: m for p, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")}
+    numbers = {path: found for path, module in own_code.items() if (found := set(width_attributes(module).values()))}
+    widths_met: dict[tuple[str, int, bytes], Width] = {}
     kernels = kernel_weights(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -291,6 +306,7 @@ def walk(
             _prepare(tape, node, widths, named)
             tape.norm = norm_behind(node, named)
             env[node] = _call(tape, node, env)
+            _meet(widths_met, numbers, node, env)
             tape.literals += written_sizes(node, operator_name(node.target), module_path(node), env[node])
         elif node.op == "get_attr":
             env[node] = None
@@ -320,9 +336,27 @@ def walk(
         literals=tuple(tape.literals),
         queries=tuple(tape.queries),
         contracted=tuple(tape.contracted),
+        widths=tuple(widths_met.values()),
         computed=tuple(dict.fromkeys(tape.computed)),
     )
     return record, tape.unknown
+
+
+def _meet(
+    met: dict[tuple[str, int, bytes], Width],
+    numbers: Mapping[str, set[int]],
+    node: torch.fx.Node,
+    env: dict[torch.fx.Node, Any],
+) -> None:
+    """Writes down the dimensions of a call's tensors that are as large as an attribute of a module under way."""
+    paths = [path for path in module_paths(node) if path in numbers]
+    if not paths:
+        return
+    values = [value for one in (*node.all_input_nodes, node) for value in tree_leaves(env.get(one))]
+    for labels in (d for value in values if isinstance(value, Value) for d in value.dims if d is not None):
+        for path in paths:
+            if len(labels) in numbers[path]:
+                met.setdefault((path, len(labels), labels.tobytes()), Width(path, len(labels), labels))
 
 
 def unsaved_buffers(model: nn.Module) -> set[str]:

@@ -35,14 +35,16 @@ from autoprune.network.complexity import count_macs
 from autoprune.network.groups import LiveTensor, Parameter, Record, assemble
 from autoprune.network.labels import Solution
 from autoprune.network.masks import mask_assembly
-from autoprune.network.tape import Layer, Product, Query, Size
+from autoprune.network.tape import Layer, Product, Query, Size, Width
 from autoprune.network.telling import tell, told_numbers
 from autoprune.network.trace import Network, Told, trace, unsaved_buffers
 from autoprune.network.verify import verified
 from autoprune.policy import CHANNEL, digest
 
 SCHEMA = 1
-_KINDS = {kind.__name__: kind for kind in (Record, Solution, Layer, Product, Parameter, LiveTensor, Size, Query, Told)}
+_KINDS = {
+    kind.__name__: kind for kind in (Record, Solution, Layer, Product, Parameter, LiveTensor, Size, Query, Told, Width)
+}
 """The values that a file may hold besides numbers, texts, sequences and arrays."""
 
 Note = Callable[[str], None]
@@ -174,6 +176,7 @@ def write_trace(path: Path, network: Network) -> None:
         "broken": network.broken,
         "notes": list(network.notes),
         "told": told,
+        "checked": [arrays.encode(width) for width in network.checked],
         "pruning": network.pruning,
     }
     numbers, places = arrays.joined()
@@ -203,10 +206,11 @@ def read_trace(path: Path, model: nn.Module, example: Tensor) -> Network:
         decode = _decoder(state["numbers"].numpy(), content["arrays"])
         record, broken, pruning = decode(content["record"]), dict(content["broken"]), str(content["pruning"])
         told, notes = tuple(decode(t) for t in content["told"]), tuple(content["notes"])
+        checked = tuple(decode(width) for width in content["checked"])
         network = _network(prunable(model), example, record, broken=broken, pruning=pruning)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold a trace: {type(error).__name__}: {error}") from error
-    network = replace(network, notes=notes, told=told)
+    network = replace(network, notes=notes, told=told, checked=checked)
     if told:
         dense = told_numbers(network, np.ones(sum(group.size for group in network.groups), dtype=bool))
         network = replace(network, model=tell(copy.deepcopy(network.model), dense))

@@ -31,11 +31,16 @@ LARGE = 2 * 10**9
 """A network that spends more MACs on the batch that it was traced with is verified in fewer passes of fewer samples."""
 
 
-def verified(network: Network) -> Network:
+Heal = Callable[[Network, "list[str]"], Network]
+"""Returns a network of which copies run without some channels of the named groups, or as much of that as can be had."""
+
+
+def verified(network: Network, heal: Heal | None = None) -> Network:
     """Returns the network with every group frozen that does not survive pruning, with the reason.
 
     Groups that must equal their masked twin are compared with it first; then all are tried, unless these are all. MACs
     are counted with all of them. Of a large network both is tried at once, and one after the other where that fails.
+    Where copies do not run it is tried to `heal` that before the guilty groups are looked for.
     """
     shapes = Shapes(network)
     exact = [group.name for group in network.groups if not group.approximate]
@@ -49,7 +54,12 @@ def verified(network: Network) -> Network:
         left = {group.name for group in network.groups}
         tried = [name for name in names if name in left]
         uncounted = tried if names is exact and exact != whole else None
-        reasons = bisected(_checked(network, shapes, uncounted), tried)
+        fault = _checked(network, shapes, uncounted)(tried) if tried else None
+        if fault is not None and fault.startswith(BREAKS) and heal is not None:
+            healed = heal(network, tried)
+            if healed is not network:
+                network, shapes = healed, Shapes(healed)
+        reasons = {} if fault is None else bisected(_checked(network, shapes, uncounted), tried)
         if reasons:
             network, shapes = network.freeze(reasons), shapes.freeze(reasons)
     return network
@@ -96,6 +106,14 @@ class Shapes:
     def count(self, selection: Selection) -> int:
         """Returns the MACs of one sample in a copy that is cut to `selection`; it raises what the pass raises."""
         return macs_of_shapes(cut(self._network, selection), self._network.example_inputs, self._device)
+
+    def cut(self, network: Network, selection: Selection) -> nn.Module:
+        """Returns a copy without numbers that is cut to `selection` of another network over the same model."""
+        return cut(replace(network, model=self._network.model), selection)
+
+    def run_cut(self, model: nn.Module) -> None:
+        """Runs what `cut` returned, once; it raises what the forward pass raises."""
+        run_shapes(model, self._network.example_inputs, self._device)
 
     @cached_property
     def tell(self) -> bool:
