@@ -5,7 +5,6 @@ Decides how live objects take the place of a space file's sections.
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from autoprune.coordinator.views import make_home
 from autoprune.errors import InputError
 from autoprune.network import pipeline
 from autoprune.network.attention import replace_attention
+from autoprune.network.copies import deep_copy
 from autoprune.network.data import as_splits
 from autoprune.network.evaluation import check_task
 from autoprune.space import Space
@@ -96,7 +96,7 @@ def search(
     check_task(splits, loss=loss, metric=metric)
     key = pipeline.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
-    dense = replace_attention(copy.deepcopy(model).cpu()).eval()
+    dense = replace_attention(deep_copy(model).cpu()).eval()
     ingredients = pipeline.fitting(pipeline.Ingredients(dense, splits, origin, key, loss, metric))
     sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:

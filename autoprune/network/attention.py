@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoprune.network.copies import keeps_graph, without_graph
+
 
 class MultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` with any number of heads of any width, always by `scaled_dot_product_attention` or in
@@ -278,10 +280,13 @@ def replace_attention(model: nn.Module) -> nn.Module:
 
 
 def prunable(model: nn.Module) -> nn.Module:
-    """Returns `model` itself, or a copy with our attention modules where it has some that cannot lose heads.
+    """Returns `model` itself, or a copy with our attention modules where it has some that cannot lose heads, and
+    without what earlier passes left on modules with gradients attached.
 
     The copy has the very parameters and buffers of `model`: what is trained, loaded or moved in one is so in the other.
     """
+    if keeps_graph(model):
+        model = without_graph(model)
     if not replaceable(model):
         return model
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]

@@ -13,7 +13,6 @@ the search learns it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.surgery import Selection, ignoring
 from autoprune.network.trace import Network, evaluating
 from autoprune.network.verify import Shapes, bisected, faults, halved, informative, relative_error
@@ -62,7 +62,7 @@ _NONE = np.empty(0, dtype=np.int64)
 
 def _lively(model: nn.Module) -> nn.Module:
     """Returns a copy in which no parameter is all zeros, as heads and residual scales are when training begins."""
-    twin = copy.deepcopy(model)
+    twin = deep_copy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():

@@ -8,7 +8,6 @@ ViT-B/16). No module of a person's ever meets the meta device: code that makes c
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.network.copies import sharing_copy
+from autoprune.network.copies import deep_copy, sharing_copy
 from autoprune.network.graph import unlogged
 from autoprune.network.trace import device_of, evaluating, unsaved_buffers
 
@@ -104,12 +103,12 @@ def _recurrent_flops(x: Any, w_ih: Any, w_hh: Any, *args: Any, **kwargs: Any) ->
 
 def shapes_alone(model: nn.Module) -> nn.Module:
     """Returns a copy without numbers, to be cut and handed to `run_shapes`: its tensors lie on the meta device."""
-    memo: dict[int, object] = {}  # `Module.to` would untie tied parameters, after numbers were copied
+    memo: dict[int, Any] = {}  # `Module.to` would untie tied parameters, after numbers were copied
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def count_params(model: nn.Module) -> int:

@@ -6,7 +6,6 @@ that are told where more groups can be pruned with them. Knows nothing of how a 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from autoprune.network.checked_widths import with_checked_widths
+from autoprune.network.copies import deep_copy
 from autoprune.network.groups import assemble
 from autoprune.network.tape import Size
 from autoprune.network.telling import Sizes, tell, told_numbers
@@ -32,7 +32,7 @@ def with_told_sizes(network: Network) -> Network:
         return network
     whole = replace(whole, told=told)
     dense = told_numbers(whole, np.ones(sum(group.size for group in whole.groups), dtype=bool))
-    again = verified(replace(whole, model=tell(copy.deepcopy(network.model), dense)), heal=with_checked_widths)
+    again = verified(replace(whole, model=tell(deep_copy(network.model), dense)), heal=with_checked_widths)
     return again if len(again.groups) > len(network.groups) else network
 
 
@@ -75,7 +75,7 @@ def _watched(network: Network, paths: Iterable[str]) -> dict[str, _Seen]:
     A module whose second forward pass makes other calls, for it keeps something of the first, is left out: its calls
     cannot be told apart by their number.
     """
-    model = copy.deepcopy(network.model)
+    model = deep_copy(network.model)
     modules = dict(model.named_modules(remove_duplicate=False))
     seen: dict[str, _Seen] = {}
     for path in paths:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from autoprune.errors import TraceError
+
 _DEPTH = 6
 """How deep tensors are looked for in the containers and plain objects that modules hold."""
 
@@ -24,20 +26,68 @@ def sharing_copy(model: nn.Module, *, frozen: bool = False) -> nn.Module:
     With `frozen` its parameters are new objects over the same memory, which want no gradients.
 
     Raises:
-        RuntimeError: Something that a module holds cannot be copied.
+        TraceError: Something that a module holds cannot be copied; the message names it.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in held_tensors(model)}
     if frozen:
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Returns a copy of `model` with tensors of its own, but for what `memo` gives for the id of an original.
+
+    What an earlier pass left on a module with gradients attached (an activation, a weight that a hook computes) is
+    copied without them: torch refuses to copy it as it is.
+
+    Raises:
+        TraceError: Something that a module holds cannot be copied; the message names it.
+    """
+    known = {} if memo is None else memo
+    for tensor in held_tensors(model):
+        if not tensor.is_leaf and id(tensor) not in known:
+            known[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, known)
+    except Exception as error:  # whatever the model's own objects raise
+        what = _uncopyable(model, memo or {})
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {str(error).splitlines()[0]}{what}"
+        ) from error
+
+
+def keeps_graph(model: nn.Module) -> bool:
+    """Whether a module of `model` holds a tensor that an earlier pass made with gradients attached."""
+    return any(not tensor.is_leaf for tensor in held_tensors(model))
+
+
+def without_graph(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` with the same tensors, those detached that an earlier pass made with gradients."""
+    memo = {id(t): t if t.is_leaf else t.detach() for t in held_tensors(model)}
+    return deep_copy(model, memo)
+
+
+def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str:
+    """Returns a line that names the attribute that cannot be copied, where it is a single one."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                place = f"{path}.{name}" if path else name
+                return f"\n  it is held by {place}: give the module a __deepcopy__, or drop it"
+    return ""
 
 
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Yields the tensors that the modules of `model` hold: parameters, buffers, and those in any other attribute."""
     seen: set[int] = set()
     for module in model.modules():
-        yield from _tensors_in(list(vars(module).values()), seen, _DEPTH)
+        for value in list(vars(module).values()):  # a list of them all would be forgotten, and its id given to the next
+            yield from _tensors_in(value, seen, _DEPTH)
 
 
 def _tensors_in(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:

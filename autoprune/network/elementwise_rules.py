@@ -26,7 +26,8 @@ def _plain(tape: Tape, dims: Sequence[Labels | None]) -> Value:
 
 def elementwise(tape: Tape, *args: Any, **_: Any) -> Value:
     """Aligned dimensions live and die together; a dimension of size 1 is broadcast and joins nothing."""
-    tensors = [a for a in args if isinstance(a, Value)]
+    # A weight that is masked is known by its parameter's labels, not by those of the mask.
+    tensors = sorted((a for a in args if isinstance(a, Value)), key=lambda a: a.name not in tape.trainable)
     rank = len(tape.shape)
     dims: list[Labels | None] = [None] * rank
     for axis in range(rank):

@@ -8,7 +8,6 @@ nothing of policies.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.groups import module_of
 from autoprune.network.trace import Network, device_of, evaluating
 from autoprune.network.verify import TOLERANCE, informative, relative_error
@@ -76,7 +76,7 @@ def folded_copy(model: nn.Module, pairs: Pairs) -> nn.Module:
     """Returns a copy of `model` with the `pairs` folded, to run in eval mode; `model` itself where there are none."""
     if not pairs:
         return model
-    twin = copy.deepcopy(model)
+    twin = deep_copy(model)
     modules = dict(twin.named_modules())
     for path, behind in pairs:
         _fold(modules[path], modules[behind])

@@ -20,7 +20,6 @@ into their nearest ones.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.evidence import rows_of
 from autoprune.network.groups import PruningGroup
 from autoprune.network.labels import Labels
@@ -297,7 +297,7 @@ def _profiles(network: Network, heirs: tuple[Heir, ...]) -> dict[str, Tensor]:
 
 def _constant_inputs(network: Network, norms: set[str], consumers: Iterable[str], z: float) -> dict[str, Tensor]:
     """Returns the mean input `(C,)` of every consumer when the named BatchNorms put out `shift + scale * z`."""
-    twin = copy.deepcopy(network.model)
+    twin = deep_copy(network.model)
     with torch.no_grad():
         for path in norms:
             norm = twin.get_submodule(path)

@@ -8,7 +8,6 @@ are proposed or results are stored.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autoprune.network.activations import replace_activations
+from autoprune.network.copies import deep_copy
 from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
 from autoprune.network.recipe import optimizer_of, taught_at_once
 from autoprune.network.timing import ieee, synchronise
@@ -187,7 +187,7 @@ def _floors(bench: Workbench, policy: Policy, fidelity: Fidelity, steps: int) ->
     else:
         count, calibration = recipe.recalibration_batches, bench.splits.calibration
         seen = [x for x, _ in calibration.batches(min(_RECALIBRATION, len(calibration)), device=device)][:count]
-    floors["compensation"] = _forward(copy.deepcopy(model), seen, precision, device, collecting=True)
+    floors["compensation"] = _forward(deep_copy(model), seen, precision, device, collecting=True)
     if fidelity.epochs > 0:
         floors["fine_tuning"] = _training(bench, model, steps)
     return floors
@@ -213,7 +213,7 @@ def _forward(
 def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], None]:
     """Returns a loop of training steps: the teacher's and the student's passes, the loss, and the optimizer."""
     recipe, precision, device = bench.recipe, bench.training_precision, bench.device
-    model = copy.deepcopy(start)
+    model = deep_copy(start)
     precision.arrange_model(model)
     optimizer = optimizer_of(model, recipe, recipe.lr * 1e-3)
     batch = min(recipe.batch_size, len(bench.splits.train))

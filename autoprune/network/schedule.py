@@ -8,13 +8,13 @@ handed in; knows nothing of data, scores of policies, or results.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.criteria import Evidence, Scores, choose, score
 from autoprune.network.labels import Labels
 from autoprune.network.narrowing import narrowed
@@ -87,7 +87,7 @@ def run_schedule(network: Network, ranking: Ranking, recipe: Recipe, tools: Tool
     current, begin = network, 0.0
     if recipe.regularisation is not None:
         begin = recipe.regularisation.share
-        current = replace(network, model=copy.deepcopy(network.model))
+        current = replace(network, model=deep_copy(network.model))
         regulariser = regulariser_of(current, ranking.selection(), recipe.regularisation)
         histories.append(tools.train(current.model, Stage(0.0, begin, regulariser), 0))
         ranking = ranking.renewed(current)

@@ -6,10 +6,10 @@ changed. Knows nothing of how channels are chosen.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.attention import refresh_multihead
+from autoprune.network.copies import deep_copy
 from autoprune.network.emptied import settle
 from autoprune.network.groups import module_of, stays
+from autoprune.network.hooked_weights import make_weights
 from autoprune.network.labels import Labels
 from autoprune.network.literals import Numbers, set_attributes
 from autoprune.network.recurrent import refresh_recurrent
@@ -134,7 +136,7 @@ def rebuild(network: Network, tensors: Mapping[str, Tensor], *, own: bool = Fals
     tensors, but for those that are the dense model's.
     """
     state = _state(network.model)
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     for name, tensor in tensors.items():
         old = state[name]
         shared = not own or tensor.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()
@@ -145,7 +147,7 @@ def rebuild(network: Network, tensors: Mapping[str, Tensor], *, own: bool = Fals
     for parameter in network.model.parameters():
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-    model = copy.deepcopy(network.model, memo)
+    model = deep_copy(network.model, memo)
     depthwise = {links.module for links in network.links if links.layer.kind == "depthwise"}
     for path, module in model.named_modules():
         refresh_attributes(module, depthwise=path in depthwise)
@@ -154,6 +156,7 @@ def rebuild(network: Network, tensors: Mapping[str, Tensor], *, own: bool = Fals
 
 def refresh_attributes(module: nn.Module, *, depthwise: bool = False) -> None:
     """Makes a module's attributes that repeat a width say what its parameters say."""
+    make_weights(module)
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
@@ -199,7 +202,7 @@ def masked_twin(network: Network, selection: Selection, *, own: bool = False) ->
     activations sums over (dimensions of queries and keys) have no such weights: those that make them are zero. A
     surgically pruned network must give the same output. With `own` the dense model itself becomes the twin.
     """
-    twin = network.model if own else copy.deepcopy(network.model)
+    twin = network.model if own else deep_copy(network.model)
     _silence(network, twin, selection, keep=False)
     return twin
 

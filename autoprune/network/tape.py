@@ -157,6 +157,8 @@ class Tape:
     literals: list[Size] = field(default_factory=list)
     stored: dict[str, tuple[Labels | None, ...]] = field(default_factory=dict)
     """Labels that each parameter got, by its name: a computed weight is known by those that it still carries."""
+    trainable: set[str] = field(default_factory=set)
+    """Which of these are parameters, not buffers."""
     norm: str | None = None
     """Name of the weight of the only batch norm that reads it."""
     computed: list[tuple[str, int, str]] = field(default_factory=list)

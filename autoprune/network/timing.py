@@ -12,7 +12,6 @@ table, which is built before any worker starts, and the front is measured once m
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.samples import Device
 from autoprune.network.trace import evaluating
 
@@ -311,7 +311,7 @@ def _without_tf32() -> tuple[bool, bool] | None:
 
 def _prepared(model: nn.Module, conditions: Conditions) -> nn.Module:
     """Returns a copy in the conditions' number format, its weights laid out plainly whatever training made of them."""
-    twin = copy.deepcopy(model).to(conditions.device, conditions.torch_dtype)
+    twin = deep_copy(model).to(conditions.device, conditions.torch_dtype)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.data = parameter.data.contiguous()

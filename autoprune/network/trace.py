@@ -40,6 +40,7 @@ from autoprune.network.groups import (
     assemble,
     units_of,
 )
+from autoprune.network.hooked_weights import check_hooks
 from autoprune.network.labels import Labels, Value
 from autoprune.network.literals import (
     SPLITS,
@@ -181,6 +182,7 @@ def trace(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].ndim < 1:
         raise TraceError("example_inputs must hold at least one tensor with a batch dimension")
+    check_hooks(model)
     model = prunable(model)
     with evaluating(model):
         program = export_program(sharing_copy(model), inputs)
@@ -387,6 +389,8 @@ def _placeholder(
     trainable = isinstance(tensor, nn.Parameter)
     parameters[name] = Parameter(name, shape, tensor.element_size(), trainable, dims)
     tape.stored[name] = dims
+    if trainable:
+        tape.trainable.add(name)
     return Value(shape, dims, name)
 
 

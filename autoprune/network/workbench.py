@@ -6,7 +6,6 @@ evaluation. It is a plain value that travels to worker processes, and knows neit
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from autoprune.errors import AutopruneError, TrialError
 from autoprune.memory import tidy
 from autoprune.network.activations import Site, replace_activations, replacements
 from autoprune.network.artifacts import model_document, save_model
+from autoprune.network.copies import deep_copy
 from autoprune.network.criteria import Scores, choose
 from autoprune.network.data import Splits
 from autoprune.network.evaluation import Loss, Precision, Score, evaluate, samples_at_once
@@ -326,7 +326,7 @@ class Workbench:
         first: tuple[nn.Module, History] | None = None
         masks = mask_tensors(self.network, selection) if self.network.masked else {}
         for number in range(fidelity.seeds):
-            model = copy.deepcopy(start) if fidelity.seeds > 1 else start
+            model = deep_copy(start) if fidelity.seeds > 1 else start
             if fidelity.scratch:
                 forget(model, self.seed + number)  # each seed its own initial weights, as its own order of images
             with clock("fine_tuning"), zeros_kept(model, masks):
