@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from autoprune.errors import TraceError
+from autoprune.network.copies import sharing_copy
 from autoprune.network.groups import LiveTensor
 from autoprune.network.inlining import inline_regions
 from autoprune.network.labels import Value
@@ -83,6 +84,34 @@ def export_program(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export
     inline_regions(program.graph, program.graph_module)
     _drop_unused(program)
     return program
+
+
+def unread(program: torch.export.ExportedProgram, model: nn.Module) -> bool:
+    """Whether `model` has parameters that the graph does not read, such as those of a head of the training alone."""
+    named = program.graph_signature.inputs_to_parameters
+    read = {
+        named[node.name]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.users and node.name in named
+    }
+    state = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(state[name]) for name in read if name in state}
+    return any(id(parameter) not in known for parameter in model.parameters())
+
+
+def training_program(
+    model: nn.Module, inputs: tuple[Tensor, ...], program: torch.export.ExportedProgram
+) -> torch.export.ExportedProgram | None:
+    """Returns the graph of a forward pass in training, where the one of `program` leaves parameters unread.
+
+    None where it cannot be exported with these inputs: many networks take targets in training.
+    """
+    if not unread(program, model):
+        return None
+    try:
+        return export_program(sharing_copy(model).train(), inputs)
+    except TraceError:
+        return None
 
 
 @contextmanager

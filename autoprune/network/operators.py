@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from autoprune.cost import Form
 from autoprune.errors import InputError
-from autoprune.network.graph import ALIASES, export_program
+from autoprune.network.graph import ALIASES, export_program, training_program
 from autoprune.network.labels import Labels, Value
 from autoprune.network.rules import operator_name
 from autoprune.network.timing import Conditions, batch_of
@@ -113,7 +113,8 @@ def record_calls(network: Network, conditions: Conditions) -> list[Call]:
     env: dict[torch.fx.Node, Any] = {}
     with evaluating(model):
         traced = export_program(model, tuple(x.to(device) for x in inputs))
-        record, _ = walk(traced, model, inputs[0].shape[0], env)
+        training = training_program(model, inputs, traced)
+        record, _ = walk(traced, model, inputs[0].shape[0], env, training=training)
         wanted = batch_of(inputs, Conditions(conditions.batch, "float32", 1, str(device)))
         wanted = tuple(x.to(old.dtype) for x, old in zip(wanted, inputs, strict=True))
         other = export_program(model, wanted)

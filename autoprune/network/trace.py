@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from autoprune.network.graph import (
     module_paths,
     norm_behind,
     place_of,
+    training_program,
+    unread,
 )
 from autoprune.network.groups import (
     Assembly,
@@ -186,13 +188,18 @@ def trace(
     model = prunable(model)
     with evaluating(model):
         program = export_program(sharing_copy(model), inputs)
-        record, unknown = walk(program, model, inputs[0].shape[0])
+        training = training_program(model, inputs, program)
+        record, unknown = walk(program, model, inputs[0].shape[0], training=training)
     notes = _notes(unknown) if pruning == CHANNEL else ()  # masks change no shape: an operator needs no rule for them
     network = Network(model, inputs, record, assemble(record, {}), {}, notes)
     if lays_out_itself(program.graph):
         network = replace(network, channels_last=runs_channels_last(model, inputs))
     if verify and pruning == CHANNEL and network.groups:
         network = _verified(network, ruled=not unknown)
+        if unread(program, model):
+            from autoprune.network.verify import verified_in_training
+
+            network = verified_in_training(network)
     else:
         network = _with_uncounted(network)
     if pruning != CHANNEL:
@@ -267,56 +274,31 @@ def _notes(unknown: Sequence[str]) -> tuple[str, ...]:
 
 
 def walk(
-    program: torch.export.ExportedProgram, model: nn.Module, batch: int, env: dict[torch.fx.Node, Any] | None = None
+    program: torch.export.ExportedProgram,
+    model: nn.Module,
+    batch: int,
+    env: dict[torch.fx.Node, Any] | None = None,
+    *,
+    training: torch.export.ExportedProgram | None = None,
 ) -> tuple[Record, list[str]]:
     """Applies the rules to every node of a graph; returns what they wrote down, and the operators without a rule.
 
-    `env` is filled with the `Value` of each node (or a tuple of them), for whoever wants to know every tensor.
+    `env` is filled with the `Value` of each node (or a tuple of them), for whoever wants to know every tensor. What
+    lives and dies together in the graph of `training` does so here too; nothing else is taken from it.
     """
     first: dict[nn.Module, str] = {}
     aliases = {path: first.setdefault(m, path) for path, m in model.named_modules(remove_duplicate=False)}
     tape = Tape(aliases=aliases)
+    walked = _Walked.of(model)
     env = {} if env is None else env
-    signature = program.graph_signature
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    parameters: dict[str, Parameter] = {}
-    tied: dict[int, Value] = {}
-    widths = {
-        path: frozenset([*width_attributes(module).values(), *width_lists(module).values()])
-        for path, module in model.named_modules()
-    }
-    # PyTorch's own modules have their sizes from their parameters.
-    own_code = {p: m for p, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")}
-    numbers = {path: found for path, module in own_code.items() if (found := set(width_attributes(module).values()))}
-    widths_met: dict[tuple[str, int, bytes], Width] = {}
-    kernels = kernel_weights(program.graph)
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            name = named.get(node.name)
-            tensor = state.get(name) if name is not None else None
-            # A tied parameter may come under each of its names: it is one tensor, known by the first.
-            env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
-            if node in kernels and name in parameters and isinstance(tensor, nn.Parameter):
-                env[node] = _without_kernel(env[node], name, parameters)
-            if tensor is not None:
-                tied[id(tensor)] = env[node]
-        elif node.op == "call_function":
-            _prepare(tape, node, widths, named)
-            tape.norm = norm_behind(node, named)
-            env[node] = _call(tape, node, env)
-            _meet(widths_met, numbers, node, env)
-            tape.literals += written_sizes(node, operator_name(node.target), module_path(node), env[node])
-        elif node.op == "get_attr":
-            env[node] = None
-        elif node.op == "output":
-            for value in tree_leaves(torch.fx.map_arg(node.args, lambda n: tape.current(env[n]))):
-                tape.freeze_all(value, "the model's output")
-    env.update({node: tape.current(value) for node, value in env.items()})
-    tape.literals += made_sizes(tape.made)
+    _apply(tape, program, walked, env)
+    if training is not None:
+        aside = Tape(aliases=aliases, labels=tape.labels, stored=tape.stored, trainable=tape.trainable)
+        _apply(aside, training, walked, {}, mode=" in training")
+        seen = {size.module for size in tape.literals}
+        # Numbers of its own modules follow; their calls are none of the forward pass that sizes are told to.
+        tape.literals += [replace(size, shapes=()) for size in aside.literals if size.module not in seen]
+    state, parameters = walked.state, walked.parameters
     for name, tensor in state.items():
         if name not in parameters and not _is_alias(tensor, parameters, state):
             # What the forward pass never reads still has a size.
@@ -338,10 +320,75 @@ def walk(
         literals=tuple(tape.literals),
         queries=tuple(tape.queries),
         contracted=tuple(tape.contracted),
-        widths=tuple(widths_met.values()),
+        widths=tuple(walked.met.values()),
         computed=tuple(dict.fromkeys(tape.computed)),
     )
     return record, tape.unknown
+
+
+@dataclass(frozen=True, slots=True)
+class _Walked:
+    """What is known of a model's tensors and attributes while its graphs are walked."""
+
+    state: dict[str, Tensor]
+    widths: dict[str, frozenset[Any]]
+    numbers: dict[str, set[int]]
+    """The integers of modules with code of their own: PyTorch's have their sizes from their parameters."""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    tied: dict[int, Value] = field(default_factory=dict)
+    met: dict[tuple[str, int, bytes], Width] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Walked:
+        own = {p: m for p, m in model.named_modules() if not type(m).__module__.startswith("torch.nn.")}
+        return cls(
+            {
+                **dict(model.named_parameters(remove_duplicate=False)),
+                **dict(model.named_buffers(remove_duplicate=False)),
+            },
+            {
+                path: frozenset([*width_attributes(module).values(), *width_lists(module).values()])
+                for path, module in model.named_modules()
+            },
+            {path: found for path, module in own.items() if (found := set(width_attributes(module).values()))},
+        )
+
+
+def _apply(
+    tape: Tape,
+    program: torch.export.ExportedProgram,
+    walked: _Walked,
+    env: dict[torch.fx.Node, Any],
+    mode: str = "",
+) -> None:
+    """Applies the rules to every node of one graph."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    state, parameters, tied = walked.state, walked.parameters, walked.tied
+    kernels = kernel_weights(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            name = named.get(node.name)
+            tensor = state.get(name) if name is not None else None
+            # A tied parameter may come under each of its names: it is one tensor, known by the first.
+            env[node] = tied.get(id(tensor)) or _placeholder(tape, node, name, state, parameters)
+            if node in kernels and name in parameters and isinstance(tensor, nn.Parameter):
+                env[node] = _without_kernel(env[node], name, parameters)
+            if tensor is not None:
+                tied[id(tensor)] = env[node]
+        elif node.op == "call_function":
+            _prepare(tape, node, walked.widths, named)
+            tape.norm = norm_behind(node, named)
+            env[node] = _call(tape, node, env)
+            _meet(walked.met, walked.numbers, node, env)
+            tape.literals += written_sizes(node, operator_name(node.target), module_path(node), env[node])
+        elif node.op == "get_attr":
+            env[node] = None
+        elif node.op == "output":
+            for value in tree_leaves(torch.fx.map_arg(node.args, lambda n: tape.current(env[n]))):
+                tape.freeze_all(value, f"the model's output{mode}")
+    env.update({node: tape.current(value) for node, value in env.items()})
+    tape.literals += made_sizes(tape.made)
 
 
 def _meet(

@@ -65,6 +65,27 @@ def verified(network: Network, heal: Heal | None = None) -> Network:
     return network
 
 
+def verified_in_training(network: Network) -> Network:
+    """Returns the network with every group frozen that a forward pass in training does not survive.
+
+    For networks with layers that run in training alone: one that takes no such pass with these inputs is left as it is.
+    """
+    if _fault_in_training(network, []) is not None:
+        return network
+    reasons = bisected(lambda names: _fault_in_training(network, names), [group.name for group in network.groups])
+    return network.freeze(reasons) if reasons else network
+
+
+def _fault_in_training(network: Network, names: list[str]) -> str | None:
+    try:
+        model = cut(network, halved(network, names)).train()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model(*network.example_inputs)
+    except Exception as error:  # whatever the model's own code raises
+        return f"{BREAKS} in training{_broken(error).removeprefix(BREAKS)}"
+    return None
+
+
 def _is_large(network: Network) -> bool:
     return network.cost_model.dense()["macs"] * network.record.batch > LARGE
 
