@@ -5,10 +5,9 @@ Decides which models are measured once more.
 
 from __future__ import annotations
 
-import copy
-
 from autoprune.coordinator.views import DENSE, StoredSearch, model_key
 from autoprune.network.artifacts import read_document, shrink_to
+from autoprune.network.copies import deep_copy
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 
@@ -25,7 +24,7 @@ def measure_front(bench: Workbench, stored: StoredSearch) -> dict[str, dict[str,
     for result in (shown[i].result for i in front_indices(points)):
         folder = stored.folder(result)
         if folder is not None and model_key(result) not in stored.measured:
-            model = shrink_to(copy.deepcopy(bench.network.model).cpu(), folder, read_document(folder))
+            model = shrink_to(deep_copy(bench.network.model).cpu(), folder, read_document(folder))
             found[model_key(result)] = bench.measure(model)
     if found and DENSE not in stored.measured:
         found[DENSE] = bench.measure(bench.network.model)

@@ -6,7 +6,6 @@ parameters in the file as the model has. A file that fails a check is not left b
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import os
@@ -27,6 +26,7 @@ from autoprune.errors import AutopruneError, CheckpointError, InputError, Missin
 from autoprune.network.artifacts import DOCUMENT, WEIGHTS, load, read_document
 from autoprune.network.checkpoints import read_state, write_whole
 from autoprune.network.complexity import count_params
+from autoprune.network.copies import deep_copy
 from autoprune.network.trace import evaluating
 
 TOLERANCE = 1e-4
@@ -147,7 +147,7 @@ def export_onnx(folder: Path, model: nn.Module, inputs: Inputs, target: Path) ->
         raise MissingExtraError(f"FORMAT=onnx needs {error.name}: pip install 'autoprune[onnx]'") from error
     name = "model.onnx"
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        model, inputs = copy.deepcopy(model).float(), inputs.widened()
+        model, inputs = deep_copy(model).float(), inputs.widened()
     program = _program(model, inputs)
     names = _input_names(model, len(inputs.shapes))
     outputs = _output_names(model, inputs.sample(2), names)
@@ -230,7 +230,7 @@ def export(folder: Path, target: Path, *, format: str, factory: Callable[[], nn.
 
 def load_like(model: nn.Module, folder: Path) -> nn.Module:
     """Returns a copy of `model` with the weights that were written to `folder`."""
-    twin = copy.deepcopy(model)
+    twin = deep_copy(model)
     twin.load_state_dict(read_state(folder / WEIGHTS))
     return twin
 

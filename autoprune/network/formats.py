@@ -6,7 +6,6 @@ Must not know of policies or of recipes.
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import InputError
 from autoprune.network.checkpoints import write_whole
+from autoprune.network.copies import deep_copy
 from autoprune.network.evaluation import Precision
 from autoprune.network.failures import out_of_memory
 from autoprune.network.probing import BASE, Probe, is_image, probe_precision, times_of, why_not
@@ -161,7 +161,7 @@ def named_choice(dtype: torch.dtype | None, model: nn.Module, example: Tensor, *
     if not is_image(example):
         return Choice(Precision(dtype, channels_last=False), images=False)
     last = Precision(None, channels_last=True)
-    twin = copy.deepcopy(model).to("cpu")
+    twin = deep_copy(model).to("cpu")
     errors = [why_not(twin, example[:2].to("cpu"), precision, training=training) for precision in (last, BASE)]
     if errors[0] is None or errors[1] is not None:  # what runs in neither will say so where it is used
         return Choice(replace(last, autocast_dtype=dtype))
@@ -185,7 +185,7 @@ def _doubt(known: Probe, model: nn.Module, example: Tensor, *, device: Device, t
         return None
     try:
         times, left_out = times_of(
-            copy.deepcopy(model).to(device),
+            deep_copy(model).to(device),
             example[:count].to(device),
             pair,
             device=device,

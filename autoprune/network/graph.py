@@ -6,7 +6,6 @@ alive together. Knows nothing of pruning groups.
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import operator
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from autoprune.errors import TraceError
-from autoprune.network.copies import sharing_copy
+from autoprune.network.copies import deep_copy, sharing_copy
 from autoprune.network.groups import LiveTensor
 from autoprune.network.inlining import inline_regions
 from autoprune.network.labels import Value
@@ -219,7 +218,7 @@ def _own_error(model: nn.Module, inputs: tuple[Tensor, ...]) -> Exception | None
 
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     try:
-        runs = copy.deepcopy(model) if size <= _CHEAP else model
+        runs = deep_copy(model) if size <= _CHEAP else model
     except Exception:  # what a model keeps need not be made to be copied
         runs = model
     try:

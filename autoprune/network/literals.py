@@ -186,6 +186,13 @@ def _same(a: Labels, b: Labels) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
+def _holds_integers(value: Any) -> bool:
+    """Whether an attribute is an integer or a list of them; those of a layer that lost every channel are 0."""
+    if type(value) in (list, tuple, torch.Size):
+        return bool(value) and all(type(n) is int for n in value)
+    return type(value) is int
+
+
 Numbers = Mapping[str, Mapping[str, "int | Mapping[str, int]"]]
 """Module path → attribute → its new value, or position (as text, for JSON) → new value in a list of integers."""
 
@@ -200,7 +207,7 @@ def set_attributes(model: nn.Module, values: Numbers) -> None:
     for path, attributes in values.items():
         module = modules.get(path)
         for name, value in attributes.items():
-            if module is None or not (type(vars(module).get(name)) is int or name in width_lists(module)):
+            if module is None or not _holds_integers(vars(module).get(name)):
                 raise CheckpointError(f"the model has no module {path!r} with an integer attribute {name!r}")
             old = getattr(module, name)
             if not isinstance(value, Mapping):

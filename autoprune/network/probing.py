@@ -8,7 +8,6 @@ variants take turns: what disturbs one disturbs all of them.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.copies import deep_copy
 from autoprune.network.evaluation import Precision, autocast, first_tensor, mode
 from autoprune.network.failures import described, free_memory, out_of_memory
 from autoprune.network.processor import without_bfloat16
@@ -92,7 +92,7 @@ def probe_precision(
     """
     refused = without_bfloat16(device)
     variants = _variants(example, half=refused is None)
-    twin = copy.deepcopy(model).to(device)
+    twin = deep_copy(model).to(device)
     count = _fitting(twin, example, len(variants), device=device, training=training, seconds=seconds)
     while True:
         try:

@@ -13,7 +13,6 @@ file that cannot be read is reported and written anew. Knows nothing of policies
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -32,6 +31,7 @@ from autoprune.errors import CheckpointError
 from autoprune.network.attention import prunable
 from autoprune.network.checkpoints import read_metadata, read_state, save_state
 from autoprune.network.complexity import count_macs
+from autoprune.network.copies import deep_copy
 from autoprune.network.groups import LiveTensor, Parameter, Record, assemble
 from autoprune.network.labels import Solution
 from autoprune.network.masks import mask_assembly
@@ -213,7 +213,7 @@ def read_trace(path: Path, model: nn.Module, example: Tensor) -> Network:
     network = replace(network, notes=notes, told=told, checked=checked)
     if told:
         dense = told_numbers(network, np.ones(sum(group.size for group in network.groups), dtype=bool))
-        network = replace(network, model=tell(copy.deepcopy(network.model), dense))
+        network = replace(network, model=tell(deep_copy(network.model), dense))
     if network.masked:
         sound = count_macs(network.model, network.example_inputs) == assemble(record, {}).cost_model.dense()["macs"]
     else:
