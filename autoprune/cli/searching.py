@@ -57,7 +57,7 @@ def search(
         int | None, typer.Option(min=1, help="Candidates on the first rung. Default: the space's.", show_default=False)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Parallel evaluations. Default: by the machine.", show_default=False)
+        int | None, typer.Option(min=1, help="Processes that evaluate. Default: by the machine.", show_default=False)
     ] = None,
     timeout: Annotated[
         float | None,

@@ -13,7 +13,7 @@ from typing import Any
 
 from autoprune import report
 from autoprune.coordinator.logs import SearchLog
-from autoprune.coordinator.placing import OnRay, Workers
+from autoprune.coordinator.placing import Here, OnRay, Workers
 from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
 from autoprune.errors import InputError
@@ -56,8 +56,11 @@ def search(
         trials: Candidates on the first rung.
         name: Names the studies and the MLflow experiment; by default the model's class.
         home: Folder of the studies, models and caches.
-        workers: Evaluations in parallel; more than one are processes, so the script needs `if __name__ == "__main__"`.
-            None: one; with `ray` as many as the cluster has room for.
+        workers: Evaluations in parallel. One (the default without `ray`) is made in this process, so that a script
+            needs no `if __name__ == "__main__"`; a trial that crashes it (a fault in native code, want of memory) or
+            hangs then ends the script, and called again the search resumes. `workers=2` and more are processes: they
+            isolate trials, which fail with the reason, and the script needs the guard. With `ray` None means as many
+            as the cluster has room for.
         ray: Evaluate on a Ray cluster: `local` (a new one here), `auto` (the one that was started here), `HOST:PORT` or
             `ray://HOST:PORT`. The classes and functions of model, data, loss and metric are looked up by name there:
             they belong into a module that its nodes can import, not into the script itself.
@@ -111,5 +114,5 @@ def _place(workers: int | None, ray: str | None, *, cpus_per_trial: float, gpus_
     if ray is None:
         if cpus_per_trial != 1.0 or gpus_per_trial is not None:
             raise InputError("cpus_per_trial and gpus_per_trial belong to ray")
-        return workers or 1
+        return Here() if workers in (None, 1) else workers
     return OnRay(ray, workers, cpus_per_trial, gpus_per_trial)

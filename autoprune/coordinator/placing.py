@@ -28,7 +28,6 @@ from autoprune.network.workers import (
     packed,
     received,
     threads_of,
-    threads_per_worker,
 )
 
 
@@ -51,8 +50,13 @@ class OnRay:
         Share(self.cpus, self.gpus or 0.0)  # refused before anything is prepared
 
 
-Workers = int | OnRay | None
-"""How many evaluations run in parallel on this machine (None: as many as suit it), or the cluster that runs them."""
+@dataclass(frozen=True, slots=True)
+class Here:
+    """In this process, one evaluation after another: what ends its process ends the search. See `InlineExecutor`."""
+
+
+Workers = int | Here | OnRay | None
+"""How many processes of this machine evaluate (None: as many as suit it), this process, or the cluster that does."""
 
 
 @contextmanager
@@ -61,7 +65,7 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
 
     Args:
         bench: What evaluates.
-        workers: Where, and how many at a time. One evaluates in this process.
+        workers: Where, and how many at a time.
         limits: How long an evaluation may take, and be silent.
         cache: Folder for the file that processes of this machine share.
 
@@ -73,14 +77,14 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
         with _on_ray(bench, workers, limits) as executor:
             yield executor
         return
-    count = workers or default_workers(bench.device)
-    if count == 1:
+    if isinstance(workers, Here):
         with InlineExecutor(WorkerFactory(bench), limits) as executor:
             yield executor
         return
+    count = workers or default_workers(bench.device)
     with SharedFile(packed(bench), cache) as shared:
         _stand_back(bench)
-        factory = mapped_factory(shared, threads_per_worker(count), gpu_share(bench.device, count))
+        factory = mapped_factory(shared, threads_of(count), gpu_share(bench.device, count))
         with ProcessExecutor(factory, count, limits=limits, environments=environments(bench.device)) as executor:
             yield executor
 

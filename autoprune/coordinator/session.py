@@ -97,8 +97,8 @@ def run_search(
     Args:
         space: The settings.
         home: Folder of the studies, models and caches.
-        workers: Evaluations in parallel; more than one are processes. None: as many as suit the device. Or the Ray
-            cluster that runs them.
+        workers: Processes that evaluate, so that none of them can take the search down with it. None: as many as suit
+            the device. Or this process, or the Ray cluster that evaluates.
         timeout: Seconds after which nothing more is started.
         trials: Candidates on the first rung, instead of the space's.
         summary: Whether the outcome's text shows the knee's layers before and after.

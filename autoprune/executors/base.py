@@ -105,8 +105,12 @@ def over(timeout: float) -> TrialError:
 class InlineExecutor:
     """Calls the function in the caller's thread; the future is done when `submit` returns.
 
-    A task that is over its time limit fails at its next sign of progress. One that hangs, or takes its process down,
-    does so to the caller: nothing here can kill it, so a limit of silence has no effect.
+    Caught is what Python raises as an `Exception`: an error of the function, `MemoryError`, an allocation that torch
+    refuses. A task that is over its time limit fails at its next sign of progress. Not caught is what ends or stops
+    the process itself: a fault in native code (SIGSEGV, SIGABRT after a corrupted heap), the system's killer for want
+    of memory (SIGKILL), `os._exit`, a call that never returns. That happens to the caller, a limit of silence has no
+    effect, and a heap that was damaged without a crash stays damaged for all later tasks. `ProcessExecutor` with one
+    worker isolates.
     """
 
     def __init__(self, factory: Factory, limits: Limits | None = None) -> None:

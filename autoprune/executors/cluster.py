@@ -238,7 +238,7 @@ class RayExecutor:
             return TrialError(lost) if task.lost >= LOST else None
         if isinstance(error, kinds.WorkerCrashedError | kinds.OutOfMemoryError):
             task.deaths += 1
-            text = f"the evaluating process died {ATTEMPTS} times: {_line(error)}"
+            text = f"the evaluating process died {ATTEMPTS} times: {_line(error)}{_cause(error, kinds)}"
             return TrialError(text) if task.deaths >= ATTEMPTS else None
         return AutopruneError(f"Ray could not run an evaluation: {type(error).__name__}: {_line(error)}")
 
@@ -395,6 +395,13 @@ def _room(resources: dict[str, float], share: Share) -> int:
             f" {share.cpus:g} and {share.gpus:g}"
         )
     return room
+
+
+def _cause(error: BaseException, kinds: Any) -> str:
+    """Returns what a death may mean of which Ray tells no signal; where it has no memory left, it says so itself."""
+    if isinstance(error, kinds.OutOfMemoryError):
+        return ""
+    return " (Ray does not tell the signal: a fault in native code, or killed for want of memory)"
 
 
 def _line(error: BaseException) -> str:

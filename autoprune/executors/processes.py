@@ -38,6 +38,15 @@ GRACE = 3.0
 """Seconds beyond its time limit that a task has to end by itself before its process is killed."""
 _PATIENCE = 5.0
 """Seconds that a process has to end before it is killed."""
+_MEANINGS = {
+    "SIGABRT": "a fault in native code such as a damaged heap",
+    "SIGBUS": "a fault in native code, or a mapped file or shared memory without room",
+    "SIGFPE": "a fault in native code: whole numbers divided by zero",
+    "SIGILL": "native code for another kind of processor",
+    "SIGKILL": "perhaps for want of memory",
+    "SIGSEGV": "a fault in native code: memory that is not its own",
+}
+"""What ends a process by these signals, as a rule."""
 _AT_ONCE = (0.0,) * (ATTEMPTS - 1)
 _ENVIRONMENT = threading.Lock()
 
@@ -363,7 +372,15 @@ def _last_death(how: str, *, ready: bool) -> AutopruneError:
 
 def _death(code: int | None) -> str:
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"ended by {name}{hint}"
+        return killed_by(-code)
     return "no memory left" if code == NO_MEMORY else f"exit status {code}"
+
+
+def killed_by(number: int) -> str:
+    """Returns the name of the signal that ended a process, and what that mostly means."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # one of the real-time signals between the first and the last, which have no names
+        return f"killed by signal {number}"
+    meaning = _MEANINGS.get(name)
+    return f"killed by {name}" + (f", {meaning}" if meaning else "")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autoprune.errors import DataError
 from autoprune.network.calibration import Statistics
+from autoprune.network.convolutions import gradients_of, safe_convolutions
 from autoprune.network.groups import Links, PruningGroup, positions_in
 from autoprune.network.inverses import Inverse, Inverses
 from autoprune.network.trace import Network, evaluating
@@ -157,8 +158,9 @@ def _products(
         with evaluating(network.model), torch.enable_grad():
             for x, y in batches:
                 nothing = False
-                value = loss(network.model(x.to(device)), y.to(device))
-                gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+                with safe_convolutions(network.model, device):
+                    value = loss(network.model(x.to(device)), y.to(device))
+                    gradients = gradients_of(value, list(parameters.values()))
                 for (name, p), gradient in zip(parameters.items(), gradients, strict=True):
                     dim = dims[name]
                     product = (p.detach() * gradient) if gradient is not None else torch.zeros_like(p)

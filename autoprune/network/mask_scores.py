@@ -17,6 +17,7 @@ from torch import Tensor
 from autoprune.errors import DataError, PolicyError, nearest
 from autoprune.network.calibration import Moments
 from autoprune.network.compensation import layer_moments, regular_factor
+from autoprune.network.convolutions import gradients_of, safe_convolutions
 from autoprune.network.criteria import Evidence, Scores
 from autoprune.network.groups import Links
 from autoprune.network.mask_compensation import refit_masked
@@ -170,8 +171,9 @@ def gather_weight_gradients(
             parameter.requires_grad_(True)
         with evaluating(network.model), torch.enable_grad():
             for x, y in batches:
-                value = loss(network.model(x.to(device)), y.to(device))
-                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+                with safe_convolutions(network.model, device):
+                    value = loss(network.model(x.to(device)), y.to(device))
+                    gradients = gradients_of(value, parameters)
                 for total, parameter, gradient in zip(sums, parameters, gradients, strict=True):
                     if gradient is not None:
                         total += (parameter.detach() * gradient).float().square()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from autoprune.network.convolutions import differentiate, safe_convolutions
 from autoprune.network.copies import deep_copy
 from autoprune.network.evaluation import Precision, autocast, first_tensor, mode
 from autoprune.network.failures import described, free_memory, out_of_memory
@@ -249,13 +250,15 @@ def _pass(model: nn.Module, example: Tensor, precision: Precision, *, training: 
     model.zero_grad(set_to_none=True)  # those of a pass before, in another format or in the memory of its capture
     precision.arrange_model(model)
     x = precision.arrange(example)
+    safe = safe_convolutions(model, x.device)
 
     def call() -> None:
-        with autocast(x.device, precision.autocast_dtype):
-            output = first_tensor(model(x))
-        if training:
-            model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
-            torch.autograd.backward(output.float().square().mean())
+        with safe:
+            with autocast(x.device, precision.autocast_dtype):
+                output = first_tensor(model(x))
+            if training:
+                model.zero_grad(set_to_none=True)  # a gradient in another memory format would be added to slowly
+                differentiate(output.float().square().mean())
 
     return call
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autoprune.network.activations import replace_activations
+from autoprune.network.convolutions import differentiate, safe_convolutions
 from autoprune.network.copies import deep_copy
 from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
 from autoprune.network.recipe import optimizer_of, taught_at_once
@@ -223,11 +224,12 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
         passed = bench.splits.train.batches(batch, shuffle=order, augment=True, device=device, limit=steps * batch)
         batches += [(precision.arrange(x), y) for x, y in passed if len(x) == batch]
     at_once = taught_at_once(recipe, device, bench.loss, bench.sample_bytes)
+    safe = safe_convolutions(model, device)
     teacher = bench.network.model.to(device) if recipe.distillation is not None else None
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast(device, precision.autocast_dtype):
+        with safe, autocast(device, precision.autocast_dtype):
             output = model(x)
         if teacher is not None:
             with torch.no_grad(), autocast(device, precision.autocast_dtype):
@@ -235,7 +237,8 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
                     teacher(piece)
         own = bench.loss
         value = F.cross_entropy(logits_of(output).float(), y) if own is None else own(widened(output), y)
-        torch.autograd.backward(value)
+        with safe:
+            differentiate(value)
         optimizer.step()
 
     def run() -> None:

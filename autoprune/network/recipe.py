@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from autoprune.errors import InputError, TrialError, nearest
+from autoprune.network.convolutions import differentiate, safe_convolutions
 from autoprune.network.evaluation import (
     Loss,
     Metric,
@@ -355,6 +356,7 @@ def fine_tune(
     taught_mode = nullcontext() if teacher is None else mode(teacher.to(device), training=False)
     scored = samples_at_once(device, metric, sample_bytes)
     at_once = taught_at_once(recipe, device, loss, sample_bytes)
+    safe = safe_convolutions(model, device)
     total = torch.zeros((), device=device)  # of an epoch, summed on the device and read once
 
     def step_on(x: Tensor, y: Tensor) -> None:
@@ -363,7 +365,7 @@ def fine_tune(
         for part, wanted in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
             part = precision.arrange(part)  # (n, C, H, W)
             with nullcontext() if regulariser is None else regulariser.hiding():
-                with autocast(device, precision.autocast_dtype):
+                with safe, autocast(device, precision.autocast_dtype):
                     output = model(part)
                 if loss is not None:
                     output = widened(output)
@@ -378,7 +380,8 @@ def fine_tune(
                     value = distillation.weight * soft + (1 - distillation.weight) * value
                 if count > 1:
                     value = value * (len(part) / len(x))
-                torch.autograd.backward(value)
+                with safe:
+                    differentiate(value)
             total.add_(value.detach())
         if loss is not None:
             nn.utils.clip_grad_norm_(trained, _OWN_LOSS_NORM)

@@ -11,7 +11,7 @@ import pytest
 # A model whose forward does what MISBEHAVE says as soon as both of its layers are narrower than they were, but for
 # batches of two, on which it is tried when it is traced: a layer that fails there is frozen.
 MODEL = """\
-import os, time
+import os, signal, time
 from torch import nn
 
 class Fickle(nn.Module):
@@ -32,6 +32,8 @@ def misbehave(widths, x):
         time.sleep(1000)
     if kind == "die":
         os._exit(7)
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if kind == "raise":
         raise RuntimeError("no kernel for these widths")
     if kind == "nan":
@@ -44,6 +46,7 @@ def build(num_classes=3):
 REASONS = {
     "hang": "the evaluation made no progress for 15 s, 2 times",
     "die": "the evaluating process died 2 times: exit status 7",
+    "crash": "process died 2 times: killed by SIGSEGV, a fault in native code: memory that is not its own",
     "raise": "the evaluation raised RuntimeError: no kernel for these widths (",
     "nan": "loss is nan",
 }
@@ -107,9 +110,10 @@ def test_a_search_on_two_workers_survives_a_model_that_hangs(folder: Path, comma
     check(store_of(folder), {"hang"})
 
 
-def test_a_search_in_one_process_survives_a_model_that_raises_and_gives_nan(
+def test_a_search_on_one_worker_survives_a_model_that_crashes_raises_and_gives_nan(
     folder: Path, commands: Any, store_of: Any
 ) -> None:
-    done = search(commands, folder, "raise nan fine fine", "--workers", "1", *QUICK)
+    done = search(commands, folder, "raise nan fine fine fine crash", "--workers", "1", *QUICK)
     assert done.status == 0, done.err
-    check(store_of(folder), {"raise", "nan"})
+    assert "killed by SIGSEGV, a fault in native code" in done.err
+    check(store_of(folder), {"raise", "crash", "nan"})

@@ -32,6 +32,8 @@ def act(beat: Beat, kind: str, path: str = "") -> object:
         return os.getpid()
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     if kind == "die once":
         marker = Path(path)
         if not marker.exists():
@@ -134,9 +136,30 @@ def test_a_task_that_kills_its_process_twice_fails_alone() -> None:
     with ProcessExecutor(factory, 2) as executor:
         deadly = executor.submit("die")
         others = [executor.submit("fine") for _ in range(4)]
-        with pytest.raises(TrialError, match=r"died 2 times: ended by SIGKILL, perhaps for want of memory"):
+        with pytest.raises(TrialError, match=r"died 2 times: killed by SIGKILL, perhaps for want of memory"):
             deadly.result(timeout=WAIT)
         assert [other.result(timeout=WAIT) for other in others] == ["fine"] * 4
+
+
+def test_a_task_that_damages_its_process_tells_the_signal_and_what_it_means() -> None:
+    reason = r"died 2 times: killed by SIGSEGV, a fault in native code: memory that is not its own"
+    with ProcessExecutor(factory, 1) as executor:
+        with pytest.raises(TrialError, match=reason):
+            executor.submit("crash").result(timeout=WAIT)
+        assert executor.submit("fine").result(timeout=WAIT) == "fine"
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGABRT, "killed by SIGABRT, a fault in native code such as a damaged heap"),
+        (signal.SIGKILL, "killed by SIGKILL, perhaps for want of memory"),
+        (signal.SIGHUP, "killed by SIGHUP"),
+        (40, "killed by signal 40"),  # a real-time signal, which has no name
+    ],
+)
+def test_every_signal_has_words(number: int, words: str) -> None:
+    assert processes.killed_by(number) == words
 
 
 def test_a_task_that_exits_its_process_tells_the_status() -> None:
