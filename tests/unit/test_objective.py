@@ -47,7 +47,18 @@ class Odd:
         (Odd(), "metric"),
         (max, "max"),
     ],
-    ids=str,
+    ids=[
+        "function",
+        "object",
+        "method",
+        "partial",
+        "partials",
+        "partial object",
+        "lambda",
+        "partial lambda",
+        "odd",
+        "max",
+    ],
 )
 def test_a_metric_goes_by_its_own_name(metric: Any, name: str) -> None:
     assert name_of(metric) == name
