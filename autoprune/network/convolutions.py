@@ -1,4 +1,4 @@
-"""Strided convolutions of single pixels, whose backward pass on a CPU writes past its workspace in oneDNN.
+"""Strided 1x1 convolutions of few channels, whose backward pass on a CPU writes past its workspace in oneDNN.
 
 The gradient of the weight of a 1x1 convolution that moves by more than one pixel is computed there on a copy of every
 stride-th pixel. Where images are in channels-last memory, the copy has room for the channels that there are, and is
@@ -33,7 +33,7 @@ def safe_convolutions(model: nn.Module, device: torch.device | str) -> AbstractC
     The backward pass belongs into it as well, by `differentiate` or `gradients_of`: checkpointed parts of a network run
     again there. It sees calls from Python; a convolution within TorchScript or a compiled graph stays as it is. It does
     nothing on a GPU, and where no convolution is narrow: seeing every call costs 0.5 ms a step of ResNet-20, which is
-    4 % with 64 images of 8x8 (README).
+    4 % with 64 images of 8x8 and 2 % with 32 of 32x32 (one thread, AVX-512).
     """
     return _Thinning() if torch.device(device).type == "cpu" and _is_at_risk(model) else nullcontext()
 
@@ -76,8 +76,11 @@ class _Thinning(TorchFunctionMode):
     """Runs narrow strided 1x1 convolutions with stride one on every stride-th pixel: the same products and sums."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.conv2d and torch.is_grad_enabled():  # `torch.conv2d` and `nn.Conv2d` arrive as this one too
-            return _convolved(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            if func is F.conv2d:  # `torch.conv2d` and `nn.Conv2d` arrive as this one too
+                return _convolved(*args, **(kwargs or {}))
+            if func is F.conv_transpose2d:
+                return _transposed(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -92,17 +95,45 @@ def _convolved(
 ) -> Tensor:
     """Returns what `conv2d` returns; the arguments have its names.
 
-    Padded, grouped and one-dimensional convolutions, and those of volumes, do not take that way in oneDNN: every width
-    up to 20 gave the gradients of float64.
+    oneDNN makes its copy where nothing is padded, there is one group and the stride divides the image; of sequences and
+    volumes torch or oneDNN arranges the numbers anew before. Padded and grouped ones are left as they are.
     """
-    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    down, right = _pair(stride)
     narrow = groups == 1 and _is_narrow(weight) and weight.requires_grad
-    if not narrow or max(strides) == 1 or _pads(padding) or input.device.type != "cpu":
+    if not narrow or down == right == 1 or _pads(padding) or input.device.type != "cpu":
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    down, right = strides * 2 if len(strides) == 1 else strides
     # The same pixels; where they lie channels-last, slices have gradients in contiguous memory, slow to add to others.
     thin = input[..., ::down, ::right] if input.is_contiguous() else F.avg_pool2d(input, 1, (down, right))
     return F.conv2d(thin, weight, bias)
+
+
+def _transposed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Returns what `conv_transpose2d` returns, whose weight `(inputs, outputs, ...)` has the gradient of a convolution
+    of the outputs; the arguments have its names.
+    """
+    (down, right), (below, beside) = _pair(stride), _pair(output_padding)
+    narrow = groups == 1 and _is_narrow(weight) and weight.requires_grad
+    if not narrow or not (below or beside) or _pads(padding) or input.device.type != "cpu":
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    dense = F.conv_transpose2d(input, weight)
+    height, width = ((n - 1) * step + 1 for n, step in zip(dense.shape[-2:], (down, right), strict=True))
+    spread = dense.new_zeros((*dense.shape[:-2], height + below, width + beside))
+    spread[..., :height:down, :width:right] = dense
+    return spread if bias is None else spread + bias.to(spread.dtype)[:, None, None]
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value) * (1 if len(value) > 1 else 2)
+    return pair[0], pair[1]
 
 
 def _pads(padding: str | int | Sequence[int]) -> bool:

@@ -50,6 +50,20 @@ for width, stride, kernel, grouped in itertools.product(range(1, 21), (1, 2, 3),
     for found, wanted in ((last, wide), (layer.weight, exact.weight), (layer.bias, exact.bias)):
         error = float((found.grad - wanted.grad).norm() / wanted.grad.norm())
         assert error < 1e-4, (width, stride, kernel, grouped, error)
+
+for outputs in range(1, 21):  # the gradient of a transposed weight is that of a convolution of its outputs
+    torch.manual_seed(outputs)
+    layer = nn.ConvTranspose2d(12, outputs, 1, stride=2, output_padding=1).to(memory_format=torch.channels_last)
+    exact = nn.ConvTranspose2d(12, outputs, 1, stride=2, output_padding=1).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(16, 12, 30, 30)
+    with safe_convolutions(layer, "cpu"):
+        for _ in range(3):
+            layer.zero_grad()
+            layer(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+    exact(x.double()).square().sum().backward()
+    error = float((layer.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm())
+    assert error < 1e-4, (outputs, error)
 print("done")
 """
 # What differentiates: each trains, or takes the gradients of, a network that died in every run before.
@@ -187,6 +201,7 @@ class Own(nn.Module):
     [
         (nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.Conv2d(5, 4, 1, stride=(1, 2))), True),
         (Own(), True),
+        (nn.ConvTranspose2d(20, 4, 1, stride=2, output_padding=1), True),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(5, 4, 1, stride=2)), True),
         (nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.Conv2d(5, 4, 1), nn.Linear(4, 4)), False),
         (nn.Conv2d(5, 5, 1, stride=2, groups=5), False),
@@ -210,6 +225,21 @@ def test_outputs_are_those_of_the_convolution(stride: Any, shape: tuple[int, ...
         with safe_convolutions(RISKY, "cpu"):
             found = layer(each)
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("stride", "extra"), [(2, 1), (3, 2), ((2, 1), (1, 0)), ([1, 3], [0, 1]), ((2,), (0,))])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 4), (5, 6, 4)])
+def test_outputs_are_those_of_the_transposed_convolution(bias: bool, stride: Any, extra: Any, shape: Any) -> None:
+    layer = nn.ConvTranspose2d(5, 4, 1, bias=bias)
+    layer.stride, layer.output_padding = stride, extra
+    x = torch.randn(shape)
+    with torch.no_grad():
+        wanted = layer(x)
+    with safe_convolutions(layer, "cpu"):
+        torch.testing.assert_close(layer(x), wanted)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
 
 
 def test_a_refused_convolution_is_refused_in_torchs_own_words() -> None:
