@@ -72,7 +72,7 @@ import sys
 import torch
 from torch import nn
 from torch.nn import functional as F
-from autoprune.network.evaluation import probe_precision
+from autoprune.network.probing import probe_precision
 from autoprune.network.evidence import gather_fisher, gather_gradients
 from autoprune.network.mask_scores import gather_weight_gradients
 from autoprune.network.recipe import Recipe, fine_tune
