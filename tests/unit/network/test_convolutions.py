@@ -272,7 +272,7 @@ def test_checkpointed_parts_run_in_another_way_when_they_run_again(reentrant: bo
     if not reentrant:
         assert heard(lambda: gradients_of(part(reentrant), [WEIGHT]))[-2:] == ["avg_pool2d", "conv2d"]
     (wanted,) = torch.autograd.grad(F.conv2d(X, WEIGHT[:, :], stride=2).square().sum(), [WEIGHT])
-    torch.testing.assert_close(WEIGHT.grad, wanted)
+    torch.testing.assert_close(WEIGHT.grad, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_gradients_are_those_of_torch_and_none_where_a_parameter_has_no_part() -> None:
