@@ -11,8 +11,6 @@ they do.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,7 +57,12 @@ __all__ = [
     "trace",
 ]
 
-_NETWORK = {"load", "prune", "trace"}
+_FUNCTIONS = {
+    "load": "autoprune.network",
+    "prune": "autoprune.network",
+    "search": "autoprune.coordinator",
+    "trace": "autoprune.network",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -67,10 +70,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("autoprune")
-    elif name == "search":
-        return importlib.import_module("autoprune.search")
-    elif name in _NETWORK:
-        value = getattr(importlib.import_module("autoprune.network"), name)
+    elif name in _FUNCTIONS:
+        value = getattr(importlib.import_module(_FUNCTIONS[name]), name)
     elif name in __all__:
         value = getattr(importlib.import_module("autoprune.errors"), name)
     else:
@@ -81,27 +82,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _CallablePackage(ModuleType):
-    """The subpackage `autoprune.search`, which is also the function of that name.
-
-    The import system binds a subpackage to its parent's attribute, so the function would be overwritten by the first
-    `import autoprune.search.study`. Both uses keep working if the package itself can be called.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs `autoprune.coordinator.search`, where the arguments are described."""
-        return importlib.import_module("autoprune.coordinator").search(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    """The package itself; makes `autoprune.search` callable at the moment that the import system binds it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "search" and isinstance(value, ModuleType):
-            value.__class__ = _CallablePackage
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

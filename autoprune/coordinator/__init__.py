@@ -1,4 +1,4 @@
-"""The coordinator: composes network, search, tracking, report and executors into what the commands do.
+"""The coordinator: composes network, studies, tracking, report and executors into what the commands do.
 
 Decides the order of things, and nothing else: each of the five parts knows only the core, and meets the others here.
 What a command does not need is not imported: showing a front takes no torch.

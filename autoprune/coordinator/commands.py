@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import report
+from autoprune import report, studies
 from autoprune.coordinator.views import StoredSearch, make_home, open_existing, read_search, storage_path, view_of
 from autoprune.space import Space
 

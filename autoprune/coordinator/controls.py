@@ -13,8 +13,8 @@ from autoprune.coordinator.views import CONTROLS, SCRATCH, StoredSearch
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices, select_spread
 from autoprune.results import Problem, WarmStart
-from autoprune.search import LadderPlan, RungPlan
-from autoprune.search.warmstart import control_policies
+from autoprune.studies import LadderPlan, RungPlan
+from autoprune.studies.warmstart import control_policies
 
 
 def controls_plan(plan: LadderPlan, bench: Workbench, *, count: int) -> LadderPlan | None:

@@ -19,7 +19,7 @@ from autoprune.errors import InputError, StudyError
 from autoprune.policy import Policy
 from autoprune.prices import ErrorCurve, Explanation, explain
 from autoprune.results import Problem
-from autoprune.search.learned import LEAST_TRIALS, fit_weights
+from autoprune.studies.learned import LEAST_TRIALS, fit_weights
 
 
 class _ByWidth(Sequence[float]):

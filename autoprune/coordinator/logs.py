@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from autoprune.errors import StudyError
 from autoprune.objective import ACCURACY
 from autoprune.redaction import hide_secrets
-from autoprune.search import Event, RungStarted, TrialFinished
+from autoprune.studies import Event, RungStarted, TrialFinished
 
 LOGGER = logging.getLogger("autoprune")
 MOST_BYTES = 5_000_000

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import autoprune.search as studies
+from autoprune import studies
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.views import CONTROLS, DENSE, SCRATCH, StoredSearch, model_key
 from autoprune.objective import Objective
 from autoprune.report import SearchView, point_of
 from autoprune.report.markdown import front_markdown, table, widths_markdown
 from autoprune.results import TrialResult, not_faster
-from autoprune.search import StoredTrial
+from autoprune.studies import StoredTrial
 
 NO_FASTER = "Its MACs fell, but its measured latency did not, beyond the spread of the measurement."
 

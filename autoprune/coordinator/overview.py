@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import report
+from autoprune import report, studies
 from autoprune.coordinator import logs
 from autoprune.coordinator.commands import terminal
 from autoprune.coordinator.supervising import read_service
 from autoprune.coordinator.views import CONTROLS, SCRATCH, make_home, open_existing, storage_path
 from autoprune.errors import StudyError, nearest
-from autoprune.search import Job, Queue, Request
 from autoprune.space import Space
+from autoprune.studies import Job, Queue, Request
 
 
 @dataclass(frozen=True)

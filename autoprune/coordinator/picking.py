@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import tracking
+from autoprune import studies, tracking
 from autoprune.budget import KEYS, parse_limit
 from autoprune.coordinator.registering import ALIASES, FINETUNE, FINETUNED, aliases_of, candidates
 from autoprune.coordinator.views import StoredSearch, open_existing, read_search, view_of

@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import autoprune.search as studies
-from autoprune import report
+from autoprune import report, studies
 from autoprune.coordinator.commands import terminal
 from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.views import make_home
@@ -26,9 +25,9 @@ from autoprune.network.workbench import Workbench
 from autoprune.network.workers import threads_of
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import LadderPlan, RungPlan
-from autoprune.search.warmstart import control_policies
 from autoprune.space import Space
+from autoprune.studies import LadderPlan, RungPlan
+from autoprune.studies.warmstart import control_policies
 
 Value = TypeVar("Value")
 _CANDIDATES = 30

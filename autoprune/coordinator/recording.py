@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import autoprune.search as studies
-from autoprune import report, tracking
+from autoprune import report, studies, tracking
 from autoprune.coordinator.registering import finetuned_registration, registration
 from autoprune.coordinator.reporting import page_of
 from autoprune.coordinator.setup import Setup
@@ -25,7 +24,7 @@ from autoprune.policy import CHANNEL, caveat
 from autoprune.report import SearchView
 from autoprune.report.markdown import search_markdown
 from autoprune.results import TrialResult, not_faster
-from autoprune.search import StoredTrial
+from autoprune.studies import StoredTrial
 
 SPACE_FILE = "space.json"
 """The artifact of a search's run that holds the space as run; `autoprune search space.json` runs it again."""

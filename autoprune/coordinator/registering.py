@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import tracking
+from autoprune import studies, tracking
 from autoprune.coordinator.views import Shown, StoredSearch
 from autoprune.cost import COSTS, LATENCY
 from autoprune.objective import Objective

@@ -23,8 +23,8 @@ from autoprune.coordinator.children import Child, Command, end_all
 from autoprune.coordinator.logs import entry_of, read_log
 from autoprune.errors import StudyError
 from autoprune.redaction import hide_secrets
-from autoprune.search import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue
 from autoprune.space.section import NAME_PATTERN
+from autoprune.studies import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue
 
 ATTEMPTS = 5
 """How often a search is begun that each time is killed before it has finished another trial."""

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import autoprune.search as studies
-from autoprune import tracking
+from autoprune import studies, tracking
 from autoprune.coordinator.children import TOKEN, Command
 from autoprune.coordinator.commands import dashboard_command
 from autoprune.coordinator.pages import open_page
@@ -26,7 +25,7 @@ from autoprune.coordinator.running import SLICE_SECONDS, Runner, SearchProcesses
 from autoprune.coordinator.supervising import Held, Service, Supervisor, answers, beats, service_folder, serving
 from autoprune.coordinator.views import STORAGE_ENV, make_home, storage_path
 from autoprune.errors import InputError
-from autoprune.search import Queue
+from autoprune.studies import Queue
 
 Say = Callable[[str], None]
 _BEAT = "runner.beat"

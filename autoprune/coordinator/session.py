@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import report, tracking
+from autoprune import report, studies, tracking
 from autoprune.coordinator.background import Background, curves_of, pack
 from autoprune.coordinator.controls import controls_plan, scratch_plan
 from autoprune.coordinator.ending import ending_text
@@ -53,9 +52,9 @@ from autoprune.pareto import front_indices
 from autoprune.policy import digest
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, Problem, WarmStart
-from autoprune.search import LadderPlan, RungPlan, RungStarted, TrialFinished
-from autoprune.search.warmstart import warm_starts
 from autoprune.space import Space
+from autoprune.studies import LadderPlan, RungPlan, RungStarted, TrialFinished
+from autoprune.studies.warmstart import warm_starts
 
 _WARM_STARTS = 24
 """Most warm starts, 15 of them additive solutions: more only delay what is learned from them (`make samplers`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import autoprune.search as studies
+from autoprune import studies
 from autoprune.coordinator.finetuning import record_all_finetuned
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.picking import Say, picks

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import autoprune.search as studies
-from autoprune import report
+from autoprune import report, studies
 from autoprune.coordinator.background import Background, unpack
 from autoprune.coordinator.setup import Setup
 from autoprune.errors import StudyError
@@ -22,7 +21,7 @@ from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import CHANNEL
 from autoprune.report import FrontPoint, SearchView
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import Audit, Failure, StoredTrial
+from autoprune.studies import Audit, Failure, StoredTrial
 
 CONTROLS = "controls"
 """The rung of the controls: simple policies under the last rung's recipe."""

@@ -8,12 +8,12 @@ from autoprune.tracking.client import Tracker
 from autoprune.tracking.environment import environment_tags
 from autoprune.tracking.location import artifact_root, resolve_uri, sqlite_path, ui_address
 from autoprune.tracking.machine import watch_machine, watches_machine
+from autoprune.tracking.pages import WORKFLOW
 from autoprune.tracking.reading import Reader, RecordedRun, open_reader
 from autoprune.tracking.recorder import Recorder, Refused
 from autoprune.tracking.records import FRACTIONS, TrialRecord, safe_key, trial_key
 from autoprune.tracking.registry import PICKED, Member, Registry, Version, registered_name
 from autoprune.tracking.server import ServerPlan, is_loopback, local_address, prepare_store, server_plan
-from autoprune.tracking.views import WORKFLOW
 
 __all__ = [
     "FRACTIONS",

@@ -19,9 +19,9 @@ from autoprune.errors import TrackingError
 from autoprune.objective import ACCURACY, Objective
 from autoprune.tracking import records
 from autoprune.tracking.connection import connect, translated
+from autoprune.tracking.pages import SHARED_VIEW_TAG, WORKFLOW, chart_view, encode_view, list_view, view_link
 from autoprune.tracking.records import TrialRecord
 from autoprune.tracking.registry import Registry, registered_name
-from autoprune.tracking.views import SHARED_VIEW_TAG, WORKFLOW, chart_view, encode_view, list_view, view_link
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

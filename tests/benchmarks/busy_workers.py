@@ -32,9 +32,9 @@ from storage_cost import problem_of
 from autoprune.executors import RayExecutor, Share
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import ladder, open_storage, rung
-from autoprune.search.ladder import LadderPlan, RungPlan, run_ladder
-from autoprune.search.sampler import widths_of
+from autoprune.studies import ladder, open_storage, rung
+from autoprune.studies.ladder import LadderPlan, RungPlan, run_ladder
+from autoprune.studies.sampler import widths_of
 
 SECONDS = 1.0
 GROUPS = 12

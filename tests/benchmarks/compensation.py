@@ -33,8 +33,8 @@ from autoprune.network.evidence import Evidence
 from autoprune.network.patches import patch_rows
 from autoprune.network.surgery import Selection, cut
 from autoprune.network.trace import Network
-from autoprune.search.warmstart import additive, uniform
 from autoprune.space import load_space
+from autoprune.studies.warmstart import additive, uniform
 
 HERE = Path(__file__).parent
 BUDGETS = (0.7, 0.5, 0.35)

@@ -22,8 +22,8 @@ from autoprune.network.masks import masked
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
 from autoprune.results import Fidelity, Problem
-from autoprune.search.warmstart import additive, global_ranking
 from autoprune.space import load_space
+from autoprune.studies.warmstart import additive, global_ranking
 
 SPACE = Path(__file__).with_name("resnet20_no_finetuning.yaml")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)

@@ -33,8 +33,8 @@ from autoprune.network.recipe import Distillation, Recipe, fine_tune
 from autoprune.network.surgery import cut
 from autoprune.network.workbench import Workbench
 from autoprune.results import Problem
-from autoprune.search.warmstart import additive, uniform
 from autoprune.space import load_space
+from autoprune.studies.warmstart import additive, uniform
 
 HERE = Path(__file__).parent
 DEFAULT = "default: rate 0.02, temperature 4, weight 0.9"

@@ -29,8 +29,8 @@ from autoprune.cost import CostModel, Form, Term
 from autoprune.pareto import front_indices, hypervolume
 from autoprune.policy import Group, Policy, feasible_widths
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import LadderPlan, RungPlan, run_ladder
-from autoprune.search.warmstart import warm_starts
+from autoprune.studies import LadderPlan, RungPlan, run_ladder
+from autoprune.studies.warmstart import warm_starts
 
 HERE = Path(__file__).parent
 REFERENCE = (0.5, 1.0)

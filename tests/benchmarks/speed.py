@@ -42,8 +42,8 @@ from autoprune.network.vision import import_torchvision
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
 from autoprune.results import Fidelity
-from autoprune.search.pricing import costs_many
 from autoprune.space import Space, load_space
+from autoprune.studies.pricing import costs_many
 
 HOME = Path(".autoprune/bench-speed")
 SPACES = Path("search_spaces")

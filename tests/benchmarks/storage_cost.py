@@ -32,8 +32,8 @@ from autoprune.budget import resolve_budget
 from autoprune.cost import CostModel, Form, Term
 from autoprune.policy import Group, Policy, feasible_widths
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import open_storage, open_study, records
-from autoprune.search.mirror import Mirror
+from autoprune.studies import open_storage, open_study, records
+from autoprune.studies.mirror import Mirror
 from autoprune.tracking import Tracker, TrialRecord, trial_key
 
 GROUPS = 12

@@ -42,9 +42,9 @@ from autoprune.network.regularisation import REGULARISERS, STRENGTHS, Regularisa
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem
-from autoprune.search import LadderPlan, RungPlan, open_storage, run_ladder
-from autoprune.search.warmstart import uniform, warm_starts
 from autoprune.space import load_space
+from autoprune.studies import LadderPlan, RungPlan, open_storage, run_ladder
+from autoprune.studies.warmstart import uniform, warm_starts
 
 ROOT = Path(__file__).parents[2]
 SPACES = {"lstm": "digits_lstm.yaml", "resnet20": "digits_resnet20.yaml"}

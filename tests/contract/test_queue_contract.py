@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autoprune.errors import StudyError
-from autoprune.search import CANCELLED, DONE, QUEUED, RUNNING, Queue, Request, open_storage
+from autoprune.studies import CANCELLED, DONE, QUEUED, RUNNING, Queue, Request, open_storage
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])

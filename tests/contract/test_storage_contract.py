@@ -15,7 +15,7 @@ from autoprune.cost import CostModel, Form, Term
 from autoprune.errors import MissingExtraError, StudyError
 from autoprune.policy import Group, Policy
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search import LadderPlan, RungPlan, open_storage, run_ladder, same_database, split_password
+from autoprune.studies import LadderPlan, RungPlan, open_storage, run_ladder, same_database, split_password
 
 GROUPS = tuple(Group(f"layer{i}", 8, tuple(range(1, 9))) for i in range(3))
 FORMS = tuple(Form(0, ((i, 1),)) for i in range(3))

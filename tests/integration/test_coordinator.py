@@ -26,7 +26,7 @@ from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError, TrackingError
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
-from autoprune.search import StoredTrial
+from autoprune.studies import StoredTrial
 
 DENSE = dict.fromkeys(COSTS, 1000)
 TUNE, FINAL = Fidelity("tune", epochs=2), Fidelity("final", epochs=4, test=True)

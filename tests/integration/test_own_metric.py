@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
-from autoprune import search as studies
+from autoprune import studies
 from autoprune.coordinator import Wish, pick, show_front, show_status, write_report
 from autoprune.coordinator.background import pack, unpack
 from autoprune.coordinator.explaining import compare_trials, explain_trial

@@ -20,7 +20,7 @@ from autoprune.objective import Objective
 from autoprune.policy import Choice, Policy
 from autoprune.report import SearchView
 from autoprune.results import Fidelity, TrialResult
-from autoprune.search import StoredTrial, read_pick
+from autoprune.studies import StoredTrial, read_pick
 
 TUNE, FINAL = Fidelity("tune", epochs=2), Fidelity("final", epochs=4, test=True)
 

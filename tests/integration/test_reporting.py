@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import pytest
 
-from autoprune import search as studies
+from autoprune import studies
 from autoprune.budget import resolve_budget
 from autoprune.coordinator.background import Background, curves_of, pack, unpack
 from autoprune.coordinator.explaining import compare_trials, explain_trial
@@ -24,7 +24,7 @@ from autoprune.cost import LATENCY, CostModel, Form, Surface, Term
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Choice, Group, Policy, feasible_widths, uniform_policy
 from autoprune.results import Fidelity, Problem, TrialResult
-from autoprune.search.records import Candidate, add_complete, add_failed
+from autoprune.studies.records import Candidate, add_complete, add_failed
 
 SIZES = {"first": 16, "second": 200}
 CRITERIA = ("l2", "obs")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoprune
-import autoprune.search as studies
+from autoprune import studies
 from autoprune.coordinator import session
 from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.noting import write_notes

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "autoprune"
 CORE = {"errors", "policy", "space", "budget", "cost", "prices", "results", "pareto", "redaction", "memory"}
 CORE |= {"objective"}
-OUTER = {"network", "search", "tracking", "report", "executors"}
+OUTER = {"network", "studies", "tracking", "report", "executors"}
 TOP = {"coordinator", "cli", "__main__", "__init__"}
 
 # Who may import a third-party package, at module level or inside a function.
@@ -25,16 +25,16 @@ OWNERS: dict[str, set[str]] = {
     "safetensors": {"network"},
     "sklearn": {"network"},
     "threadpoolctl": {"network"},
-    "scipy": {"network", "search"},
+    "scipy": {"network", "studies"},
     "PIL": {"network"},
     "onnx": {"network"},
     "onnxruntime": {"network"},
     "onnxscript": {"network"},
     "numpy": OUTER,
-    "optuna": {"search"},
+    "optuna": {"studies"},
     "mlflow": {"tracking"},
     "psutil": {"tracking"},
-    "sqlalchemy": {"search", "tracking"},  # both Optuna's and MLflow's errors come from it
+    "sqlalchemy": {"studies", "tracking"},  # both Optuna's and MLflow's errors come from it
     "alembic": {"tracking"},  # MLflow's, for its errors
     "requests": {"tracking"},  # likewise
     "pandas": {"report"},

@@ -40,13 +40,20 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         autoprune.purne  # noqa: B018 - the access is the test
 
 
-def test_search_is_a_package_and_a_function_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_is_loaded_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    monkeypatch.delitem(vars(autoprune), "search", raising=False)
     coordinator = ModuleType("autoprune.coordinator")
     coordinator.search = lambda *args, **kwargs: calls.append((args, kwargs)) or "result"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "autoprune.coordinator", coordinator)
     assert autoprune.search("model", trials=3) == "result"
     assert calls == [(("model",), {"trials": 3})]
-    package = importlib.import_module("autoprune.search")
-    assert autoprune.search is package
-    assert package.__path__
+    monkeypatch.undo()
+    vars(autoprune).pop("search", None)  # the double
+
+
+def test_search_is_a_plain_function_with_its_own_signature() -> None:
+    importlib.import_module("autoprune.studies.study")
+    assert inspect.isfunction(autoprune.search)
+    assert next(iter(inspect.signature(autoprune.search).parameters)) == "model"
+    assert inspect.getdoc(autoprune.search)

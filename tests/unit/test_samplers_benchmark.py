@@ -11,7 +11,7 @@ import pytest
 
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
-from autoprune.search.warmstart import uniform
+from autoprune.studies.warmstart import uniform
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "samplers.py"
 

@@ -26,7 +26,7 @@ ALLOWED = {
     # between this process and the workers that it started itself, through a pipe
     ("executors/processes.py", "pickle.loads"): "pipes to our own processes",
     ("executors/worker.py", "pickle.loads"): "pipes to our own processes",
-    ("search/ahead.py", "pickle.load"): "pipes to our own process",
+    ("studies/ahead.py", "pickle.load"): "pipes to our own process",
     # between this process and the tasks that it started on the cluster which the user named
     ("executors/cluster.py", "pickle.loads"): "Ray carries what our own tasks send",
     # the workbench as it comes through the pipe; the file that workers map holds plain numbers alone

@@ -45,7 +45,7 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     `seconds`: no more time than that. `warm_only`: the first rung ends with the warm starts. `one_rung`: no candidate
     is repaired on more images, and the first rung lasts as long as the search.
     """
-    from autoprune import search as studies
+    from autoprune import studies
     from autoprune.coordinator.logs import SearchLog
     from autoprune.coordinator.session import Session
     from autoprune.network.pipeline import trace_ingredients, workbench_of

@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from autoprune.coordinator.running import ATTEMPTS, Runner, SearchProcesses, Slot, slots_of
-from autoprune.search import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue, Request
+from autoprune.studies import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue, Request
 
 
 class Pretended:

@@ -16,7 +16,7 @@ from autoprune.coordinator.logs import SearchLog, entry_of, follow_log, log_path
 from autoprune.errors import StudyError
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
-from autoprune.search import RungFinished, RungStarted, TrialFinished
+from autoprune.studies import RungFinished, RungStarted, TrialFinished
 
 
 def result(accuracy: float = 0.75) -> TrialResult:
@@ -75,12 +75,12 @@ def test_an_error_and_an_interruption_are_logged_as_the_end_and_are_not_swallowe
 def test_what_the_package_logs_meanwhile_is_in_the_log_and_afterwards_nothing_is(tmp_path: Path) -> None:
     before = (list(logs.LOGGER.handlers), logs.LOGGER.level)
     with SearchLog(tmp_path, "one"):
-        logging.getLogger("autoprune.search.storage").warning(
+        logging.getLogger("autoprune.studies.storage").warning(
             "lost the connection to %s", "postgresql://me:geheim@db/x"
         )
     logging.getLogger("autoprune.search").warning("nobody is listening")
     (entry,) = entries(tmp_path)
-    assert entry["event"] == "autoprune.search.storage"
+    assert entry["event"] == "autoprune.studies.storage"
     assert entry["message"] == "lost the connection to postgresql://me:***@db/x"
     assert (logs.LOGGER.handlers, logs.LOGGER.level) == before
 

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 from autoprune.coordinator.overview import rows_of
-from autoprune.search import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Request
+from autoprune.studies import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Request
 
 NOON = datetime.datetime(2026, 1, 1, 12, 0, 0)
 

@@ -16,8 +16,8 @@ from autoprune.cost import CostModel, Form, Term
 from autoprune.errors import StudyError
 from autoprune.policy import Group, digest, feasible_widths
 from autoprune.results import Problem
-from autoprune.search import Queue, open_study, study_name
 from autoprune.space import Space, load_space
+from autoprune.studies import Queue, open_study, study_name
 
 FILES = sorted((Path(__file__).parents[3] / "search_spaces").glob("*.yaml"))[::4]
 SETTINGS = {

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.tracking.environment import environment_tags
+from autoprune.tracking.pages import chart_view, encode_view
 from autoprune.tracking.records import (
     TrialRecord,
     clip,
@@ -25,7 +26,6 @@ from autoprune.tracking.records import (
     trial_params,
     trial_tags,
 )
-from autoprune.tracking.views import chart_view, encode_view
 
 POLICY = Policy({"a": Choice("l2", 0.25), "b": Choice("obs", 0.5)})
 
