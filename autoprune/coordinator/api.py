@@ -17,11 +17,11 @@ from autoprune.coordinator.placing import Here, OnRay, Workers
 from autoprune.coordinator.session import SearchOutcome, Session
 from autoprune.coordinator.views import make_home
 from autoprune.errors import InputError
-from autoprune.network import pipeline
-from autoprune.network.attention import replace_attention
-from autoprune.network.copies import deep_copy
-from autoprune.network.data import as_splits
-from autoprune.network.evaluation import check_task
+from autoprune.network import preparing
+from autoprune.network.data.loading import as_splits
+from autoprune.network.data.tasks import check_task
+from autoprune.network.graph.copies import deep_copy
+from autoprune.network.surgery.attention import replace_attention
 from autoprune.space import Space
 
 
@@ -97,11 +97,11 @@ def search(
     deadline = None if timeout is None else time.monotonic() + timeout
     splits = as_splits(data, settings=None, seed=space.seed)
     check_task(splits, loss=loss, metric=metric)
-    key = pipeline.splits_digest(splits)
+    key = preparing.splits_digest(splits)
     origin = {"name": None, "factory": None, "class": f"{type(model).__module__}.{type(model).__qualname__}"}
     dense = replace_attention(deep_copy(model).cpu()).eval()
-    ingredients = pipeline.fitting(pipeline.Ingredients(dense, splits, origin, key, loss, metric))
-    sections = space.fingerprint_sections() | {"model": pipeline.model_digest(model), "data": key}
+    ingredients = preparing.fitting(preparing.Ingredients(dense, splits, origin, key, loss, metric))
+    sections = space.fingerprint_sections() | {"model": preparing.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:
         session = Session(space, ingredients, sections=sections, home=folder, progress=progress, log=log)
         return session.run(workers=place, deadline=deadline, trials=trials, summary=False)

@@ -58,7 +58,7 @@ def layer_rows(stored: StoredSearch, trial: int) -> list[report.LayerRow]:
     Raises:
         StudyError: There is no such trial, or its model was not kept.
     """
-    from autoprune.network.artifacts import read_document
+    from autoprune.network.artifacts.saved import read_document
 
     document = read_document(stored.model_path(trial))
     return [report.LayerRow(**row) for row in document["layers"]]
@@ -70,11 +70,12 @@ def inspect_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: The model or the data cannot be used.
     """
-    from autoprune.network import inspection, pipeline
+    from autoprune.network import preparing, settings
+    from autoprune.network.artifacts import layers as artifacts_layers
 
-    ingredients = pipeline.ingredients_of(space, cache=home / "cache")
-    network = pipeline.trace_ingredients(ingredients, space)
-    data = inspection.describe(network, pipeline.searchable_groups(network, space))
+    ingredients = preparing.ingredients_of(space, cache=home / "cache")
+    network = preparing.trace_ingredients(ingredients, space)
+    data = artifacts_layers.describe(network, settings.searchable_groups(network, space))
     width, color = terminal()
     return report.render_inspection(data, title=space.name, console_width=width, color=color).rstrip("\n"), data
 
@@ -87,13 +88,13 @@ def latency_space(space: Space, *, home: Path) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: The model or the data cannot be used, or the network cannot be timed under the space's conditions.
     """
-    from autoprune.network import pipeline
-    from autoprune.network.devices import latency_table
+    from autoprune.network import preparing
+    from autoprune.network.latency.cache import latency_table
 
     make_home(home)
     with report.Progress() as progress:
-        ingredients = pipeline.ingredients_of(space, cache=home / "cache")
-        network = pipeline.trace_ingredients(ingredients, cache=home / "cache", note=progress.note)
+        ingredients = preparing.ingredients_of(space, cache=home / "cache")
+        network = preparing.trace_ingredients(ingredients, cache=home / "cache", note=progress.note)
         data = latency_table(network, space, cache=home / "cache", note=progress.note).summary()
     width, color = terminal()
     return report.render_latency(data, title=space.name, console_width=width, color=color).rstrip("\n"), data

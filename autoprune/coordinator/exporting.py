@@ -58,10 +58,10 @@ def export_models(wish: ExportWish, *, home: Path, say: Say) -> list[Path]:
 
 
 def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say) -> list[Path]:
-    from autoprune.network import further
-    from autoprune.network.artifacts import check_model, read_document
-    from autoprune.network.checkpoints import write_whole
-    from autoprune.network.export import export
+    from autoprune.network import afterwards
+    from autoprune.network.artifacts.export import export
+    from autoprune.network.artifacts.saved import check_model, read_document
+    from autoprune.network.models.checkpoints import write_whole
 
     stored = read_search(pick.search, home=home)
     setup = stored.setup if wish.evaluate or stored.background is not None else None  # an older search has none
@@ -71,14 +71,14 @@ def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say)
     scores: list[ClassScores] = []
     if wish.evaluate and setup is not None:
         space = space_of(setup, doing="evaluate by class", allow_code=wish.allow_code)
-        found = further.score_by_class(space, pick.folder, cache=home / "cache", note=say)
+        found = afterwards.score_by_class(space, pick.folder, cache=home / "cache", note=say)
         scores = [ClassScores(s.split, s.count, s.dense, s.pruned, s.classes) for s in found]
     card = Card(
         title=f"{pick.search}, trial {pick.label}",
         document=document,
         dense=stored.facts["dense_metrics"],
         files=[path.name for path in files],
-        latency=further.time_both(pick.folder, **_conditions(stored)),
+        latency=afterwards.time_both(pick.folder, **_conditions(stored)),
         scores=scores,
         made=_made(pick, document, setup),
         settings=setup.space if setup is not None and not setup.at_hand else None,

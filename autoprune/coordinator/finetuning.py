@@ -77,10 +77,10 @@ def finetune_model(
         InputError: Epochs or rate cannot be used, several models are picked, or code may not be run.
         TrialError: Training diverged; nothing is kept.
     """
-    from autoprune.network import further
-    from autoprune.network.artifacts import check_model
+    from autoprune.network import afterwards
+    from autoprune.network.artifacts.saved import check_model
 
-    training = further.Training(**how)
+    training = afterwards.Training(**how)
     chosen = resolve(reference, home=home, trial=trial, say=say)
     if len(chosen) > 1:
         names = ", ".join(pick.label for pick in chosen)
@@ -95,8 +95,8 @@ def finetune_model(
     folder = finetuned_root(home, origin.search) / str(number)
     say(f"training trial {origin.label} of {origin.search} for {training.epochs:g} epochs")
     link = {"from": origin.key, "trial": origin.trial}
-    result = further.finetune(
-        space, origin.folder, training=training, cache=home / "cache", target=further.Target(folder, link), note=say
+    result = afterwards.finetune(
+        space, origin.folder, training=training, cache=home / "cache", target=afterwards.Target(folder, link), note=say
     )
     records = Records(origin.search, setup, home=home, say=say, opens=False, objective=stored.objective)
     record_finetuned(records, folder)

@@ -6,8 +6,8 @@ Decides which models are measured once more.
 from __future__ import annotations
 
 from autoprune.coordinator.views import DENSE, StoredSearch, model_key
-from autoprune.network.artifacts import read_document, shrink_to
-from autoprune.network.copies import deep_copy
+from autoprune.network.artifacts.saved import read_document, shrink_to
+from autoprune.network.graph.copies import deep_copy
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices
 
@@ -15,7 +15,7 @@ from autoprune.pareto import front_indices
 def measure_front(bench: Workbench, stored: StoredSearch) -> dict[str, dict[str, float]]:
     """Measures the front's models and the dense one once more, and returns what is new by model.
 
-    What a worker measured beside others is noise; see `autoprune.network.timing`.
+    What a worker measured beside others is noise; see `autoprune.network.latency.timing`.
     """
     shown = stored.shown()
     primary = stored.facts["primary"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from autoprune.errors import InputError
 from autoprune.executors import Executor, InlineExecutor, Limits, ProcessExecutor, RayExecutor, Share
 from autoprune.memory import give_back
-from autoprune.network.failures import free_memory
-from autoprune.network.samples import TensorSplit
+from autoprune.network.data.samples import TensorSplit
+from autoprune.network.devices.failures import free_memory
 from autoprune.network.sharing import SharedFile
 from autoprune.network.workbench import Workbench
 from autoprune.network.workers import (

@@ -18,9 +18,8 @@ from autoprune import report, studies
 from autoprune.coordinator.commands import terminal
 from autoprune.coordinator.rungs import fidelity_of_rung
 from autoprune.coordinator.views import make_home
-from autoprune.network import pipeline, profiling
-from autoprune.network.devices import resolve_device
-from autoprune.network.timing import device_name
+from autoprune.network import preparing, profiling, settings
+from autoprune.network.devices.device import device_name, resolve_device
 from autoprune.network.workbench import Workbench
 from autoprune.network.workers import threads_of
 from autoprune.policy import Policy
@@ -58,19 +57,19 @@ def profile_space(space: Space, *, home: Path, repeats: int, steps: int) -> tupl
             return value
 
         cache = home / "cache"
-        ingredients = timed("data and model", lambda: pipeline.ingredients_of(space, cache=cache))
+        ingredients = timed("data and model", lambda: preparing.ingredients_of(space, cache=cache))
         trace = timed(
             "trace",
-            lambda: pipeline.trace_ingredients(ingredients, space, cache=cache, note=note),
+            lambda: preparing.trace_ingredients(ingredients, space, cache=cache, note=note),
             lambda network: profiling.export_seconds(network, clock),
         )
-        pipeline.train_baseline(space, ingredients, cache=cache, note=note)
+        preparing.train_baseline(space, ingredients, cache=cache, note=note)
         bench = timed(
             "learning",
-            lambda: pipeline.workbench_of(space, ingredients, trace, cache=cache, models=None, note=note),
+            lambda: preparing.workbench_of(space, ingredients, trace, cache=cache, models=None, note=note),
             profiling.calibration_seconds,
         )
-        problem = pipeline.problem_of(trace, bench.groups, space)
+        problem = settings.problem_of(trace, bench.groups, space)
         policy = control_policies(problem, bench.ranking(), count=1)[0].policy
         trials = []
         for fidelity in _kinds(space):

@@ -66,7 +66,7 @@ def reproduce_run(run_id: str, *, home: Path, say: Say, allow_code: bool = False
         TrackingError: MLflow cannot be used.
         TrialError: The evaluation failed.
     """
-    from autoprune.network import further
+    from autoprune.network import afterwards
 
     reader = tracking.open_reader(tracking.resolve_uri(home, os.environ))
     run = reader.run(run_id)
@@ -82,7 +82,7 @@ def reproduce_run(run_id: str, *, home: Path, say: Say, allow_code: bool = False
     check_mapping(settings, allow=allow_code, source="the run's settings")
     space = Space.from_mapping(settings)
     say(f"evaluating {run.name} of {space.name} again")
-    result = further.evaluate_again(
+    result = afterwards.evaluate_again(
         space,
         lambda groups: recorded_policy(run.params, groups),
         fidelity_of(space, run.tags.get("rung", "")),

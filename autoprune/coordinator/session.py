@@ -38,14 +38,14 @@ from autoprune.coordinator.views import (
 )
 from autoprune.errors import DataError, LeaseError, StudyError
 from autoprune.executors import Executor, Limits
-from autoprune.network import pipeline
-from autoprune.network.checkpoints import file_digest
-from autoprune.network.devices import latency_table
-from autoprune.network.formats import precision_text
-from autoprune.network.latency import LatencyTable
+from autoprune.network import preparing, settings
+from autoprune.network.devices.device import device_name
+from autoprune.network.devices.formats import precision_text
+from autoprune.network.graph.network import Network
+from autoprune.network.latency.cache import latency_table
+from autoprune.network.latency.table import LatencyTable
+from autoprune.network.models.checkpoints import file_digest
 from autoprune.network.plausibility import doubts
-from autoprune.network.timing import device_name
-from autoprune.network.trace import Network
 from autoprune.network.workbench import Workbench
 from autoprune.objective import objective_of
 from autoprune.pareto import front_indices
@@ -111,7 +111,7 @@ def run_search(
     make_home(home)
     with SearchLog(home, space.name) as log, report.Progress(on_note=log.note) as progress:
         progress.note(f"search {space.name}: preparing")
-        ingredients = pipeline.ingredients_of(space, cache=home / "cache")
+        ingredients = preparing.ingredients_of(space, cache=home / "cache")
         sections = space.fingerprint_sections()
         if space.checkpoint is not None:
             sections["checkpoint"] = file_digest(space.checkpoint)
@@ -126,7 +126,7 @@ class Session:
     def __init__(
         self,
         space: Space,
-        ingredients: pipeline.Ingredients,
+        ingredients: preparing.Ingredients,
         *,
         sections: Mapping[str, str],
         home: Path,
@@ -138,8 +138,10 @@ class Session:
         self.home = home
         self.progress = progress
         self.sections = dict(sections)
-        self.network: Network = pipeline.trace_ingredients(ingredients, space, cache=home / "cache", note=progress.note)
-        groups = pipeline.searchable_groups(self.network, space)
+        self.network: Network = preparing.trace_ingredients(
+            ingredients, space, cache=home / "cache", note=progress.note
+        )
+        groups = settings.searchable_groups(self.network, space)
         self.table: LatencyTable | None = None
         if space.budget.limits_latency:
             table = latency_table(self.network, space, cache=home / "cache", note=progress.note)
@@ -147,7 +149,7 @@ class Session:
             self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
             self.table = table
         objective = progress.objective = log.objective = objective_of(ingredients.metric)
-        self.problem: Problem = replace(pipeline.problem_of(self.network, groups, space), objective=objective)
+        self.problem: Problem = replace(settings.problem_of(self.network, groups, space), objective=objective)
         self.models = models_path(home, space.name)
         _check_apart(home)
         self._studies: dict[str, Any] = {}
@@ -156,8 +158,8 @@ class Session:
         if objective.note:
             progress.note(objective.note)
         self.watches = tracking.watches_machine(os.environ)
-        pipeline.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
-        self.bench: Workbench = pipeline.workbench_of(
+        preparing.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
+        self.bench: Workbench = preparing.workbench_of(
             space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
         )
 

@@ -4,8 +4,9 @@ Decides what a policy does to a network. Sole owner of torch and torchvision; mu
 reports.
 """
 
-from autoprune.network.artifacts import load
+from autoprune.network.artifacts.saved import load
+from autoprune.network.graph.network import Network
 from autoprune.network.pruning import prune
-from autoprune.network.trace import Network, trace
+from autoprune.network.tracing.trace import trace
 
 __all__ = ["Network", "load", "prune", "trace"]

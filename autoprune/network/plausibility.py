@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from autoprune.network.criteria import choose
-from autoprune.network.evaluation import Score
-from autoprune.network.masks import keep, mask_weights
-from autoprune.network.surgery import Selection
+from autoprune.network.criteria.channels import choose
+from autoprune.network.surgery.masks import keep, mask_weights
+from autoprune.network.surgery.selection import Selection
+from autoprune.network.training.evaluation import Score
 from autoprune.network.workbench import Workbench
 
 _ERRORS = 2.0

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from autoprune.network.activations import replace_activations
-from autoprune.network.convolutions import differentiate, safe_convolutions
-from autoprune.network.copies import deep_copy
-from autoprune.network.evaluation import Precision, autocast, logits_of, mode, widened
-from autoprune.network.recipe import optimizer_of, taught_at_once
-from autoprune.network.timing import ieee, synchronise
-from autoprune.network.trace import Network, evaluating
+from autoprune.network.data.tasks import logits_of, widened
+from autoprune.network.devices.convolutions import differentiate, safe_convolutions
+from autoprune.network.devices.device import ieee, synchronise
+from autoprune.network.devices.precision import Precision, autocast
+from autoprune.network.graph.copies import deep_copy
+from autoprune.network.graph.modules import evaluating, mode
+from autoprune.network.graph.network import Network
+from autoprune.network.surgery.activations import replace_activations
+from autoprune.network.training.recipe import optimizer_of, taught_at_once
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.results import Fidelity

@@ -14,29 +14,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
-from autoprune.network.blocks import with_removable
-from autoprune.network.calibration import gather
-from autoprune.network.criteria import (
+from autoprune.network.calibration.moments import gather
+from autoprune.network.calibration.targets import gather_targets
+from autoprune.network.criteria.channels import (
     NEEDS_FISHER,
     NEEDS_GRADIENTS,
     NEEDS_RANKS,
     NEEDS_STATISTICS,
-    Evidence,
     choose,
     criterion_of,
-    gather_fisher,
-    gather_gradients,
-    gather_ranks,
     score,
 )
-from autoprune.network.evaluation import logits_of
-from autoprune.network.groups import PruningGroup
-from autoprune.network.mask_repair import gather_evidence, repair_masked
-from autoprune.network.mask_scores import weight_criterion_of, weight_scores
-from autoprune.network.masks import keep, mask_weights, masked
-from autoprune.network.sequential import gather_targets, refit_sequentially
-from autoprune.network.surgery import cut
-from autoprune.network.trace import Network, device_of
+from autoprune.network.criteria.gradients import gather_fisher, gather_gradients
+from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.criteria.ranks import gather_ranks
+from autoprune.network.criteria.weights import gather_evidence, weight_criterion_of, weight_scores
+from autoprune.network.data.tasks import logits_of
+from autoprune.network.graph.groups import PruningGroup
+from autoprune.network.graph.modules import device_of
+from autoprune.network.graph.network import Network
+from autoprune.network.repair.masked import repair_masked
+from autoprune.network.repair.sequential import refit_sequentially
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.masks import keep, mask_weights, masked
+from autoprune.network.tracing.removable import with_removable
 from autoprune.policy import SEMI_STRUCTURED, Choice, Group, feasible_widths
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
@@ -58,9 +59,9 @@ def prune(
         ratios: The fraction of channels (with masks: of weights; 2:4 takes 0.5 and 0) that every group loses, or a
             fraction for some groups by name (the others stay whole). A fraction of 1 removes a group of channels whole,
             where the network works without it.
-        criterion: How channels are ranked, a name in `autoprune.network.criteria.CRITERIA` or
-            `package.module:function`, see `autoprune.network.own_criteria`; with masks a name in
-            `autoprune.network.mask_scores.WEIGHT_CRITERIA`.
+        criterion: How channels are ranked, a name in `autoprune.network.criteria.channels.CRITERIA` or
+            `package.module:function`, see `autoprune.network.criteria.own`; with masks a name in
+            `autoprune.network.criteria.weights.WEIGHT_CRITERIA`.
         calibration: Batches of inputs `(B, ...)` or of `(inputs, targets)`. With them the consumers of what went are
             refitted and batch norm statistics are taken anew; without them the network is only cut. `activation`,
             `obs` and `hrank` need inputs, `taylor` and `hessian` targets.

@@ -20,25 +20,30 @@ from torch import Tensor, nn
 from autoprune.cost import LATENCY, MEMORY
 from autoprune.errors import AutopruneError, TrialError
 from autoprune.memory import tidy
-from autoprune.network.activations import Site, replace_activations, replacements
-from autoprune.network.artifacts import model_document, save_model
-from autoprune.network.copies import deep_copy
-from autoprune.network.criteria import Scores, choose
-from autoprune.network.data import Splits
-from autoprune.network.evaluation import Loss, Precision, Score, evaluate, samples_at_once
-from autoprune.network.failures import described, free_memory, out_of_memory
-from autoprune.network.folding import Pairs, folded, folded_copy
-from autoprune.network.knowledge import Knowledge
-from autoprune.network.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
-from autoprune.network.recipe import History, Recipe, Stage, fine_tune
-from autoprune.network.repair import Repairs
-from autoprune.network.schedule import Outcome, Ranking, Tools, run_schedule
-from autoprune.network.scratch import forget
-from autoprune.network.sequential import Targets
-from autoprune.network.stages import StageClock
-from autoprune.network.surgery import Selection, cut
-from autoprune.network.timing import Conditions, ieee, measure_latency, measure_peak_memory, one_at_a_time
-from autoprune.network.trace import Network
+from autoprune.network.artifacts.saved import model_document, save_model
+from autoprune.network.calibration.targets import Targets
+from autoprune.network.criteria.channels import choose
+from autoprune.network.criteria.inputs import Scores
+from autoprune.network.criteria.knowledge import Knowledge
+from autoprune.network.data.loading import Splits
+from autoprune.network.data.tasks import Loss
+from autoprune.network.devices.device import ieee
+from autoprune.network.devices.failures import described, free_memory, out_of_memory
+from autoprune.network.devices.precision import Precision
+from autoprune.network.graph.copies import deep_copy
+from autoprune.network.graph.network import Network
+from autoprune.network.latency.timing import Conditions, measure_latency, measure_peak_memory, one_at_a_time
+from autoprune.network.repairs import Repairs
+from autoprune.network.stage_clock import StageClock
+from autoprune.network.surgery.activations import Site, replace_activations, replacements
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.folding import Pairs, folded, folded_copy
+from autoprune.network.surgery.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
+from autoprune.network.surgery.selection import Selection
+from autoprune.network.training.evaluation import Score, evaluate, samples_at_once
+from autoprune.network.training.recipe import History, Recipe, Stage, fine_tune
+from autoprune.network.training.schedule import Outcome, Ranking, Tools, run_schedule
+from autoprune.network.training.scratch import forget
 from autoprune.objective import objective_of
 from autoprune.policy import Group, Policy, digest
 from autoprune.results import Fidelity, TrialResult

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from autoprune.memory import keep_freed
-from autoprune.network.artifacts import replace_folder
-from autoprune.network.devices import LOCK
-from autoprune.network.samples import Split, StreamSplit
+from autoprune.network.artifacts.saved import replace_folder
+from autoprune.network.data.progress import watched
+from autoprune.network.data.samples import Split, StreamSplit
+from autoprune.network.latency.cache import LOCK
 from autoprune.network.sharing import Packed, SharedFile, mapped, pack
-from autoprune.network.watching import watched
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, TrialResult

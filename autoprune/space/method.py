@@ -226,7 +226,7 @@ class CriteriaSettings(Section):
         "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
         "obs: error increase under refit; obs_greedy: the same, one channel after another; hessian: optimal brain "
         "damage with Fisher's diagonal; hrank: rank of feature maps; random; package.module:function: your own, see "
-        "autoprune.network.own_criteria.",
+        "autoprune.network.criteria.own.",
     )
     scope: Literal["model", "stage", "layer"] = Field(
         default="model",

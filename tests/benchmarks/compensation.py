@@ -25,14 +25,18 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from autoprune.network import compensation, pipeline, sequential
-from autoprune.network.calibration import gather
-from autoprune.network.criteria import choose, score
-from autoprune.network.evaluation import evaluate
-from autoprune.network.evidence import Evidence
-from autoprune.network.patches import patch_rows
-from autoprune.network.surgery import Selection, cut
-from autoprune.network.trace import Network
+from autoprune.network import preparing, settings
+from autoprune.network.calibration import targets as calibration_targets
+from autoprune.network.calibration.moments import gather
+from autoprune.network.calibration.patches import patch_rows
+from autoprune.network.criteria.channels import choose, score
+from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.graph import modules
+from autoprune.network.graph.network import Network
+from autoprune.network.repair import compensation, sequential
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.selection import Selection
+from autoprune.network.training.evaluation import evaluate
 from autoprune.space import load_space
 from autoprune.studies.warmstart import additive, uniform
 
@@ -51,12 +55,12 @@ class Case:
             f"checkpoint=${{AUTOPRUNE_DATA}}/{network}_cifar10jpeg.safetensors",
         ]
         space = load_space(HERE / "resnet20_no_finetuning.yaml", overrides=overrides, env=os.environ)
-        ingredients = pipeline.ingredients_of(space, cache=cache)
+        ingredients = preparing.ingredients_of(space, cache=cache)
         self.splits = ingredients.splits
-        self.network: Network = pipeline.trace_ingredients(ingredients, space)
-        groups = pipeline.searchable_groups(self.network, space)
-        self.problem = pipeline.problem_of(self.network, groups, space)
-        self.bench = pipeline.workbench_of(
+        self.network: Network = preparing.trace_ingredients(ingredients, space)
+        groups = settings.searchable_groups(self.network, space)
+        self.problem = settings.problem_of(self.network, groups, space)
+        self.bench = preparing.workbench_of(
             space, ingredients, self.network, cache=cache, models=None, note=lambda text: None
         )
         tables = self.bench.knowledge.tables
@@ -75,7 +79,7 @@ class Case:
         batches = [x for (x, _), _ in zip(drawn, range(8), strict=False)]
         self.images = torch.cat(batches)
         self.statistics = gather(self.network, batches, seed=seed)
-        self.targets = sequential.gather_targets(self.network, self.images, seed=seed)
+        self.targets = calibration_targets.gather_targets(self.network, self.images, seed=seed)
         self.evidence = Evidence(self.network, self.statistics, seed=seed)
 
     def widths(self, name: str) -> dict[str, int]:
@@ -113,7 +117,7 @@ def dense_statistics() -> Iterator[None]:
     """BatchNorms keep the dense network's statistics: the mean is right by the refit, the variance of a fit is less."""
 
     def plain(model: nn.Module, run: Callable[[], object]) -> None:
-        with sequential.evaluating(model), torch.no_grad():
+        with modules.evaluating(model), torch.no_grad():
             run()
 
     with mock.patch.object(sequential, "_run_collecting", plain):
@@ -149,7 +153,7 @@ def residual_targets(case: Case, model: nn.Module) -> Iterator[None]:
             shortcuts[name] = rows(shortcut(module, args[0]))
 
         handles.append(dense[name].register_forward_pre_hook(keep))
-    with sequential.evaluating(case.network.model), torch.no_grad():
+    with modules.evaluating(case.network.model), torch.no_grad():
         case.network.model(targets.images)
     for handle in handles:
         handle.remove()

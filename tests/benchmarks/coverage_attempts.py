@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import AutopruneError
-from autoprune.network.artifacts import model_document, save_model, shrink_to
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.export import Inputs, export_onnx
-from autoprune.network.models import build_model
-from autoprune.network.surgery import Selection, cut, masked_twin
-from autoprune.network.trace import Network, trace
-from autoprune.network.verify import relative_error
-from autoprune.network.vision import import_torchvision
+from autoprune.network.artifacts.export import Inputs, export_onnx
+from autoprune.network.artifacts.saved import model_document, save_model, shrink_to
+from autoprune.network.graph.network import Network
+from autoprune.network.models.building import build_model
+from autoprune.network.models.torchvision import import_torchvision
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.selection import Selection
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
+from autoprune.network.tracing.trace import trace
 from autoprune.policy import Group, feasible_widths
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from torch import nn
 
-from autoprune.network import pipeline
-from autoprune.network.evaluation import evaluate, recalibrate
-from autoprune.network.mask_compensation import compensate_masked
-from autoprune.network.masks import masked
+from autoprune.network import preparing, settings
+from autoprune.network.repair.batch_norms import recalibrate
+from autoprune.network.repair.masked_compensation import compensate_masked
+from autoprune.network.surgery.masks import masked
+from autoprune.network.training.evaluation import evaluate
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
 from autoprune.results import Fidelity, Problem
@@ -35,11 +36,11 @@ def prepare(pruning: str, cache: Path) -> tuple[Workbench, Problem]:
     changes = [f"pruning={pruning}", "budget={params: 1.0}", "criteria.choices=[l2,lamp,activation,obs]"]
     changes += ["groups.max_ratio=0.98"] if pruning == "unstructured" else ["groups.max_ratio=0.5"]
     space = load_space(SPACE, overrides=changes, env=os.environ)
-    ingredients = pipeline.ingredients_of(space, cache=cache)
-    network = pipeline.trace_ingredients(ingredients, space)
-    groups = pipeline.searchable_groups(network, space)
-    bench = pipeline.workbench_of(space, ingredients, network, cache=cache, models=None, note=print)
-    return bench, pipeline.problem_of(network, groups, space)
+    ingredients = preparing.ingredients_of(space, cache=cache)
+    network = preparing.trace_ingredients(ingredients, space)
+    groups = settings.searchable_groups(network, space)
+    bench = preparing.workbench_of(space, ingredients, network, cache=cache, models=None, note=print)
+    return bench, settings.problem_of(network, groups, space)
 
 
 def score(bench: Workbench, model: nn.Module) -> float:

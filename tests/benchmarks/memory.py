@@ -19,7 +19,7 @@ import torch
 
 import autoprune
 from autoprune.memory import keep_freed
-from autoprune.network.vision import import_torchvision
+from autoprune.network.models.torchvision import import_torchvision
 
 
 def peak_mib() -> int:

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.memory import keep_freed
-from autoprune.network.criteria import Evidence, score
-from autoprune.network.depth import removal_errors
-from autoprune.network.models import build_model
-from autoprune.network.tables import error_tables
-from autoprune.network.targets import gather_both
-from autoprune.network.trace import trace
-from autoprune.network.vision import import_torchvision
+from autoprune.network.calibration.one_pass import gather_both
+from autoprune.network.criteria.branches import removal_errors
+from autoprune.network.criteria.channels import score
+from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.criteria.tables import error_tables
+from autoprune.network.models.building import build_model
+from autoprune.network.models.torchvision import import_torchvision
+from autoprune.network.tracing.trace import trace
 
 HOME = Path(".autoprune")
 CRITERIA = ("l1", "l2", "fpgm", "activation", "obs", "obs_greedy")

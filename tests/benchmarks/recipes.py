@@ -27,10 +27,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from autoprune.network import pipeline
-from autoprune.network.evaluation import evaluate, recalibrate
-from autoprune.network.recipe import Distillation, Recipe, fine_tune
-from autoprune.network.surgery import cut
+from autoprune.network import preparing, settings
+from autoprune.network.repair.batch_norms import recalibrate
+from autoprune.network.surgery.cut import cut
+from autoprune.network.training.evaluation import evaluate
+from autoprune.network.training.recipe import Distillation, Recipe, fine_tune
 from autoprune.network.workbench import Workbench
 from autoprune.results import Problem
 from autoprune.space import load_space
@@ -125,11 +126,13 @@ def run(options: argparse.Namespace) -> Table:
         "data.preprocessing.crop_padding=4",
     ]
     space = load_space(HERE / "resnet20_no_finetuning.yaml", overrides=overrides, env=os.environ)
-    ingredients = pipeline.ingredients_of(space, cache=options.cache)
-    network = pipeline.trace_ingredients(ingredients, space)
-    problem = pipeline.problem_of(network, pipeline.searchable_groups(network, space), space)
-    bench = pipeline.workbench_of(space, ingredients, network, cache=options.cache, models=None, note=lambda text: None)
-    basic = replace(pipeline.recipe_of(space), batch_size=options.batch_size)
+    ingredients = preparing.ingredients_of(space, cache=options.cache)
+    network = preparing.trace_ingredients(ingredients, space)
+    problem = settings.problem_of(network, settings.searchable_groups(network, space), space)
+    bench = preparing.workbench_of(
+        space, ingredients, network, cache=options.cache, models=None, note=lambda text: None
+    )
+    basic = replace(settings.recipe_of(space), batch_size=options.batch_size)
     known: dict[str, dict[str, float]] = {}
     if options.journal and options.journal.is_file():
         known = json.loads(options.journal.read_text(encoding="utf-8"))

@@ -32,13 +32,12 @@ import torch
 from autoprune.coordinator.profiling import bookkeeping_seconds
 from autoprune.cost import MACS
 from autoprune.memory import keep_freed
-from autoprune.network import pipeline, profiling
-from autoprune.network.data import as_splits
-from autoprune.network.devices import resolve_device
-from autoprune.network.models import build_model
-from autoprune.network.timing import device_name
-from autoprune.network.trace import trace
-from autoprune.network.vision import import_torchvision
+from autoprune.network import preparing, profiling, settings
+from autoprune.network.data.loading import as_splits
+from autoprune.network.devices.device import device_name, resolve_device
+from autoprune.network.models.building import build_model
+from autoprune.network.models.torchvision import import_torchvision
+from autoprune.network.tracing.trace import trace
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy, uniform_policy
 from autoprune.results import Fidelity
@@ -63,13 +62,13 @@ def space_of(network: str, device: str) -> Space:
     return load_space(SPACES / f"cifar10_{name}.yaml", overrides=[f"device={device}"], env=os.environ)
 
 
-def trained(network: str, device: str) -> tuple[Space, pipeline.Ingredients]:
+def trained(network: str, device: str) -> tuple[Space, preparing.Ingredients]:
     """Returns a trained network with CIFAR-10."""
     space = space_of(network, device)
-    return space, pipeline.ingredients_of(space, cache=HOME)
+    return space, preparing.ingredients_of(space, cache=HOME)
 
 
-def synthetic(network: str, size: int, device: str, count: int = 4096) -> tuple[Space, pipeline.Ingredients]:
+def synthetic(network: str, size: int, device: str, count: int = 4096) -> tuple[Space, preparing.Ingredients]:
     """Returns a network with random weights and random images of `size` pixels."""
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=draw)
@@ -82,26 +81,26 @@ def synthetic(network: str, size: int, device: str, count: int = 4096) -> tuple[
         model: torch.nn.Module = VisionTransformer(size, **TRANSFORMER, num_classes=10)
     else:
         model = build_model(name=network, factory=None, arguments={}, weights=None, num_classes=10, seed=0)
-    return space_of(network, device), pipeline.Ingredients(
-        pipeline.prunable(model).eval(), splits, {}, f"random-{size}-{count}"
+    return space_of(network, device), preparing.Ingredients(
+        preparing.prunable(model).eval(), splits, {}, f"random-{size}-{count}"
     )
 
 
-def prepared(space: Space, ingredients: pipeline.Ingredients) -> tuple[Workbench, Policy, dict[str, float]]:
+def prepared(space: Space, ingredients: preparing.Ingredients) -> tuple[Workbench, Policy, dict[str, float]]:
     """Returns the workbench, a uniform policy, and the time of its preparation."""
     clock = profiling.clock_of(space.device)
-    pipeline.trace_ingredients(ingredients, space)  # loads what is loaded on first use, as before the export alone
+    preparing.trace_ingredients(ingredients, space)  # loads what is loaded on first use, as before the export alone
     start = clock()
-    network = pipeline.trace_ingredients(ingredients, space)
+    network = preparing.trace_ingredients(ingredients, space)
     traced = clock() - start
     export = profiling.export_seconds(network, clock)
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.trace_ingredients(ingredients, space, cache=Path(folder))  # kept
+        preparing.trace_ingredients(ingredients, space, cache=Path(folder))  # kept
         start = clock()
-        network = pipeline.trace_ingredients(ingredients, space, cache=Path(folder))
+        network = preparing.trace_ingredients(ingredients, space, cache=Path(folder))
         read = clock() - start
     start = clock()
-    bench = pipeline.workbench_of(space, ingredients, network, cache=HOME, models=None, note=lambda text: None)
+    bench = preparing.workbench_of(space, ingredients, network, cache=HOME, models=None, note=lambda text: None)
     learnt = clock() - start
     policy = uniform_policy(bench.groups, RATIO, space.criteria.choices[0])
     return bench, policy, {"trace": traced, "export": export, "kept": read, "learning": learnt}
@@ -171,7 +170,7 @@ def growth_row(network: str, size: int, device: str) -> str:
     space, ingredients = synthetic(network, size, device, 1024)
     bench, policy, took = prepared(space, ingredients)
     found = profiling.profile_trial(bench, policy, fidelities(space, 200)[0], repeats=1)
-    problem = pipeline.problem_of(bench.network, bench.groups, space)
+    problem = settings.problem_of(bench.network, bench.groups, space)
     around = [bookkeeping_seconds(space, bench, problem, policy, candidates=count) for count in (20, 80)]
     seconds = [*took.values(), found.seconds]
     cells = [f"{network}, {size} px", f"{len(bench.groups)}", *(f"{value:.2f} s" for value in seconds)]

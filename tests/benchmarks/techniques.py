@@ -33,12 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autoprune.network import pipeline
-from autoprune.network.complexity import count_macs
-from autoprune.network.criteria import Evidence, score
-from autoprune.network.evaluation import evaluate
-from autoprune.network.recipe import Iterative, Stage, fine_tune
-from autoprune.network.regularisation import REGULARISERS, STRENGTHS, Regularisation
+from autoprune.network import preparing, settings
+from autoprune.network.criteria.channels import score
+from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.tracing.counting import count_macs
+from autoprune.network.training.evaluation import evaluate
+from autoprune.network.training.recipe import Iterative, Stage, fine_tune
+from autoprune.network.training.regularisation import REGULARISERS, STRENGTHS, Regularisation
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Policy
 from autoprune.results import Fidelity, Problem
@@ -338,12 +339,12 @@ def prepare(name: str, *, epochs: float, trials: int, cache: Path) -> Setting:
     names = "[l1, l2, bn_scale, random, taylor, obs]"
     overrides = [f"criteria.choices={names}", "budget={macs: 1.0, front: [0.1, 1.0]}", "device=cpu"]
     space = load_space(ROOT / "search_spaces" / SPACES[name], overrides=overrides, env={})
-    ingredients = pipeline.ingredients_of(space, cache=cache)
-    pipeline.train_baseline(space, ingredients, cache=cache, note=print)
-    network = pipeline.trace_ingredients(ingredients, space)
-    bench = pipeline.workbench_of(space, ingredients, network, cache=cache, models=None, note=print)
-    groups = pipeline.searchable_groups(network, space)
-    problem = pipeline.problem_of(network, groups, space)
+    ingredients = preparing.ingredients_of(space, cache=cache)
+    preparing.train_baseline(space, ingredients, cache=cache, note=print)
+    network = preparing.trace_ingredients(ingredients, space)
+    bench = preparing.workbench_of(space, ingredients, network, cache=cache, models=None, note=print)
+    groups = settings.searchable_groups(network, space)
+    problem = settings.problem_of(network, groups, space)
     return Setting(name, bench, problem, epochs, trials)
 
 

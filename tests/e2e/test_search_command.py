@@ -325,7 +325,7 @@ def test_an_exported_model_gives_the_stored_models_output_in_every_format(
 def test_a_loaded_model_has_the_costs_and_the_test_accuracy_that_the_front_states(searched: Any, front: Any) -> None:
     import torch
 
-    from autoprune.network.data import DataSettings, load_data
+    from autoprune.network.data.loading import DataSettings, load_data
 
     folder, _ = searched
     settings = DataSettings(name="iris", validation_source="train", validation_fraction=0.3, calibration=32)

@@ -13,13 +13,15 @@ from torch import nn
 
 import autoprune
 from autoprune.errors import InputError
-from autoprune.network.data import DataSettings, as_splits
-from autoprune.network.evaluation import Precision, evaluate, recalibrate
-from autoprune.network.masks import to_semi_structured
-from autoprune.network.models import build_model
-from autoprune.network.recipe import Distillation, Recipe, fine_tune
-from autoprune.network.replay import WARM_UP
-from autoprune.network.samples import Transform
+from autoprune.network.artifacts.sparse import to_semi_structured
+from autoprune.network.data.loading import DataSettings, as_splits
+from autoprune.network.data.samples import Transform
+from autoprune.network.devices.precision import Precision
+from autoprune.network.devices.replay import WARM_UP
+from autoprune.network.models.building import build_model
+from autoprune.network.repair.batch_norms import recalibrate
+from autoprune.network.training.evaluation import evaluate
+from autoprune.network.training.recipe import Distillation, Recipe, fine_tune
 
 pytestmark = [
     pytest.mark.slow,
@@ -233,7 +235,7 @@ def test_2_to_4_weights_run_on_sparse_kernels():
 
 
 def test_a_gpu_that_is_not_there_is_refused():
-    from autoprune.network.devices import resolve_device
+    from autoprune.network.devices.device import resolve_device
 
     with pytest.raises(InputError, match="was asked for"):
         resolve_device(f"cuda:{torch.cuda.device_count()}")

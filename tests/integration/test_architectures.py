@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from autoprune.network import load, trace
-from autoprune.network.artifacts import model_document, save_model
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.models import build_model
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import Network, evaluating
-from autoprune.network.verify import relative_error
+from autoprune.network.artifacts.saved import model_document, save_model
+from autoprune.network.graph.modules import evaluating
+from autoprune.network.graph.network import Network
+from autoprune.network.models.building import build_model
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
 from autoprune.policy import Group, feasible_widths, uniform_policy
 
 CLASSES = 10

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from typer.testing import CliRunner
 
 from autoprune.cli import app
-from autoprune.network.models import build_model
+from autoprune.network.models.building import build_model
 
 BASE = "schema: 1\nname: bad\nmodel: {name: mlp, arguments: {in_features: 4, hidden: [6]}}\ndata: {name: iris}\n"
 IMAGES = BASE.replace("in_features: 4", "in_features: 192")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune.coordinator import explain_trial, write_report
-from autoprune.network.emptied import Absent
-from autoprune.network.models import build_model
+from autoprune.network.models.building import build_model
+from autoprune.network.surgery.stand_ins import Absent
 
 SETTINGS = {
     "recipe": {"batch_size": 64, "lr": 0.02, "precision": "float32", "distillation": None},

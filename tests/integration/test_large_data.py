@@ -27,10 +27,10 @@ heap that grew by 10 MiB an epoch until the seventh of ten, and then no more (on
 PROGRAM = """
 import gc, json, multiprocessing, os, sys, time
 import torch
-from autoprune.network import folders
-from autoprune.network.data import DataSettings, load_data
-from autoprune.network.evaluation import evaluate
-from autoprune.network.samples import StreamSplit
+from autoprune.network.data import folders
+from autoprune.network.data.loading import DataSettings, load_data
+from autoprune.network.training.evaluation import evaluate
+from autoprune.network.data.samples import StreamSplit
 from dataclasses import replace
 from pathlib import Path
 

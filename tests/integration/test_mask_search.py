@@ -24,7 +24,7 @@ from autoprune.coordinator import (
 from autoprune.coordinator.recording import Records
 from autoprune.coordinator.setup import Setup
 from autoprune.errors import BudgetError, CheckpointError, PolicyError, TrackingError
-from autoprune.network.export import export
+from autoprune.network.artifacts.export import export
 from autoprune.space import load_space
 
 LADDER = [

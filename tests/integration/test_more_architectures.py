@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoprune.network import trace
-from autoprune.network.artifacts import model_document, save_model, shrink_to
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import evaluating
-from autoprune.network.verify import relative_error
+from autoprune.network.artifacts.saved import model_document, save_model, shrink_to
+from autoprune.network.graph.modules import evaluating
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
 
 
 def double(a, b):

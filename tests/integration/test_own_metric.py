@@ -23,7 +23,7 @@ from autoprune.coordinator.finetuning import Finetuned
 from autoprune.coordinator.logs import read_log
 from autoprune.coordinator.picking import Pick
 from autoprune.coordinator.registering import candidates, version_tags
-from autoprune.network.artifacts import read_document
+from autoprune.network.artifacts.saved import read_document
 from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import Choice, Policy
 from autoprune.report.card import Card, card_markdown

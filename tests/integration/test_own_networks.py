@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from autoprune.errors import TraceError
 from autoprune.network import trace
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import evaluating
-from autoprune.network.verify import relative_error
+from autoprune.network.graph.modules import evaluating
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
 
 
 class TwoInputs(nn.Module):

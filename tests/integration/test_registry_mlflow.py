@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from autoprune.errors import InputError, TrackingError
-from autoprune.network.artifacts import save_model
-from autoprune.network.models import build_model
+from autoprune.network.artifacts.saved import save_model
+from autoprune.network.models.building import build_model
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.tracking import Member, Reader, Registry, Tracker, TrialRecord, open_reader

@@ -17,7 +17,7 @@ from autoprune.coordinator.logs import SearchLog
 from autoprune.coordinator.noting import write_notes
 from autoprune.coordinator.syncing import sync_search
 from autoprune.network import workbench
-from autoprune.network.scratch import forget
+from autoprune.network.training.scratch import forget
 
 LADDER = [
     {"rung": "screen", "epochs": 0},

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune.network import regularisation
-from autoprune.network.models import LstmClassifier, build_model
-from autoprune.network.verify import relative_error
+from autoprune.network.models.building import build_model
+from autoprune.network.models.zoo import LstmClassifier
+from autoprune.network.surgery.twin import relative_error
+from autoprune.network.training import regularisation
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "techniques.py"
 

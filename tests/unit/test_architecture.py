@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -49,23 +50,44 @@ OWNERS: dict[str, set[str]] = {
 }
 
 
+# The folders of a part in the order of their imports, lowest first; files beside them come last.
+FOLDERS = {
+    "network": [
+        "graph",
+        "graph/rules",
+        "models",
+        "surgery",
+        "data",
+        "tracing",
+        "calibration",
+        "devices",
+        "repair",
+        "latency",
+        "artifacts",
+        "criteria",
+        "training",
+        ".",
+    ],
+}
+
+
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
-    """The part of the design that a file belongs to: `network` for autoprune/network/trace.py."""
+    """The part of the design that a file belongs to: `network` for autoprune/network/tracing/trace.py."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path, *, module_level: bool = False) -> Iterator[tuple[str, int]]:
-    """Yields every imported dotted name with its line; imports for type checkers alone are left out."""
+def imports(path: Path, *, module_level: bool = False, typed: bool = False) -> Iterator[tuple[str, int]]:
+    """Yields every imported dotted name with its line; imports for type checkers alone only where `typed`."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not typed and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             stack += node.orelse
             continue
         if module_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -125,6 +147,45 @@ def test_imports_point_inwards() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def files_imported(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yields the files of the package that a file imports, for type checkers too, with the line."""
+    for name, line in imports(path, typed=True):
+        pieces = name.split(".")
+        for length in range(len(pieces), 0, -1):
+            found = ROOT.joinpath(*pieces[:length])
+            file = found / "__init__.py" if found.is_dir() else found.with_suffix(".py")
+            if pieces[0] == "autoprune" and file.is_file():
+                if file != path:
+                    yield file, line
+                break
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    left = {path: {file for file, _ in files_imported(path)} for path in modules()}
+    while free := {path for path, needed in left.items() if not needed & left.keys()}:
+        left = {path: needed for path, needed in left.items() if path not in free}
+    while free := {path for path in left if not any(path in needed for needed in left.values())}:
+        left = {path: needed for path, needed in left.items() if path not in free}
+    assert not left, f"in circles: {', '.join(sorted(str(path.relative_to(ROOT)) for path in left))}"
+
+
+@pytest.mark.parametrize("part", FOLDERS)
+def test_folders_import_only_folders_below_them(part: str) -> None:
+    def floor(path: Path) -> int:
+        return FOLDERS[part].index(str(path.parent.relative_to(PACKAGE / part)))
+
+    inside = [path for path in modules() if part_of(path) == part]
+    known = {str(path.parent.relative_to(PACKAGE / part)) for path in inside}
+    assert known <= set(FOLDERS[part]), f"no place in FOLDERS: {known - set(FOLDERS[part])}"
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: imports {file.relative_to(ROOT)}, which lies above"
+        for path in inside
+        for file, line in files_imported(path)
+        if part_of(file) == part and floor(file) > floor(path)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("path", [*sorted((PACKAGE / "cli").glob("*.py")), *sorted(PACKAGE.glob("__*__.py"))], ids=str)
 def test_the_command_line_imports_nothing_heavy_at_module_level(path: Path) -> None:
     for imported, line in imports(path, module_level=True):
@@ -172,6 +233,57 @@ def test_the_import_rules_would_notice_an_import_inside_a_function(tmp_path: Pat
     copy.ROOT, copy.PACKAGE = tmp_path, tmp_path / "autoprune"
     with pytest.raises(AssertionError, match=r"autoprune.cost\.py:5: torch belongs to network"):
         copy.test_third_party_packages_are_imported_by_their_owners_alone()
+
+
+def copy_of_this(root: Path) -> ModuleType:
+    """Returns this module as it would check another repository."""
+    spec = importlib.util.spec_from_file_location("copy_of_architecture", __file__)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    copy.ROOT, copy.PACKAGE = root, root / "autoprune"
+    return copy
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / "autoprune" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_circle_of_files_would_be_noticed(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "a.py": "from autoprune.b import f",
+            "b.py": "def f():\n    import autoprune.c",
+            "c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from autoprune.a import g",
+            "above.py": "import autoprune.a",
+            "below.py": "",
+        },
+    )
+    with pytest.raises(AssertionError, match=r"in circles: autoprune/a\.py, autoprune/b\.py, autoprune/c\.py$"):
+        copy_of_this(tmp_path).test_no_files_import_each_other_in_a_circle()
+
+
+def test_an_import_against_the_order_of_folders_would_be_noticed(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "network/graph/labels.py": "def f():\n    from autoprune.network.surgery.cut import cut",
+            "network/surgery/cut.py": "",
+        },
+    )
+    with pytest.raises(AssertionError, match=r"graph/labels\.py:2: imports autoprune/network/surgery/cut\.py"):
+        copy_of_this(tmp_path).test_folders_import_only_folders_below_them("network")
+
+
+def test_a_folder_without_a_place_in_the_order_would_be_noticed(tmp_path: Path) -> None:
+    write(tmp_path, {"network/elsewhere/new.py": ""})
+    with pytest.raises(AssertionError, match=r"no place in FOLDERS: .'elsewhere'"):
+        copy_of_this(tmp_path).test_folders_import_only_folders_below_them("network")
 
 
 def test_importing_autoprune_loads_nothing_heavy() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from autoprune.network.models import ZOO, model_names
+from autoprune.network.models.building import model_names
+from autoprune.network.models.zoo import ZOO
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -136,7 +136,7 @@ def test_a_module_that_does_not_exist_is_left_to_the_import(work: Path) -> None:
 
 
 def test_autoprunes_own_functions_are_no_factories(work: Path) -> None:
-    assert refusal("autoprune.network.checkpoints:write_whole", directory=work) is not None
+    assert refusal("autoprune.network.models.checkpoints:write_whole", directory=work) is not None
 
 
 def test_criteria_and_data_are_code_as_well(work: Path) -> None:
@@ -179,7 +179,7 @@ def test_nothing_named_is_nothing_refused() -> None:
 
 
 def test_a_saved_model_is_built_by_code_of_the_working_directory_alone(work: Path) -> None:
-    from autoprune.network.artifacts import load
+    from autoprune.network.artifacts.saved import load
 
     folder = work / "model"
     origin = {"factory": "os:system", "arguments": {"command": "touch ran"}}
@@ -190,7 +190,7 @@ def test_a_saved_model_is_built_by_code_of_the_working_directory_alone(work: Pat
 
 
 def test_mlflow_loads_no_model_that_is_built_by_installed_code(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoprune.network.serving import _load_pyfunc
+    from autoprune.network.artifacts.serving import _load_pyfunc
 
     document = {"schema": 1, "input_shape": [1], "origin": {"factory": "os:getcwd", "arguments": {}}}
     write(work / "model/policy.json", json.dumps(document))

@@ -32,16 +32,16 @@ ALLOWED = {
     # the workbench as it comes through the pipe; the file that workers map holds plain numbers alone
     ("network/sharing.py", "pickle.Unpickler"): "pipes to our own processes",
     # refuses every name but those of numpy arrays; the files' checksums are torchvision's
-    ("network/cifar.py", "pickle.Unpickler"): "an unpickler that looks up arrays alone",
-    ("network/checkpoints.py", "torch.load"): "with weights_only=True",
-    ("network/export.py", "torch.export.load"): "a file that this very call has just written",
+    ("network/data/cifar.py", "pickle.Unpickler"): "an unpickler that looks up arrays alone",
+    ("network/models/checkpoints.py", "torch.load"): "with weights_only=True",
+    ("network/artifacts/export.py", "torch.export.load"): "a file that this very call has just written",
     # compose only builds nodes, and the loader is a SafeLoader
     ("space/file.py", "yaml.compose"): "nodes, no objects",
     # names written in the source, and the user's own functions, of which space/code.py says whose may be imported
     ("__init__.py", "importlib.import_module"): "our own modules",
     ("coordinator/__init__.py", "importlib.import_module"): "our own modules",
-    ("network/vision.py", "importlib.import_module"): "torchvision",
-    ("network/models.py", "importlib.import_module"): "the gate of factories",
+    ("network/models/torchvision.py", "importlib.import_module"): "torchvision",
+    ("network/models/building.py", "importlib.import_module"): "the gate of factories",
 }
 
 

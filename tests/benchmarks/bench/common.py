@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from autoprune.network.complexity import count_macs
-from autoprune.network.evaluation import Precision, evaluate, recalibrate
-from autoprune.network.pipeline import Ingredients, ingredients_of
+from autoprune.network.devices.precision import Precision
+from autoprune.network.preparing import Ingredients, ingredients_of
+from autoprune.network.repair.batch_norms import recalibrate
+from autoprune.network.tracing.counting import count_macs
+from autoprune.network.training.evaluation import evaluate
 from autoprune.space import Space, load_space
 
 ROOT = Path(__file__).parents[3]

@@ -48,7 +48,7 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     from autoprune import studies
     from autoprune.coordinator.logs import SearchLog
     from autoprune.coordinator.session import Session
-    from autoprune.network.pipeline import trace_ingredients, workbench_of
+    from autoprune.network.preparing import trace_ingredients, workbench_of
     from autoprune.report import Progress
     from autoprune.space.method import RungSettings
 

@@ -15,8 +15,8 @@ import torch
 from common import PRECISION, Task, narrow, picks, task_of
 from torch import nn
 
-from autoprune.network.pipeline import recipe_of
-from autoprune.network.recipe import fine_tune
+from autoprune.network.settings import recipe_of
+from autoprune.network.training.recipe import fine_tune
 
 
 def finish(task: Task, model: nn.Module, *, epochs: float, seed: int) -> dict[str, float]:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.data import DataSettings, as_splits
-from autoprune.network.evaluation import Precision
-from autoprune.network.learning import learn
-from autoprune.network.pipeline import Ingredients
-from autoprune.network.recipe import Recipe, fine_tune
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import Network, evaluating, trace
-from autoprune.network.verify import relative_error
+from autoprune.network.criteria.learning import learn
+from autoprune.network.data.loading import DataSettings, as_splits
+from autoprune.network.devices.precision import Precision
+from autoprune.network.graph.modules import evaluating
+from autoprune.network.graph.network import Network
+from autoprune.network.preparing import Ingredients
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
+from autoprune.network.tracing.trace import trace
+from autoprune.network.training.recipe import Recipe, fine_tune
 from autoprune.network.workbench import Workbench
 from autoprune.policy import Group, feasible_widths
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from autoprune.errors import InputError
-from autoprune.network.data import DataSettings, as_splits
-from autoprune.network.pipeline import Ingredients, example_of, fitting, trace_ingredients
+from autoprune.network.data.loading import DataSettings, as_splits
+from autoprune.network.preparing import Ingredients, example_of, fitting, trace_ingredients
 
 
 def ingredients(model, x, y, **own):

@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from autoprune.network import folders, sequential
-from autoprune.network.calibration import gather
-from autoprune.network.criteria import Evidence, score
-from autoprune.network.data import DataSettings, as_splits, load_data
-from autoprune.network.learning import learn
-from autoprune.network.samples import StreamSplit
-from autoprune.network.tables import error_tables
-from autoprune.network.trace import trace
+from autoprune.network.calibration import targets
+from autoprune.network.calibration.moments import gather
+from autoprune.network.criteria.channels import score
+from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.criteria.learning import learn
+from autoprune.network.criteria.tables import error_tables
+from autoprune.network.data import folders
+from autoprune.network.data.loading import DataSettings, as_splits, load_data
+from autoprune.network.data.samples import StreamSplit
+from autoprune.network.tracing.trace import trace
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 
@@ -68,7 +70,7 @@ def test_eight_times_the_calibration_images_are_learnt_from_in_the_same_memory(m
     layers = [torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, stride=2)]
     model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
     network = trace(model.eval(), torch.zeros(2, 3, 128, 128))
-    monkeypatch.setattr(sequential, "IMAGE_BYTES", 128 * network.cost_model.dense()["activation_bytes"])
+    monkeypatch.setattr(targets, "IMAGE_BYTES", 128 * network.cost_model.dense()["activation_bytes"])
     images = torch.randint(0, 256, (2048, 3, 128, 128), dtype=torch.uint8)
     data = as_splits({name: (images, torch.arange(2048) % 4) for name in ("train", "calibration", "val", "test")})
 

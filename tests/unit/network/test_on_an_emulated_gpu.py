@@ -17,14 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 import autoprune
-from autoprune.network import evaluation, own_criteria, pipeline, probing, recipe, samples
-from autoprune.network.data import DataSettings, as_splits
-from autoprune.network.latency import build_table
+from autoprune.network import preparing
+from autoprune.network.criteria import own
+from autoprune.network.data import samples
+from autoprune.network.data.loading import DataSettings, as_splits
+from autoprune.network.devices import precision, probing
+from autoprune.network.latency.table import build_table
+from autoprune.network.latency.timing import Conditions
+from autoprune.network.models.torchvision import import_torchvision
 from autoprune.network.profiling import profile_trial
 from autoprune.network.pruning import prune
-from autoprune.network.timing import Conditions
-from autoprune.network.trace import trace
-from autoprune.network.vision import import_torchvision
+from autoprune.network.tracing.trace import trace
+from autoprune.network.training import recipe
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 from autoprune.space import load_space
@@ -246,7 +250,7 @@ def gpu(monkeypatch):
         *((torch.cuda, name, nothing) for name in ("_lazy_init", "synchronize", "empty_cache", "manual_seed_all")),
         *((torch.cuda, name, nothing) for name in ("set_rng_state", "reset_peak_memory_stats")),
         (torch.accelerator, "current_accelerator", nothing),  # what fused optimizers ask before a capture
-        (evaluation.Precision, "arrange_model", nothing),  # assigns to `data`, which a wrapper does not pass on
+        (precision.Precision, "arrange_model", nothing),  # assigns to `data`, which a wrapper does not pass on
         (probing, "graph_for", nothing),
         (recipe, "graph_for", nothing),
         (samples, "lane_to", nothing),
@@ -291,10 +295,10 @@ def prepared(tmp_path, *overrides, criteria=("l2",), model=None):
         ],
         env={"AUTOPRUNE_DATA": "none"},
     )  # fmt: skip
-    ingredients = pipeline.Ingredients(pipeline.prunable(model or Small()).eval(), splits(), {}, "emulated")
+    ingredients = preparing.Ingredients(preparing.prunable(model or Small()).eval(), splits(), {}, "emulated")
     with _disable_current_modes():  # a trace is made on the CPU, and counts operators by a mode of its own
-        network = pipeline.trace_ingredients(ingredients, space)
-    return pipeline.workbench_of(
+        network = preparing.trace_ingredients(ingredients, space)
+    return preparing.workbench_of(
         space, ingredients, network, cache=tmp_path, models=tmp_path / "models", note=lambda text: None
     )
 
@@ -368,7 +372,7 @@ def numpy_criterion(weights, inputs):
 
 
 def test_an_own_criterion_in_numpy_gets_tensors_of_the_cpu(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(own_criteria, "import_factory", lambda path, what: numpy_criterion)
+    monkeypatch.setattr(own, "import_factory", lambda path, what: numpy_criterion)
     network = trace(Small(), torch.zeros(2, 3, 12, 12))
     network.model.to("cuda")
     pruned = prune(network, 0.5, criterion="mine:numpy_criterion", calibration=[torch.rand(16, 3, 12, 12)])

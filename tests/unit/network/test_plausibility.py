@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from autoprune.network import plausibility
-from autoprune.network.evaluation import Score
 from autoprune.network.plausibility import doubts
+from autoprune.network.training.evaluation import Score
 
 
 def bench(*, metric=None, classes=4, count=400):

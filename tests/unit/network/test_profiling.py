@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autoprune.network import profiling
-from autoprune.network.evaluation import evaluate
+from autoprune.network.training.evaluation import evaluate
 from autoprune.policy import uniform_policy
 from autoprune.results import Fidelity
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from autoprune.network.artifacts import load, model_document, save_model
-from autoprune.network.complexity import count_bytes, count_macs, count_params
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import Network, trace
-from autoprune.network.verify import halved, relative_error
+from autoprune.network.artifacts.saved import load, model_document, save_model
+from autoprune.network.graph.network import Network
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_bytes, count_macs, count_params
+from autoprune.network.tracing.trace import trace
+from autoprune.network.tracing.verify import halved
 
 
 class Auxiliary(nn.Module):

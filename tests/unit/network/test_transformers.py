@@ -7,11 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune.network.complexity import count_macs, count_params
-from autoprune.network.surgery import cut, masked_twin
-from autoprune.network.trace import Network, trace
-from autoprune.network.verify import halved, relative_error
-from autoprune.network.vision import import_torchvision
+from autoprune.network.graph.network import Network
+from autoprune.network.models.torchvision import import_torchvision
+from autoprune.network.surgery.cut import cut
+from autoprune.network.surgery.twin import masked_twin, relative_error
+from autoprune.network.tracing.counting import count_macs, count_params
+from autoprune.network.tracing.trace import trace
+from autoprune.network.tracing.verify import halved
 
 models = import_torchvision().models
 

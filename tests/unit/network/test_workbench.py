@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from autoprune.errors import PolicyError, TrialError
-from autoprune.network.artifacts import load, read_document
-from autoprune.network.complexity import count_macs, count_params
-from autoprune.network.evaluation import evaluate
-from autoprune.network.repair import repair_images
-from autoprune.network.sequential import DEEP_ROWS, ROWS
+from autoprune.network.artifacts.saved import load, read_document
+from autoprune.network.calibration.targets import DEEP_ROWS, ROWS
+from autoprune.network.repairs import repair_images
+from autoprune.network.tracing.counting import count_macs, count_params
+from autoprune.network.training.evaluation import evaluate
 from autoprune.policy import Choice, Policy, uniform_policy
 from autoprune.results import Fidelity, TrialResult
 

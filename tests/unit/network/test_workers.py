@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from autoprune.network import sharing, timing, workers
-from autoprune.network.artifacts import read_document
-from autoprune.network.data import as_splits
+from autoprune.network import sharing, workers
+from autoprune.network.artifacts.saved import read_document
+from autoprune.network.data.loading import as_splits
+from autoprune.network.devices import device as devices_device
 from autoprune.network.sharing import SharedFile, mapped, pack
 from autoprune.network.workers import RemoteFactory, WorkerFactory, mapped_factory, packed, received
 from autoprune.policy import uniform_policy
@@ -117,7 +118,7 @@ def test_the_file_goes_with_its_owner_and_those_of_killed_owners_with_the_next(t
 
 def test_a_workbench_gives_the_very_same_numbers_wherever_it_is_built(bench, tmp_path):
     policy = uniform_policy(bench.groups, 0.5, "obs")
-    with timing.threads(1):  # that many the workers below take
+    with devices_device.threads(1):  # that many the workers below take
         expected = bench.evaluate(policy, SCREEN)
         assert same(WorkerFactory(bench)(silent)(policy, SCREEN), expected)
         with SharedFile(packed(bench), tmp_path) as shared:

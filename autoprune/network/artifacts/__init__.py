@@ -1,0 +1,1 @@
+"""Artifacts: saved, exported and served models."""

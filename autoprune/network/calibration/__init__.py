@@ -1,0 +1,1 @@
+"""Calibration: what layers read and give on a few images, kept as moments and as targets."""

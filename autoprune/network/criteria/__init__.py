@@ -1,0 +1,1 @@
+"""Criteria: scores of channels, weights and branches, and error tables."""

@@ -1,0 +1,1 @@
+"""Data: samples, batches, where they come from, and what a task is."""

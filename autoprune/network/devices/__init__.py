@@ -1,0 +1,1 @@
+"""Devices: number formats, captured steps and failures."""

@@ -1,0 +1,1 @@
+"""Models: the zoo, torchvision's, and weights on disk."""

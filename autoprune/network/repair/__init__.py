@@ -1,0 +1,1 @@
+"""Repair: what a pruned network loses and can be given back without training."""

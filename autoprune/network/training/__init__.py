@@ -1,0 +1,1 @@
+"""Training: recipe, schedule, regularisation, and scores on a split."""
