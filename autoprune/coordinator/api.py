@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from autoprune import report
-from autoprune.coordinator.logs import SearchLog
-from autoprune.coordinator.placing import Here, OnRay, Workers
-from autoprune.coordinator.session import SearchOutcome, Session
-from autoprune.coordinator.views import make_home
+from autoprune.coordinator.running.log import SearchLog
+from autoprune.coordinator.running.session import SearchOutcome, Session
+from autoprune.coordinator.running.workers import Here, OnRay, Workers
+from autoprune.coordinator.stored.places import make_home
 from autoprune.errors import InputError
 from autoprune.network import preparing
 from autoprune.network.data.loading import as_splits

@@ -6,6 +6,8 @@ Decides that text is plain unless colours were asked for.
 from __future__ import annotations
 
 import io
+import shutil
+import sys
 
 from rich.console import Console
 
@@ -29,3 +31,19 @@ def text_of(console: Console) -> str:
     file = console.file
     assert isinstance(file, io.StringIO)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def terminal() -> tuple[int, bool]:
+    """Returns the columns of the terminal and whether it shows colours; wide and plain where output is piped."""
+    if not sys.stdout.isatty():
+        return 140, False
+    return max(60, shutil.get_terminal_size((120, 40)).columns), True
+
+
+def has_unicode() -> bool:
+    """Whether the terminal can write the characters of a picture."""
+    try:
+        "●╌┊│".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -47,7 +47,7 @@ CONTENDERS: Mapping[str, tuple[str | None, bool]] = {
 }
 """Name → sampler, and whether the warm starts go first."""
 WARM_STARTS = 24
-"""The most that a search tries, as in `coordinator.session`."""
+"""The most that a search tries, as in `coordinator.running.session`."""
 CANDIDATES, WHOLE = (30, 100), (30, 100, 300)
 SLOW, SMALL = "GP", (9, 30)
 """The contender that is left out beyond so many groups and candidates, unless the whole comparison is asked for."""

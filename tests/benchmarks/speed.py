@@ -29,7 +29,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from autoprune.coordinator.profiling import bookkeeping_seconds
+from autoprune.coordinator.commands.profiling import bookkeeping_seconds
 from autoprune.cost import MACS
 from autoprune.memory import keep_freed
 from autoprune.network import preparing, profiling, settings

@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import mlflow, matplotlib.pyplot, plotly.graph_objects, plotly.io, pandas, sklearn.datasets
     import mlflow.store.tracking.sqlalchemy_store, optuna_dashboard._note, torch.export._trace
-import autoprune.coordinator.session, autoprune.network.artifacts.export, autoprune.coordinator.api
+import autoprune.coordinator.running.session, autoprune.network.artifacts.export, autoprune.coordinator.api
 from autoprune import cli
 assert threading.active_count() == 1, threading.enumerate()
 print(json.dumps("ready"), flush=True)

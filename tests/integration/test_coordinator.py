@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 
 from autoprune import report
-from autoprune.coordinator.commands import dashboard_command, show_front
-from autoprune.coordinator.ending import next_commands
-from autoprune.coordinator.exporting import ExportWish, export_models
-from autoprune.coordinator.recording import Records, run_name
-from autoprune.coordinator.setup import Setup
-from autoprune.coordinator.supervising import STATE, service_folder, serving, write_whole
-from autoprune.coordinator.views import CONTROLS, StoredSearch, make_home, read_search, view_of
+from autoprune.coordinator.commands.dashboards import dashboard_command
+from autoprune.coordinator.commands.exporting import ExportWish, export_models
+from autoprune.coordinator.commands.front import show_front
+from autoprune.coordinator.recording.records import Records, run_name
+from autoprune.coordinator.running.ending import next_commands
+from autoprune.coordinator.service.supervising import serving
+from autoprune.coordinator.stored.display import view_of
+from autoprune.coordinator.stored.places import make_home
+from autoprune.coordinator.stored.search import CONTROLS, StoredSearch, read_search
+from autoprune.coordinator.stored.service_state import STATE, service_folder, write_whole
+from autoprune.coordinator.stored.setup import Setup
 from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError, TrackingError
 from autoprune.policy import Choice, Policy
@@ -228,7 +232,7 @@ SETUP = Setup(
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
-    monkeypatch.setattr("autoprune.coordinator.recording.tracking.Tracker", FakeTracker)
+    monkeypatch.setattr("autoprune.coordinator.recording.records.tracking.Tracker", FakeTracker)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Records("s", SETUP, home=tmp_path / ".autoprune", say=lambda text: None)
@@ -303,7 +307,7 @@ def test_a_store_that_is_away_leaves_the_records_undone_and_raises_nothing(
         raise TrackingError("nobody there")
 
     records.close(10)
-    monkeypatch.setattr("autoprune.coordinator.recording.tracking.Tracker", away)
+    monkeypatch.setattr("autoprune.coordinator.recording.records.tracking.Tracker", away)
     said: list[str] = []
     late = Records("s", SETUP, home=tmp_path, say=said.append)
     late.trial("tune", TUNED[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import autoprune
-from autoprune.coordinator.views import read_search
+from autoprune.coordinator.stored.search import read_search
 from autoprune.errors import StudyError
 from autoprune.network.workbench import Workbench
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from autoprune.coordinator.recording import Records
-from autoprune.coordinator.setup import Setup
+from autoprune.coordinator.recording.records import Records
+from autoprune.coordinator.stored.setup import Setup
 from autoprune.errors import TrackingError
 from autoprune.tracking import Tracker, watch_machine, watches_machine
 from autoprune.tracking.machine import SETTING
@@ -83,8 +83,8 @@ def test_watching_ends_before_the_run_and_a_machine_that_does_not_tell_stops_not
     fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = Tracking(fails=fails)
-    monkeypatch.setattr("autoprune.coordinator.recording.tracking.Tracker", lambda *a, **k: tracker)
-    monkeypatch.setattr("autoprune.coordinator.recording.tracking.watch_machine", tracker.watch)
+    monkeypatch.setattr("autoprune.coordinator.recording.records.tracking.Tracker", lambda *a, **k: tracker)
+    monkeypatch.setattr("autoprune.coordinator.recording.records.tracking.watch_machine", tracker.watch)
     setup = Setup(space={"name": "s"}, at_hand=False, dense={}, scopes={}, facts={})
     records = Records("s", setup, home=tmp_path, say=lambda text: None, watches=True)
     records.stop("FINISHED")

@@ -21,8 +21,8 @@ from autoprune.coordinator import (
     show_front,
     write_report,
 )
-from autoprune.coordinator.recording import Records
-from autoprune.coordinator.setup import Setup
+from autoprune.coordinator.recording.records import Records
+from autoprune.coordinator.stored.setup import Setup
 from autoprune.errors import BudgetError, CheckpointError, PolicyError, TrackingError
 from autoprune.network.artifacts.export import export
 from autoprune.space import load_space

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 import autoprune
 from autoprune import studies
 from autoprune.coordinator import Wish, pick, show_front, show_status, write_report
-from autoprune.coordinator.background import pack, unpack
-from autoprune.coordinator.explaining import compare_trials, explain_trial
-from autoprune.coordinator.finetuning import Finetuned
-from autoprune.coordinator.logs import read_log
-from autoprune.coordinator.picking import Pick
-from autoprune.coordinator.registering import candidates, version_tags
+from autoprune.coordinator.commands.explaining import compare_trials, explain_trial
+from autoprune.coordinator.commands.finetuning import Finetuned
+from autoprune.coordinator.commands.picking import Pick
+from autoprune.coordinator.recording.registering import candidates, version_tags
+from autoprune.coordinator.running.log import read_log
+from autoprune.coordinator.stored.background import pack, unpack
 from autoprune.network.artifacts.saved import read_document
 from autoprune.objective import ACCURACY, Objective
 from autoprune.policy import Choice, Policy

@@ -10,10 +10,20 @@ from typing import Any
 import optuna
 import pytest
 
-from autoprune.coordinator import picking
-from autoprune.coordinator.picking import Pick, Wish, chosen_trial, of_key, of_trial, pick, resolve, split_reference
-from autoprune.coordinator.registering import aliases_of, candidates
-from autoprune.coordinator.views import StoredSearch, view_of
+from autoprune.coordinator.commands import picking
+from autoprune.coordinator.commands.picking import (
+    Pick,
+    Wish,
+    chosen_trial,
+    of_key,
+    of_trial,
+    pick,
+    resolve,
+    split_reference,
+)
+from autoprune.coordinator.recording.registering import aliases_of, candidates
+from autoprune.coordinator.stored.display import view_of
+from autoprune.coordinator.stored.search import StoredSearch
 from autoprune.cost import COSTS
 from autoprune.errors import BudgetError, InputError, StudyError, TrackingError
 from autoprune.objective import Objective

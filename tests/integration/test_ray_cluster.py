@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from autoprune.coordinator.views import read_search
+from autoprune.coordinator.stored.search import read_search
 from autoprune.errors import InputError, TrialError
 from autoprune.executors import Beat, Limits, RayExecutor, Share
 

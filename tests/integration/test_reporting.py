@@ -15,11 +15,12 @@ import pytest
 
 from autoprune import studies
 from autoprune.budget import resolve_budget
-from autoprune.coordinator.background import Background, curves_of, pack, unpack
-from autoprune.coordinator.explaining import compare_trials, explain_trial
-from autoprune.coordinator.reporting import write_report
-from autoprune.coordinator.setup import Setup
-from autoprune.coordinator.views import facts_of, read_search, storage_path
+from autoprune.coordinator.commands.explaining import compare_trials, explain_trial
+from autoprune.coordinator.commands.reporting import write_report
+from autoprune.coordinator.stored.background import Background, curves_of, pack, unpack
+from autoprune.coordinator.stored.places import storage_path
+from autoprune.coordinator.stored.search import facts_of, read_search
+from autoprune.coordinator.stored.setup import Setup
 from autoprune.cost import LATENCY, CostModel, Form, Surface, Term
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Choice, Group, Policy, feasible_widths, uniform_policy

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from autoprune.coordinator.reproducing import Reproduction, compared, fidelity_of, recorded_policy
-from autoprune.coordinator.setup import Setup, space_of
+from autoprune.coordinator.commands.reproducing import Reproduction, compared, fidelity_of, recorded_policy
+from autoprune.coordinator.stored.setup import Setup, space_of
 from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError
 from autoprune.policy import Choice, Group, Policy

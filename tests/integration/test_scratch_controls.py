@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import autoprune
 from autoprune import studies
-from autoprune.coordinator import session
-from autoprune.coordinator.logs import SearchLog
-from autoprune.coordinator.noting import write_notes
-from autoprune.coordinator.syncing import sync_search
+from autoprune.coordinator.commands.syncing import sync_search
+from autoprune.coordinator.recording.notes import write_notes
+from autoprune.coordinator.running import session
+from autoprune.coordinator.running.log import SearchLog
 from autoprune.network import workbench
 from autoprune.network.training.scratch import forget
 

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -68,7 +69,10 @@ FOLDERS = {
         "training",
         ".",
     ],
+    "coordinator": ["stored", "recording", "running", "commands", "service", "."],
 }
+
+MOST_MODULES = 25
 
 
 def modules() -> list[Path]:
@@ -186,6 +190,12 @@ def test_folders_import_only_folders_below_them(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_folder_holds_more_than_25_modules() -> None:
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in modules())
+    full = {folder: count for folder, count in counts.items() if count > MOST_MODULES}
+    assert not full, f"more than {MOST_MODULES} modules: {full}"
+
+
 @pytest.mark.parametrize("path", [*sorted((PACKAGE / "cli").glob("*.py")), *sorted(PACKAGE.glob("__*__.py"))], ids=str)
 def test_the_command_line_imports_nothing_heavy_at_module_level(path: Path) -> None:
     for imported, line in imports(path, module_level=True):
@@ -284,6 +294,14 @@ def test_a_folder_without_a_place_in_the_order_would_be_noticed(tmp_path: Path) 
     write(tmp_path, {"network/elsewhere/new.py": ""})
     with pytest.raises(AssertionError, match=r"no place in FOLDERS: .'elsewhere'"):
         copy_of_this(tmp_path).test_folders_import_only_folders_below_them("network")
+
+
+def test_a_26th_module_would_be_noticed(tmp_path: Path) -> None:
+    write(tmp_path, {f"cli/m{number}.py": "" for number in range(25)})
+    copy_of_this(tmp_path).test_no_folder_holds_more_than_25_modules()
+    write(tmp_path, {"cli/one_more.py": ""})
+    with pytest.raises(AssertionError, match=r"autoprune/cli.*26"):
+        copy_of_this(tmp_path).test_no_folder_holds_more_than_25_modules()
 
 
 def test_importing_autoprune_loads_nothing_heavy() -> None:

@@ -46,8 +46,8 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     is repaired on more images, and the first rung lasts as long as the search.
     """
     from autoprune import studies
-    from autoprune.coordinator.logs import SearchLog
-    from autoprune.coordinator.session import Session
+    from autoprune.coordinator.running.log import SearchLog
+    from autoprune.coordinator.running.session import Session
     from autoprune.network.preparing import trace_ingredients, workbench_of
     from autoprune.report import Progress
     from autoprune.space.method import RungSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoprune.coordinator.api import _place
-from autoprune.coordinator.placing import Here, OnRay, Workers
+from autoprune.coordinator.running.workers import Here, OnRay, Workers
 from autoprune.errors import InputError
 
 

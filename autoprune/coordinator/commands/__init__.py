@@ -1,0 +1,1 @@
+"""What the commands do, but for a search itself and the service."""

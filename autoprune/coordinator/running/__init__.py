@@ -1,0 +1,1 @@
+"""One search: its session, its executors, its log and its end."""
