@@ -256,7 +256,9 @@ def test_the_front_as_json_has_a_stable_schema(front: Any) -> None:
     assert set(front) == {
         *("schema", "name", "rung", "primary", "limits", "dense", "front", "controls", "knee", "hypervolume"),
         *("controls_hypervolume", "hypervolume_interval", "reference", "trials", "notes", "pruning", "caveat"),
+        "objective",
     }
+    assert front["objective"] == {"name": "accuracy", "percent": True}
     for point in (front["dense"], *front["front"], *front["controls"]):
         assert 0 <= point["val_accuracy"] <= 1
         assert 0 <= point["test_accuracy"] <= 1
