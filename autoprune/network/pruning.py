@@ -14,21 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
-from autoprune.network.calibration.moments import gather
 from autoprune.network.calibration.targets import gather_targets
-from autoprune.network.criteria.channels import (
-    NEEDS_FISHER,
-    NEEDS_GRADIENTS,
-    NEEDS_RANKS,
-    NEEDS_STATISTICS,
-    choose,
-    criterion_of,
-    score,
-)
-from autoprune.network.criteria.gradients import gather_fisher, gather_gradients
+from autoprune.network.criteria.channels import choose, score
+from autoprune.network.criteria.gathering import Batches as Samples
+from autoprune.network.criteria.gathering import criterion_named, gather_evidence
 from autoprune.network.criteria.inputs import Evidence
-from autoprune.network.criteria.ranks import gather_ranks
-from autoprune.network.criteria.weights import gather_evidence, weight_criterion_of, weight_scores
+from autoprune.network.criteria.weights import weight_scores
 from autoprune.network.data.tasks import logits_of
 from autoprune.network.graph.groups import PruningGroup
 from autoprune.network.graph.modules import device_of
@@ -78,33 +69,27 @@ def prune(
     for name in wanted:
         if name not in names:
             raise PolicyError(f"no pruning group {name!r}{nearest(name, names)}")
-    if network.masked:
-        weight_criterion_of(criterion)
-    else:
-        criterion_of(criterion)
+    needs = criterion_named(network, criterion)
     choices = {name: Choice(criterion, wanted.get(name, 0.0)) for name in names}
     network = _without(network, [name for name in names if choices[name].ratio == 1.0])
     widths = {group.name: _width(network, group, choices[group.name].ratio, round_to) for group in network.groups}
     narrowed = {group.name: widths[group.name] for group in network.groups if widths[group.name] < group.size}
     batches = [] if calibration is None else list(calibration)
-    if criterion in NEEDS_STATISTICS and not batches:
+    if needs.statistics and not batches:
         raise PolicyError(f"the criterion {criterion} needs calibration batches")
     device = str(device_of(network.model))
     if network.masked:
         return _masked(network, narrowed, criterion, batches=batches, seed=seed, device=device)
     inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
-    statistics = gather(network, inputs, seed=seed, device=device) if inputs else {}
-    pairs = _pairs(batches, criterion) if criterion in NEEDS_GRADIENTS | NEEDS_FISHER else []
-    gradients = gather_gradients(network, pairs, _loss, device=device) if criterion in NEEDS_GRADIENTS else {}
-    fisher = gather_fisher(network, pairs, _loss, device=device) if criterion in NEEDS_FISHER else {}
-    ranks = gather_ranks(network, torch.cat(inputs), device=device) if criterion in NEEDS_RANKS else {}
-    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
+    pairs = _pairs(batches, criterion) if needs.labelled else []
+    samples = Samples(inputs, lambda _: pairs)
+    evidence = gather_evidence(network, samples, [criterion], loss=_loss, seed=seed, device=device)
     scores = score(evidence, [criterion])[criterion]
     selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
     if selection and inputs:
         targets = gather_targets(network, torch.cat(inputs), seed=seed)
-        refit_sequentially(network, model, selection, replace(targets, statistics=statistics))
+        refit_sequentially(network, model, selection, replace(targets, statistics=evidence.statistics))
     return model
 
 
@@ -143,11 +128,11 @@ def _masked(
 ) -> nn.Module:
     """Returns the copy with zeros, refitted and recalibrated where there are batches."""
     pairs = [(batch, torch.empty(0)) if isinstance(batch, Tensor) else batch for batch in batches]
-    if criterion in NEEDS_GRADIENTS:
+    if criterion_named(network, criterion).labelled:
         _pairs(batches, criterion)
     evidence = Evidence(network, seed=seed)
     if pairs:
-        evidence = gather_evidence(network, pairs, [criterion], loss=_loss, seed=seed, device=device)
+        evidence = gather_evidence(network, Samples.of(pairs), [criterion], loss=_loss, seed=seed, device=device)
     scores = weight_scores(evidence, [criterion])[criterion]
     weights = mask_weights(network)
     selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from autoprune.policy import CHANNEL, SEMI_STRUCTURED, UNSTRUCTURED
+from autoprune.space.criteria import NAMED_CRITERIA, of_weights
 from autoprune.space.section import Found, number
 
 Pruning = Literal["channel", "unstructured", "2:4"]
@@ -17,15 +18,8 @@ assert get_args(Pruning) == (CHANNEL, UNSTRUCTURED, SEMI_STRUCTURED)
 DEFAULT_STEP = 0.05
 """Of the ratio grid of unstructured masks."""
 
-_WHOLE = {
-    "bn_scale": "bn_scale reads the scale of a whole channel's batch norm, which says nothing about single weights",
-    "fpgm": "fpgm compares whole filters with each other, which says nothing about single weights",
-    "obs_greedy": "obs_greedy removes whole channels one after another; for single weights take obs",
-    "hessian": "hessian adds up what all weights of a channel matter; for single weights it is what taylor is",
-    "hrank": "hrank reads the feature map of a whole channel, which says nothing about single weights",
-}
 _OWN = "it scores whole channels, which says nothing about single weights"
-_INSTEAD = "choose among l1, l2, lamp, taylor, activation, obs, random"
+_INSTEAD = f"choose among {', '.join(of_weights())}"
 
 
 def pruning_faults(raw: Mapping[str, Any]) -> Iterator[Found]:
@@ -72,8 +66,9 @@ def _criteria_faults(raw: Mapping[str, Any], pruning: str) -> Iterator[Found]:
     if not isinstance(choices, (list, tuple)):
         return
     for i, choice in enumerate(choices):
-        if isinstance(choice, str) and choice in _WHOLE:
-            yield ("criteria", "choices", i), f"{_WHOLE[choice]} (pruning: {pruning}); {_INSTEAD}"
+        known = NAMED_CRITERIA.get(choice) if isinstance(choice, str) else None
+        if known is not None and known.not_weights is not None:
+            yield ("criteria", "choices", i), f"{choice} {known.not_weights} (pruning: {pruning}); {_INSTEAD}"
         if isinstance(choice, str) and ":" in choice:
             yield ("criteria", "choices", i), f"{_OWN} (pruning: {pruning}); {_INSTEAD}"
         if choice in ("l1", "l2") and {"l1", "l2"} & set(filter(_is_text, choices[:i])) - {choice}:

@@ -14,21 +14,22 @@ from pydantic_core import PydanticCustomError
 
 from autoprune.budget import KEYS, read_limit
 from autoprune.errors import BudgetError, nearest
+from autoprune.space.criteria import NAMED_CRITERIA, described
 from autoprune.space.masking import DEFAULT_STEP
 from autoprune.space.section import FACTORY_PATTERN, NAME_PATTERN, Duration, Found, Globs, Section, as_tuple, number
 
-CRITERIA = (
-    "l1", "l2", "bn_scale", "fpgm", "lamp", "taylor", "activation", "obs", "obs_greedy", "hessian", "hrank", "random",
-)  # fmt: skip
+CRITERIA = tuple(NAMED_CRITERIA)
 
 
 def _criterion(value: Any) -> Any:
-    if isinstance(value, str) and (value in CRITERIA or re.match(FACTORY_PATTERN, value)):
+    if isinstance(value, str) and (value in NAMED_CRITERIA or re.match(FACTORY_PATTERN, value)):
         return value
     if isinstance(value, str):
-        text = f"unknown value {value!r}{nearest(value, CRITERIA)} (a function of your own: package.module:function)"
+        text = (
+            f"unknown value {value!r}{nearest(value, NAMED_CRITERIA)} (a function of your own: package.module:function)"
+        )
     else:
-        text = f"expected one of {', '.join(CRITERIA)}, or package.module:function; got {value!r}"
+        text = f"expected one of {', '.join(NAMED_CRITERIA)}, or package.module:function; got {value!r}"
     raise PydanticCustomError("fault", "{text}", {"text": text})
 
 
@@ -222,11 +223,7 @@ class CriteriaSettings(Section):
     choices: Annotated[tuple[Criterion, ...], BeforeValidator(as_tuple)] = Field(
         default=("l2", "taylor", "obs"),
         min_length=1,
-        description="l1, l2: norm of a channel's weights; bn_scale: BatchNorm scale; fpgm: distance to the geometric "
-        "median; lamp: layer-adaptive magnitude; taylor: first-order change of the loss; activation: mean activation; "
-        "obs: error increase under refit; obs_greedy: the same, one channel after another; hessian: optimal brain "
-        "damage with Fisher's diagonal; hrank: rank of feature maps; random; package.module:function: your own, see "
-        "autoprune.network.criteria.own.",
+        description=f"{described()}; package.module:function: your own, see autoprune.network.criteria.own.",
     )
     scope: Literal["model", "stage", "layer"] = Field(
         default="model",

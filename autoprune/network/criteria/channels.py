@@ -1,8 +1,8 @@
 """Pruning criteria: functions that score the channels of a group; higher means keep.
 
-One literal table, `CRITERIA`. Scores are normalised to a mean of one within a group, so that a ranking over all
-groups compares channels with their own layer (LAMP keeps its own normalisation, which is made for that). Knows
-nothing of policies.
+One literal table, `CRITERIA`, says what each of them needs and where it is from. Scores are normalised to a mean of
+one within a group, so that a ranking over all groups compares channels with their own layer (LAMP keeps its own
+normalisation, which is made for that). Knows nothing of policies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.calibration.layer_inputs import rows_of
-from autoprune.network.criteria.inputs import PRODUCERS, Criterion, by_unit, is_inside, relative
+from autoprune.network.criteria.inputs import PRODUCERS, ChannelCriterion, Criterion, by_unit, is_inside, relative
 from autoprune.network.criteria.inputs import Evidence as Evidence
 from autoprune.network.criteria.inputs import Scores as Scores
 from autoprune.network.criteria.obs import block_errors, removal_costs
@@ -33,10 +33,7 @@ def _norms(evidence: Evidence, group: PruningGroup, power: int) -> Scores:
 
 
 def l1(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Sum of absolute weights of the filters that make the channel.
-
-    Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
-    """
+    """Sum of absolute weights of the filters that make the channel."""
     return _norms(evidence, group, 1)
 
 
@@ -46,10 +43,7 @@ def l2(evidence: Evidence, group: PruningGroup) -> Scores:
 
 
 def bn_scale(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Absolute scale of the normalisation behind the channel; `l2` where no normalisation follows.
-
-    Source: Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017.
-    """
+    """Absolute scale of the normalisation behind the channel; `l2` where no normalisation follows."""
     norms = evidence.uses(group, ("norm",))
     if not norms:
         return l2(evidence, group)
@@ -60,10 +54,7 @@ def bn_scale(evidence: Evidence, group: PruningGroup) -> Scores:
 
 
 def fpgm(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Sum of distances to the other filters: a filter near the geometric median is replaceable.
-
-    Source: He et al., Filter Pruning via Geometric Median, CVPR 2019.
-    """
+    """Sum of distances to the other filters: a filter near the geometric median is replaceable."""
     total = np.zeros(group.size)
     for links in evidence.uses(group, PRODUCERS):
         rows = rows_of(links, evidence.parameter(links.layer.weight))
@@ -77,10 +68,7 @@ def fpgm(evidence: Evidence, group: PruningGroup) -> Scores:
 
 
 def lamp(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Squared norm relative to that of all channels that are at least as large: comparable over layers as it is.
-
-    Source: Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.
-    """
+    """Squared norm relative to that of all channels that are at least as large: comparable over layers as it is."""
     squared = l2(evidence, group) ** 2
     order = np.argsort(squared, kind="stable")
     rest = np.cumsum(squared[order][::-1])[::-1]
@@ -90,12 +78,7 @@ def lamp(evidence: Evidence, group: PruningGroup) -> Scores:
 
 
 def taylor(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Squared first-order change of the loss when the channel goes, averaged over calibration batches.
-
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019.
-    """
-    if not evidence.gradients:
-        raise PolicyError("the criterion taylor needs gradients on labelled calibration images")
+    """Squared first-order change of the loss when the channel goes, averaged over calibration batches."""
     total = np.zeros(group.size)
     for links in evidence.uses(group, (*PRODUCERS, "norm")):
         names = [links.layer.weight] + ([links.layer.bias] if links.layer.kind == "norm" and links.layer.bias else [])
@@ -125,8 +108,6 @@ def obs(evidence: Evidence, group: PruningGroup) -> Scores:
     consumers.
 
     For the block `c` of a channel's entries: `tr(W_c ([C⁻¹]_cc)⁻¹ W_cᵀ)`, relative to the consumer's output power.
-
-    Source: Hassibi & Stork, Optimal Brain Surgeon, NIPS 1992; in blocks as in Frantar & Alistarh, NeurIPS 2022.
     """
     consumers = evidence.consumers(group)
     if not consumers:
@@ -143,20 +124,12 @@ def obs_greedy(evidence: Evidence, group: PruningGroup) -> Scores:
 
     The score rises in the order of removal, so a channel that others could replace counts once they have gone. In
     groups of more than 128 channels several go a step (see `obs`).
-
-    Source: Frantar & Alistarh, Optimal Brain Compression, NeurIPS 2022.
     """
     return relative(removal_costs(evidence, group)) if evidence.consumers(group) else l2(evidence, group)
 
 
 def hessian(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Optimal brain damage with Fisher's diagonal for the Hessian: Σ (g·w)² over the weights that make the channel.
-
-    Source: LeCun et al., Optimal Brain Damage, NIPS 1989; Theis et al., Faster Gaze Prediction with Dense Networks and
-    Fisher Pruning, 2018.
-    """
-    if not evidence.fisher:
-        raise PolicyError("the criterion hessian needs gradients on labelled calibration images")
+    """Optimal brain damage with Fisher's diagonal for the Hessian: Σ (g·w)² over the weights that make the channel."""
     total = np.zeros(group.size)
     for links in evidence.uses(group, (*PRODUCERS, "norm")):
         names = [links.layer.weight] + ([links.layer.bias] if links.layer.kind == "norm" and links.layer.bias else [])
@@ -168,10 +141,7 @@ def hessian(evidence: Evidence, group: PruningGroup) -> Scores:
 
 
 def hrank(evidence: Evidence, group: PruningGroup) -> Scores:
-    """Mean rank of the channel's feature map where it is consumed; `l2` where no consumer reads images.
-
-    Source: Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.
-    """
+    """Mean rank of the channel's feature map where it is consumed; `l2` where no consumer reads images."""
     total = np.zeros(group.size)
     read = False
     for links in evidence.network.links:
@@ -189,28 +159,67 @@ def random(evidence: Evidence, group: PruningGroup) -> Scores:
     return rng.uniform(0.5, 1.5, group.size)
 
 
-CRITERIA: dict[str, Criterion] = {
-    "l1": l1,
-    "l2": l2,
-    "bn_scale": bn_scale,
-    "fpgm": fpgm,
-    "lamp": lamp,
-    "taylor": taylor,
-    "activation": activation,
-    "obs": obs,
-    "obs_greedy": obs_greedy,
-    "hessian": hessian,
-    "hrank": hrank,
-    "random": random,
+CRITERIA: dict[str, ChannelCriterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("l1", l1, weights_alone=True, source="Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017."),
+        Criterion("l2", l2, weights_alone=True),
+        Criterion(
+            "bn_scale",
+            bn_scale,
+            weights_alone=True,
+            source="Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017.",
+        ),
+        Criterion(
+            "fpgm", fpgm, weights_alone=True, source="He et al., Filter Pruning via Geometric Median, CVPR 2019."
+        ),
+        Criterion(
+            "lamp",
+            lamp,
+            weights_alone=True,
+            source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.",
+        ),
+        Criterion(
+            "taylor",
+            taylor,
+            gradients=True,
+            source="Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019.",
+        ),
+        Criterion("activation", activation, statistics=True),
+        Criterion(
+            "obs",
+            obs,
+            statistics=True,
+            source="Hassibi & Stork, Optimal Brain Surgeon, NIPS 1992; in blocks as in Frantar & Alistarh, NeurIPS "
+            "2022.",
+        ),
+        Criterion(
+            "obs_greedy",
+            obs_greedy,
+            statistics=True,
+            source="Frantar & Alistarh, Optimal Brain Compression, NeurIPS 2022.",
+        ),
+        Criterion(
+            "hessian",
+            hessian,
+            fisher=True,
+            source="LeCun et al., Optimal Brain Damage, NIPS 1989; Theis et al., Faster Gaze Prediction with Dense "
+            "Networks and Fisher Pruning, 2018.",
+        ),
+        Criterion(
+            "hrank",
+            hrank,
+            statistics=True,
+            ranks=True,
+            source="Lin et al., HRank: Filter Pruning using High-Rank Feature Map, CVPR 2020.",
+        ),
+        Criterion("random", random),
+    )
 }
-NEEDS_STATISTICS = frozenset({"activation", "obs", "obs_greedy", "hrank"})
-NEEDS_GRADIENTS = frozenset({"taylor"})
-NEEDS_FISHER = frozenset({"hessian"})
-NEEDS_RANKS = frozenset({"hrank"})
 
 
-def criterion_of(name: str) -> Criterion:
-    """Returns the function behind a name of `CRITERIA`, or behind `package.module:function`.
+def criterion_of(name: str) -> ChannelCriterion:
+    """Returns the criterion of that name in `CRITERIA`, or the one behind `package.module:function`.
 
     Raises:
         PolicyError: There is no such criterion.
@@ -231,11 +240,11 @@ def score(evidence: Evidence, criteria: Iterable[str]) -> dict[str, dict[str, Sc
             a channel.
         InputError: A criterion of the user's own cannot be imported.
     """
-    functions = {name: criterion_of(name) for name in criteria}
-    result: dict[str, dict[str, Scores]] = {name: {} for name in functions}
+    chosen = {name: criterion_of(name) for name in criteria}
+    result: dict[str, dict[str, Scores]] = {name: {} for name in chosen}
     for group in evidence.network.groups:  # one group after the other: its criteria share what they invert
-        for name, function in functions.items():
-            result[name][group.name] = scores = function(evidence, group)
+        for name, criterion in chosen.items():
+            result[name][group.name] = scores = criterion(evidence, group)
             if not np.isfinite(scores).all():
                 raise PolicyError(f"criterion {name!r} gives scores that are not finite for group {group.name!r}")
     return result

@@ -1,4 +1,4 @@
-"""Gradients that criteria look at: weight times gradient, and its square, summed over each output channel.
+"""Gradients that criteria look at: weight times gradient, and its square, of each output channel or each weight.
 
 Decides how they are gathered on calibration batches. Knows nothing of any criterion.
 """
@@ -14,6 +14,7 @@ from autoprune.errors import DataError
 from autoprune.network.devices.convolutions import gradients_of, safe_convolutions
 from autoprune.network.graph.modules import evaluating
 from autoprune.network.graph.network import Network
+from autoprune.network.surgery.masks import mask_weights
 
 
 def gather_gradients(
@@ -56,6 +57,43 @@ def gather_fisher(
         found[name] = found[name] + squares if name in found else squares
         counts[name] = counts.get(name, 0) + 1
     return {name: total / counts[name] for name, total in found.items()}
+
+
+def gather_weight_gradients(
+    network: Network,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, tuple[Tensor, ...]]:
+    """Returns for every mask group's parameter the mean over batches of `(weight * gradient)²`, of the weight's shape.
+
+    Raises:
+        DataError: There is no batch.
+    """
+    names = [weight.parameter for weight in mask_weights(network).values()]
+    parameters = [network.model.get_parameter(name) for name in names]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
+    count = 0
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with evaluating(network.model), torch.enable_grad():
+            for x, y in batches:
+                with safe_convolutions(network.model, device):
+                    value = loss(network.model(x.to(device)), y.to(device))
+                    gradients = gradients_of(value, parameters)
+                for total, parameter, gradient in zip(sums, parameters, gradients, strict=True):
+                    if gradient is not None:
+                        total += (parameter.detach() * gradient).float().square()
+                count += 1
+    finally:
+        for parameter, flag in zip(parameters, trainable, strict=True):
+            parameter.requires_grad_(flag)
+    if count == 0:
+        raise DataError("there are no labelled calibration images")
+    return {name: (total / count,) for name, total in zip(names, sums, strict=True)}
 
 
 def _products(

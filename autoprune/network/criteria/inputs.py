@@ -1,16 +1,19 @@
-"""What criteria may look at: the dense network, calibration statistics, gradients, ranks of feature maps.
+"""What a criterion is and what it may look at: the dense network, statistics, gradients, ranks of feature maps.
 
-Decides how an index of a weight becomes a channel of a group. Knows nothing of policies or of any criterion.
+Decides what a criterion says of itself, and how an index of a weight becomes a channel of a group. Knows nothing of
+policies or of any one criterion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
 
+from autoprune.errors import PolicyError
 from autoprune.network.calibration.layer_inputs import rows_of
 from autoprune.network.calibration.moments import Statistics
 from autoprune.network.criteria.inverses import Inverse, Inverses
@@ -66,7 +69,55 @@ class Evidence:
         return self.inverses.of(links, self.statistics[links.site], self.rows(links), ridge=ridge)
 
 
-Criterion = Callable[[Evidence, PruningGroup], Scores]
+Scored = TypeVar("Scored")
+"""What a criterion scores: a `PruningGroup`, or a weight that is masked."""
+Given = TypeVar("Given")
+"""What it gives: `Scores`, or a tensor of the weight's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion(Generic[Scored, Given]):
+    """One criterion: its function, and what must be gathered before it is called.
+
+    `weights_alone`: it looks at weights and at nothing else, so that it can score anew at any time. `statistics`: it
+    cannot do without calibration inputs. `gradients`, `fisher`, `ranks`: it reads this part of `Evidence`. `source`:
+    the paper.
+
+    Raises:
+        ValueError: It looks at weights alone and yet needs something else.
+    """
+
+    name: str
+    function: Callable[[Evidence, Scored], Given]
+    weights_alone: bool = False
+    statistics: bool = False
+    gradients: bool = False
+    fisher: bool = False
+    ranks: bool = False
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        needs = [need for need in ("statistics", "gradients", "fisher", "ranks") if getattr(self, need)]
+        if self.weights_alone and needs:
+            raise ValueError(f"the criterion {self.name!r} cannot look at weights alone and need {', '.join(needs)}")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it needs calibration inputs with targets."""
+        return self.gradients or self.fisher
+
+    def __call__(self, evidence: Evidence, of: Scored) -> Given:
+        """Returns the scores of a group's channels, or of the elements of a weight.
+
+        Raises:
+            PolicyError: It needs gradients, and `evidence` has none.
+        """
+        if (self.gradients and not evidence.gradients) or (self.fisher and not evidence.fisher):
+            raise PolicyError(f"the criterion {self.name} needs gradients on labelled calibration images")
+        return self.function(evidence, of)
+
+
+ChannelCriterion = Criterion[PruningGroup, Scores]
 PRODUCERS = ("conv", "transposed", "depthwise", "linear", "embedding", "recurrent", "computed", "product")
 
 

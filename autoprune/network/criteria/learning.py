@@ -17,21 +17,17 @@ from autoprune.errors import DataError
 from autoprune.network.calibration.one_pass import gather_both
 from autoprune.network.calibration.targets import gather_targets
 from autoprune.network.criteria.branches import removal_errors, with_depth
-from autoprune.network.criteria.channels import NEEDS_FISHER, NEEDS_GRADIENTS, NEEDS_RANKS, score
-from autoprune.network.criteria.gradients import gather_fisher, gather_gradients
-from autoprune.network.criteria.inputs import Evidence
+from autoprune.network.criteria.channels import score
+from autoprune.network.criteria.gathering import Batches, gather_evidence
 from autoprune.network.criteria.knowledge import Knowledge
-from autoprune.network.criteria.ranks import gather_ranks
 from autoprune.network.criteria.tables import error_tables
-from autoprune.network.criteria.weights import gather_evidence, weight_scores, weight_tables
+from autoprune.network.criteria.weights import weight_scores, weight_tables
 from autoprune.network.data.samples import Split
 from autoprune.network.data.tasks import Loss, logits_of
 from autoprune.network.graph.network import Network
 from autoprune.policy import Group
 
 _BATCH = 64
-_FISHER_BATCH = 8
-"""Samples whose gradients are squared together: 512 calibration images take 64 passes."""
 
 
 def learn(
@@ -67,14 +63,8 @@ def learn(
 
     number = -(-count // _BATCH)
     statistics, targets = gather_both(network, batches, count, number=number, seed=seed, device=device)
-    gradients: dict[str, tuple[Tensor, ...]] = {}
-    if NEEDS_GRADIENTS & set(criteria):
-        gradients = gather_gradients(network, calibration.batches(_BATCH, device=device), mean, device=device)
-    fisher: dict[str, Tensor] = {}
-    if NEEDS_FISHER & set(criteria):
-        fisher = gather_fisher(network, calibration.batches(_FISHER_BATCH, device=device), mean, device=device)
-    ranks = gather_ranks(network, targets.images, device=device) if NEEDS_RANKS & set(criteria) else {}
-    evidence = Evidence(network, statistics, gradients, seed, fisher, ranks)
+    samples = Batches([targets.images], lambda size: calibration.batches(size or _BATCH, device=device))
+    evidence = gather_evidence(network, samples, criteria, loss=mean, statistics=statistics, seed=seed, device=device)
     scores = score(evidence, criteria)
     tables = with_depth(error_tables(evidence, scores), removal_errors(network, targets.images, statistics))
     return Knowledge(statistics, targets, scores, tables)
@@ -115,7 +105,8 @@ def learn_weights(
     if not batches:
         raise DataError("there are no calibration images")
     inputs = torch.cat([x for x, _ in batches])
-    evidence = gather_evidence(network, batches, criteria, loss=loss, seed=seed, device=str(inputs.device))
+    device = str(inputs.device)
+    evidence = gather_evidence(network, Batches.of(batches), criteria, loss=loss, seed=seed, device=device)
     scores = weight_scores(evidence, criteria)
     targets = gather_targets(network, inputs, seed=seed)
     tables = weight_tables(evidence, groups, scores, pattern=network.pruning)

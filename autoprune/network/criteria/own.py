@@ -15,13 +15,13 @@ from torch import Tensor
 
 from autoprune.errors import PolicyError
 from autoprune.network.calibration.layer_inputs import rows_of
-from autoprune.network.criteria.inputs import PRODUCERS, Criterion, Evidence, Scores, relative
+from autoprune.network.criteria.inputs import PRODUCERS, ChannelCriterion, Criterion, Evidence, Scores, relative
 from autoprune.network.graph.groups import PruningGroup, positions_in
 from autoprune.network.models.building import import_factory
 from autoprune.network.models.checkpoints import file_digest
 
 
-def own_criterion(path: str) -> Criterion:
+def own_criterion(path: str) -> ChannelCriterion:
     """Returns the user's function `package.module:function` as a criterion.
 
     The function is called once a group as `function(weights, inputs)` and returns one score a channel, `(n,)`, higher
@@ -32,7 +32,8 @@ def own_criterion(path: str) -> Criterion:
     - `inputs`: path of each layer that reads them → second moments `(n, n)` float32 of the channels there on
       calibration images (mean over kernel positions); empty where there are no images.
 
-    Scores are made relative to their mean, as those of every other criterion.
+    Scores are made relative to their mean, as those of every other criterion. It needs nothing (it runs without images
+    too), and gets neither targets nor gradients. It is not called again on weights that training has changed.
 
     Raises:
         InputError: The function cannot be imported.
@@ -50,7 +51,7 @@ def own_criterion(path: str) -> Criterion:
         numbers = values.astype(np.float64)
         return relative(numbers) if np.isfinite(numbers).all() else numbers  # `score` refuses these by name
 
-    return scores
+    return Criterion(path, scores)
 
 
 def _weights_of(evidence: Evidence, group: PruningGroup) -> dict[str, Tensor]:

@@ -1,35 +1,31 @@
 """Criteria for single weights, and what a layer loses at each sparsity by each of them.
 
 Decides how a weight's elements are scored (higher means keep) and the error tables of the additive warm start. One
-literal table, `WEIGHT_CRITERIA`. Scores of `l1`, `l2` and `taylor` compare over layers as they are, `lamp` by its own
-normalisation, `activation` and `obs` because they are relative to the layer's output. Knows nothing of policies.
+literal table, `WEIGHT_CRITERIA`, says what each needs. Scores of `l1`, `l2` and `taylor` compare over layers as they
+are, `lamp` by its own normalisation, `activation` and `obs` because they are relative to the layer's output. Knows
+nothing of policies.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.errors import DataError, PolicyError, nearest
-from autoprune.network.calibration.moments import Moments, gather
-from autoprune.network.calibration.targets import refittable_layers
-from autoprune.network.criteria.channels import NEEDS_GRADIENTS
-from autoprune.network.criteria.inputs import Evidence, Scores
+from autoprune.errors import PolicyError, nearest
+from autoprune.network.calibration.moments import Moments
+from autoprune.network.criteria.inputs import Criterion, Evidence, Scores
 from autoprune.network.criteria.tables import Tables
-from autoprune.network.devices.convolutions import gradients_of, safe_convolutions
 from autoprune.network.graph.groups import Links
-from autoprune.network.graph.modules import evaluating
-from autoprune.network.graph.network import Network
 from autoprune.network.repair.compensation import layer_moments, regular_factor
 from autoprune.network.repair.masked_compensation import refit_masked
 from autoprune.network.surgery.masks import MaskWeight, keep, mask_weights
 from autoprune.policy import Group
 
-WeightCriterion = Callable[[Evidence, MaskWeight], Tensor]
+WeightCriterion = Criterion[MaskWeight, Tensor]
 
 _TABLE_STEPS = 12
 """Steps of the solver an entry of a table: enough to rank sparsities, an eighth of a trial's."""
@@ -39,18 +35,12 @@ _TABLE_OUTPUTS = 64
 
 
 def magnitude(evidence: Evidence, weight: MaskWeight) -> Tensor:
-    """Absolute value.
-
-    Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015.
-    """
+    """Absolute value."""
     return evidence.parameter(weight.parameter).double().abs()
 
 
 def lamp(evidence: Evidence, weight: MaskWeight) -> Tensor:
-    """Square relative to the sum of the squares that are at least as large: comparable over layers as it is.
-
-    Source: Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.
-    """
+    """Square relative to the sum of the squares that are at least as large: comparable over layers as it is."""
     squares = evidence.parameter(weight.parameter).double().square().reshape(-1)
     ordered, order = torch.sort(squares, stable=True)
     rest = ordered.flip(0).cumsum(0).flip(0).clamp_min(1e-300)
@@ -60,22 +50,14 @@ def lamp(evidence: Evidence, weight: MaskWeight) -> Tensor:
 
 
 def taylor(evidence: Evidence, weight: MaskWeight) -> Tensor:
-    """Squared first-order change of the loss when the weight goes, averaged over calibration batches.
-
-    Source: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019.
-    """
-    found = evidence.gradients.get(weight.parameter)
-    if not found:
-        raise PolicyError("the criterion taylor needs gradients on labelled calibration images")
-    return found[0].double()
+    """Squared first-order change of the loss when the weight goes, averaged over calibration batches."""
+    return evidence.gradients[weight.parameter][0].double()
 
 
 def activation(evidence: Evidence, weight: MaskWeight) -> Tensor:
     """Absolute value times the root mean square of the input that it multiplies, relative to the layer's output.
 
     The absolute value relative to the weight's norm where the layer's input has no statistics (recurrent layers).
-
-    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), ICLR 2024.
     """
     moments = evidence.statistics.get(weight.module)
     if moments is None:
@@ -91,8 +73,6 @@ def obs(evidence: Evidence, weight: MaskWeight) -> Tensor:
 
     `w² / [C⁻¹]_jj`, relative to the power of the layer's output; the square relative to the weight's squared norm
     where the layer's input has no statistics (recurrent layers).
-
-    Source: Hassibi & Stork, Optimal Brain Surgeon, NIPS 1992; Frantar & Alistarh, SparseGPT, ICML 2023.
     """
     moments = evidence.statistics.get(weight.module)
     if moments is None:
@@ -110,13 +90,46 @@ def random(evidence: Evidence, weight: MaskWeight) -> Tensor:
 
 
 WEIGHT_CRITERIA: dict[str, WeightCriterion] = {
-    "l1": magnitude,
-    "l2": magnitude,
-    "lamp": lamp,
-    "taylor": taylor,
-    "activation": activation,
-    "obs": obs,
-    "random": random,
+    criterion.name: criterion
+    for criterion in (
+        Criterion(
+            "l1",
+            magnitude,
+            weights_alone=True,
+            source="Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015.",
+        ),
+        Criterion(
+            "l2",
+            magnitude,
+            weights_alone=True,
+            source="Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015.",
+        ),
+        Criterion(
+            "lamp",
+            lamp,
+            weights_alone=True,
+            source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021.",
+        ),
+        Criterion(
+            "taylor",
+            taylor,
+            gradients=True,
+            source="Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019.",
+        ),
+        Criterion(
+            "activation",
+            activation,
+            statistics=True,
+            source="Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), ICLR 2024.",
+        ),
+        Criterion(
+            "obs",
+            obs,
+            statistics=True,
+            source="Hassibi & Stork, Optimal Brain Surgeon, NIPS 1992; Frantar & Alistarh, SparseGPT, ICML 2023.",
+        ),
+        Criterion("random", random),
+    )
 }
 """Criteria that rank single weights: those that compare whole filters, or read a normalisation behind them, do not."""
 
@@ -150,43 +163,6 @@ def weight_scores(evidence: Evidence, criteria: Iterable[str]) -> dict[str, dict
                 raise PolicyError(f"criterion {name!r} gives scores that are not finite for group {group!r}")
             result[name][group] = scores.numpy()
     return result
-
-
-def gather_weight_gradients(
-    network: Network,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    *,
-    device: torch.device | str = "cpu",
-) -> dict[str, tuple[Tensor, ...]]:
-    """Returns for every mask group's parameter the mean over batches of `(weight * gradient)²`, of the weight's shape.
-
-    Raises:
-        DataError: There is no batch.
-    """
-    names = [weight.parameter for weight in mask_weights(network).values()]
-    parameters = [network.model.get_parameter(name) for name in names]
-    trainable = [parameter.requires_grad for parameter in parameters]
-    sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    count = 0
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with evaluating(network.model), torch.enable_grad():
-            for x, y in batches:
-                with safe_convolutions(network.model, device):
-                    value = loss(network.model(x.to(device)), y.to(device))
-                    gradients = gradients_of(value, parameters)
-                for total, parameter, gradient in zip(sums, parameters, gradients, strict=True):
-                    if gradient is not None:
-                        total += (parameter.detach() * gradient).float().square()
-                count += 1
-    finally:
-        for parameter, flag in zip(parameters, trainable, strict=True):
-            parameter.requires_grad_(flag)
-    if count == 0:
-        raise DataError("there are no labelled calibration images")
-    return {name: (total / count,) for name, total in zip(names, sums, strict=True)}
 
 
 # --- error tables -------------------------------------------------------------------------------------------------
@@ -261,32 +237,3 @@ def _flat(evidence: Evidence, weight: MaskWeight, moments: Moments, matrix: Tens
 def _share(evidence: Evidence, weight: MaskWeight) -> Tensor:
     squares = evidence.parameter(weight.parameter).double().square()
     return squares / squares.sum().clamp_min(1e-300)
-
-
-def gather_evidence(
-    network: Network,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    criteria: Sequence[str],
-    *,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    seed: int = 0,
-    device: str = "cpu",
-) -> Evidence:
-    """Returns what criteria may look at, for a network whose weights are masked.
-
-    Args:
-        network: The traced network.
-        batches: Calibration inputs and targets; targets are read for `taylor` alone.
-        criteria: The criteria that will be asked.
-        loss: The mean loss of a batch.
-        seed: Draws patches of inputs.
-        device: Where it runs.
-
-    Raises:
-        DataError: There is no batch, or an activation is not finite.
-    """
-    layers = refittable_layers(network)
-    statistics = gather(network, [x for x, _ in batches], seed=seed, device=device, layers=layers)
-    needed = bool(NEEDS_GRADIENTS & set(criteria))
-    gradients = gather_weight_gradients(network, batches, loss, device=device) if needed else {}
-    return Evidence(network, statistics, gradients, seed)

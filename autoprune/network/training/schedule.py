@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from autoprune.network.criteria.channels import choose, score
+from autoprune.network.criteria.channels import CRITERIA, choose, score
 from autoprune.network.criteria.inputs import Evidence, Scores
 from autoprune.network.graph.copies import deep_copy
 from autoprune.network.graph.labels import Labels
@@ -24,9 +24,6 @@ from autoprune.network.surgery.narrowing import narrowed
 from autoprune.network.surgery.selection import Selection
 from autoprune.network.training.recipe import History, Recipe, Stage
 from autoprune.network.training.regularisation import regulariser_of
-
-WEIGHT_CRITERIA = frozenset({"l1", "l2", "bn_scale", "fpgm", "lamp"})
-"""Criteria that look at weights alone: after a regularised stage they rank the channels anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,8 @@ class Ranking:
 
     def renewed(self, network: Network) -> Ranking:
         """Returns the ranking with the scores that `network.model` now has, where a criterion needs weights alone."""
-        wanted = sorted(WEIGHT_CRITERIA & set(self.criteria.values()))
+        chosen = set(self.criteria.values())
+        wanted = sorted(name for name, criterion in CRITERIA.items() if criterion.weights_alone and name in chosen)
         fresh = score(Evidence(network), wanted)
         scores = {name: fresh[c][name] if c in fresh else self.scores[name] for name, c in self.criteria.items()}
         return replace(self, scores=scores)

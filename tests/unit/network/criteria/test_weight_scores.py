@@ -15,14 +15,10 @@ from torch.nn import functional as F
 from autoprune.errors import DataError, PolicyError
 from autoprune.network.calibration.moments import gather
 from autoprune.network.calibration.targets import gather_targets, refittable_layers
+from autoprune.network.criteria.gathering import Batches, gather_evidence
+from autoprune.network.criteria.gradients import gather_weight_gradients
 from autoprune.network.criteria.inputs import Evidence
-from autoprune.network.criteria.weights import (
-    WEIGHT_CRITERIA,
-    gather_evidence,
-    gather_weight_gradients,
-    weight_scores,
-    weight_tables,
-)
+from autoprune.network.criteria.weights import WEIGHT_CRITERIA, weight_scores, weight_tables
 from autoprune.network.repair.compensation import layer_moments
 from autoprune.network.repair.masked import repair_masked
 from autoprune.network.repair.masked_compensation import compensate_masked, masked_solve, refit_masked
@@ -66,7 +62,7 @@ def net() -> Any:
 
 @pytest.fixture(scope="module")
 def evidence(net: Any) -> Evidence:
-    return gather_evidence(net, labelled(), list(WEIGHT_CRITERIA), loss=F.cross_entropy, seed=0)
+    return gather_evidence(net, Batches.of(labelled()), list(WEIGHT_CRITERIA), loss=F.cross_entropy, seed=0)
 
 
 def moments_of(evidence: Evidence, path: str) -> tuple[Any, Any, Tensor]:

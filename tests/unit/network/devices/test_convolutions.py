@@ -73,8 +73,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from autoprune.network.devices.probing import probe_precision
-from autoprune.network.criteria.gradients import gather_fisher, gather_gradients
-from autoprune.network.criteria.weights import gather_weight_gradients
+from autoprune.network.criteria.gradients import gather_fisher, gather_gradients, gather_weight_gradients
 from autoprune.network.training.recipe import Recipe, fine_tune
 from autoprune.network.data.loading import as_splits
 from autoprune.network.tracing.trace import trace
