@@ -22,7 +22,7 @@ from autoprune.errors import InputError
 from autoprune.network.graph.labels import Labels, Value
 from autoprune.network.graph.modules import device_of, evaluating
 from autoprune.network.graph.network import Network
-from autoprune.network.graph.rules.table import ALIASES, operator_name
+from autoprune.network.graph.rules.table import OPERATORS, Operator, Sizing, operator_name, operator_of
 from autoprune.network.latency.timing import Conditions, batch_of
 from autoprune.network.tracing.program import export_program, training_program
 from autoprune.network.tracing.walk import walk
@@ -192,7 +192,8 @@ def _takes_time(node: torch.fx.Node) -> bool:
     if node.op != "call_function" or node.target is operator.getitem:
         return False
     name = operator_name(node.target)
-    return isinstance(node.target, torch._ops.OpOverload) and name not in ALIASES and not name.startswith(("_", "sym_"))
+    inside = name.startswith(("_", "sym_"))
+    return isinstance(node.target, torch._ops.OpOverload) and not operator_of(node.target).alias and not inside
 
 
 def _call(node: torch.fx.Node, twin: torch.fx.Node, env: dict[torch.fx.Node, Any], forms: Forms) -> Call | None:
@@ -250,15 +251,16 @@ def _operand(example: Tensor, dims: Sequence[Labels | None], forms: Forms, axes:
 
 def _follow(name: str, args: list[Any]) -> list[Any]:
     """Returns arguments in which numbers that repeat a width say what the tensors say."""
+    known = OPERATORS.get(name, Operator())
     if name.startswith("conv_transpose") and len(args) > 6:
         if args[6] > 1 and args[1].shape[1] == 1:  # depthwise
             args[6] = args[0].shape[1]
     elif name.startswith("conv") and len(args) > 6:
         args[6] = args[0].shape[1] // args[1].shape[1]
-    elif name in ("layer_norm", "rms_norm"):
+    elif known.sizing is Sizing.LAST:
         count = len(args[1])
         args[1] = list(args[0].shape[-count:])
-    elif name == "group_norm":
+    elif known.sizing is Sizing.CHANNELS and known.sizes is not None:
         args[1] = min(args[1], args[0].shape[1])  # fewer channels than groups: each was a group
     elif name in _RECURRENT:
         # The first states are made by the module, out of nothing but its own attributes.

@@ -22,13 +22,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from autoprune.errors import CheckpointError
 from autoprune.network.graph.groups import stays
 from autoprune.network.graph.network import Network
+from autoprune.network.graph.rules.table import SIZED_FUNCTIONS, Operator, Sizing
 
 Numbers = Mapping[str, Mapping[str, Mapping[str, int]]]
 """Module path → number of the call in its forward pass → axis → size; numbers as text, for JSON."""
-_FUNCTIONS = frozenset(["view", "reshape", "unflatten", "expand", "split", "split_with_sizes"])
-_MAKERS = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full"])
-_NORMS = frozenset(["layer_norm", "rms_norm", "group_norm"])
-"""Counted apart, from -1 downwards: numbers of models that were saved before these were told stay right."""
 
 
 @contextmanager
@@ -116,16 +113,17 @@ _Call = tuple[int, Sequence[Any], Callable[[list[Any]], Any]]
 
 def _parsed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
     """Returns the parts of a call that is told sizes, or None for any other call."""
-    name = getattr(func, "__name__", "")
-    if name not in _FUNCTIONS or len(args) < 2 or not isinstance(args[0], Tensor):
+    known = _sized(func, Sizing.RESULT, Sizing.PARTS)
+    if known is None or len(args) < 2 or not isinstance(args[0], Tensor):
         return None
-    x = args[0]
-    if name == "unflatten":
-        if len(args) < 3 or not isinstance(args[1], int):
+    x, place = args[0], known.sizes or 1
+    if known.start is not None:  # unflatten(x, dim, sizes)
+        if len(args) <= place or not isinstance(args[known.start], int):
             return None
-        return args[1] % x.ndim, list(args[2]), lambda sizes: func(x, args[1], sizes, *args[3:], **kwargs)
-    listed = isinstance(args[1], (tuple, list))
-    if name.startswith("split"):
+        before, after = args[:place], args[place + 1 :]
+        return args[known.start] % x.ndim, list(args[place]), lambda sizes: func(*before, sizes, *after, **kwargs)
+    listed = isinstance(args[place], (tuple, list))
+    if known.sizing is Sizing.PARTS:
         return (0, list(args[1]), lambda sizes: func(x, sizes, *args[2:], **kwargs)) if listed else None
     sizes = list(args[1]) if listed else list(args[1:])
     if not all(isinstance(n, (int, torch.SymInt, Tensor)) for n in sizes):
@@ -134,9 +132,12 @@ def _parsed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call |
 
 
 def _parsed_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-    """Returns the parts of a call that makes a tensor of a size (zeros), or of a norm that is told a width."""
-    name = getattr(func, "__name__", "")
-    if name in _NORMS:
+    """Returns the parts of a call that makes a tensor of a size (zeros), or of a norm that is told a width.
+
+    These are counted apart, from -1 downwards: numbers of models that were saved before these were told stay right.
+    """
+    known = _sized(func, Sizing.LAST, Sizing.CHANNELS)
+    if known is not None:
         if len(args) < 2:
             return None
         listed = isinstance(args[1], (tuple, list))
@@ -145,9 +146,10 @@ def _parsed_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
             list(args[1]) if listed else [args[1]],
             lambda sizes: func(args[0], sizes if listed else sizes[0], *args[2:], **kwargs),
         )
-    if name not in _MAKERS:
+    known = _sized(func, Sizing.NEW)
+    if known is None:
         return None
-    before = args[: int(name.startswith("new_"))]
+    before = args[: known.sizes]  # the tensor that `new_zeros` is a method of
     rest = args[len(before) :]
     if "size" in kwargs:
         sizes, after = kwargs["size"], rest
@@ -159,6 +161,12 @@ def _parsed_apart(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _
         return None
     others = {key: value for key, value in kwargs.items() if key != "size"}
     return 0, list(sizes), lambda sizes: func(*before, tuple(sizes), *after, **others)
+
+
+def _sized(func: Any, *kinds: Sizing) -> Operator | None:
+    """Returns what is known of a function that is given sizes of one of these kinds, or None for any other."""
+    known = SIZED_FUNCTIONS.get(getattr(func, "__name__", ""))
+    return known if known is not None and known.sizing in kinds else None
 
 
 def tell(model: nn.Module, numbers: Numbers) -> nn.Module:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from autoprune.network.graph.labels import Labels
-from autoprune.network.graph.rules.table import ALIASES, operator_name
-
-_MOVES = ALIASES | {"unbind", "clone"}
+from autoprune.network.graph.rules.table import operator_name, operator_of
 
 
 def query_rows(node: torch.fx.Node, names: dict[str, str]) -> tuple[str, str | None, Labels] | None:
@@ -65,11 +63,11 @@ def _source(node: Any) -> tuple[str, str | None, Labels] | None:
 
 
 def _moves(node: torch.fx.Node) -> bool:
-    return node.target is operator.getitem or operator_name(node.target) in _MOVES
+    return node.target is operator.getitem or operator_of(node.target).moves
 
 
 def _apply(node: torch.fx.Node, value: Any) -> Any:
-    if operator_name(node.target) in ("dropout", "to", "contiguous", "clone", "alias"):
+    if operator_of(node.target).unchanged:
         return value
     assert callable(node.target)
     return node.target(value, *node.args[1:], **node.kwargs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoprune.network.graph.labels import Value
 from autoprune.network.graph.record import LiveTensor
-from autoprune.network.graph.rules.table import ALIASES, operator_name
+from autoprune.network.graph.rules.table import operator_of
 
 
 def live_tensors(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[tuple[LiveTensor, ...], ...]:
@@ -26,7 +26,7 @@ def live_tensors(graph: torch.fx.Graph, env: dict[torch.fx.Node, Any]) -> tuple[
         if node.op == "call_function":
             raw = str(getattr(node.target, "__name__", node.target)).split(".")[0]
             inplace = raw.endswith("_") and not raw.startswith("__")
-            alias = node.target is operator.getitem or inplace or operator_name(node.target) in ALIASES
+            alias = node.target is operator.getitem or inplace or operator_of(node.target).alias
             first = node.args[0] if node.args and isinstance(node.args[0], torch.fx.Node) else None
             base[node] = base.get(first, first) if alias and first is not None else node
             made.setdefault(base[node], step)

@@ -6,7 +6,7 @@ Decides what is recorded of a node, and what is frozen where no rule covers it. 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from autoprune.network.graph.labels import Value
 from autoprune.network.graph.modules import unsaved_buffers
 from autoprune.network.graph.record import Parameter, Record, Width
 from autoprune.network.graph.recorder import Tape
-from autoprune.network.graph.rules.table import RULES, SPLITS, operator_name
+from autoprune.network.graph.rules.table import Sizing, operator_name, operator_of
 from autoprune.network.tracing.attention_scale import query_rows
 from autoprune.network.tracing.liveness import live_tensors
 from autoprune.network.tracing.program import kernel_weights, module_path, module_paths, norm_behind, place_of
@@ -136,7 +136,7 @@ def _apply(
             tape.norm = norm_behind(node, named)
             env[node] = _call(tape, node, env)
             _meet(walked.met, walked.numbers, node, env)
-            tape.literals += written_sizes(node, operator_name(node.target), module_path(node), env[node])
+            tape.literals += written_sizes(node, operator_of(node.target), module_path(node), env[node])
         elif node.op == "get_attr":
             env[node] = None
         elif node.op == "output":
@@ -189,13 +189,14 @@ def _placeholder(
 
 def _prepare(tape: Tape, node: torch.fx.Node, widths: dict[str, frozenset[Any]], named: dict[str, str]) -> None:
     """Tells the tape what the rules of reshaping and of attention need to know about a call."""
-    name = operator_name(node.target)
+    known = operator_of(node.target)
     result = node.meta.get("val")
     tape.module = module_path(node)
     tape.sizes = widths.get(tape.module, frozenset())
-    tape.told = name in SPLITS
-    tape.inferred = inferred_axis(node, name, result.ndim) if isinstance(result, Tensor) else None
-    tape.query = query_rows(node, named) if name == "scaled_dot_product_attention" else None
+    tape.told = known.sizing is Sizing.PARTS
+    tape.inferred = inferred_axis(node, known, result.ndim) if isinstance(result, Tensor) else None
+    attends = operator_name(node.target) == "scaled_dot_product_attention"
+    tape.query = query_rows(node, named) if attends else None
 
 
 def _without_kernel(value: Value, name: str, parameters: dict[str, Parameter]) -> Value:
@@ -221,8 +222,7 @@ def _call(tape: Tape, node: torch.fx.Node, env: dict[torch.fx.Node, Any]) -> Any
     tape.shapes = tuple(tuple(int(n) for n in r.shape) for r in results)
     tape.shape = tape.shapes[0]
     tape.normalised = bool(node.users) and all(operator_name(user.target) == "batch_norm" for user in node.users)
-    name = operator_name(node.target)
-    rule: Callable[..., Any] | None = RULES.get(name)
+    rule = operator_of(node.target).rule
     if rule is not None:
         try:
             return rule(tape, *args, **kwargs)

@@ -13,35 +13,31 @@ import torch
 
 from autoprune.network.graph.labels import Value
 from autoprune.network.graph.record import Made, Size
-from autoprune.network.graph.rules.table import SIZED, SPLITS
-
-_TOLD_NORMS = frozenset(["layer_norm", "rms_norm"])
-"""Norms that are told the sizes of the last dimensions."""
-_CHANNEL_NORMS = frozenset(["group_norm", "batch_norm", "instance_norm"])
-"""Norms over dimension 1, of which PyTorch's modules write down the width, and one is told how many groups it has."""
+from autoprune.network.graph.rules.table import Operator, Sizing
 
 
-def inferred_axis(node: torch.fx.Node, name: str, rank: int) -> int | None:
+def inferred_axis(node: torch.fx.Node, known: Operator, rank: int) -> int | None:
     """Returns the axis of the result whose size a call of `view` or `unflatten` leaves open, if there is one."""
-    start = 0
-    sizes: Any = node.args[-1]
-    if name == "unflatten":
-        start = int(str(node.args[1])) % (rank - len(sizes) + 1)
-    if name not in SIZED or not isinstance(sizes, (list, tuple)) or -1 not in sizes:
+    if known.sizing is not Sizing.RESULT or known.sizes is None or len(node.args) <= known.sizes:
         return None
+    sizes: Any = node.args[known.sizes]
+    if not isinstance(sizes, (list, tuple)) or -1 not in sizes:
+        return None
+    # `unflatten(x, dim, sizes)`: `dim` is one of the rank - len(sizes) + 1 dimensions that x has.
+    start = 0 if known.start is None else int(str(node.args[known.start])) % (rank - len(sizes) + 1)
     return start + list(sizes).index(-1)
 
 
-def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> list[Size]:
+def written_sizes(node: torch.fx.Node, known: Operator, module: str, result: Any) -> list[Size]:
     """Returns the sizes of labelled dimensions that a call writes down, in the order of the dimensions."""
-    if name in _TOLD_NORMS or name in _CHANNEL_NORMS:
-        return _norm_sizes(node, name, module, result)
-    if name not in SIZED:
+    if known.sizing in (Sizing.LAST, Sizing.CHANNELS):
+        return _norm_sizes(node, known, module, result)
+    if known.sizing not in (Sizing.RESULT, Sizing.PARTS):
         return []
     found: list[Size] = []
     parts = result if isinstance(result, tuple) else (result,)
     shapes = tuple(part.shape for part in parts if isinstance(part, Value))
-    if name in SPLITS:
+    if known.sizing is Sizing.PARTS:
         along = split_axis(node, len(shapes[0]))
         sizes = tuple(shape[along] for shape in shapes)
         return [
@@ -52,7 +48,7 @@ def written_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> l
     for value in parts:
         if not isinstance(value, Value):
             continue
-        open_axis = inferred_axis(node, name, len(value.shape))
+        open_axis = inferred_axis(node, known, len(value.shape))
         before = node.args[0].meta["val"].shape if isinstance(node.args[0], torch.fx.Node) else ()
         kept = value.dims[0] is None and tuple(before[:1]) == value.shape[:1]
         for axis, labels in enumerate(value.dims):
@@ -71,20 +67,21 @@ def made_sizes(made: Mapping[str, Made]) -> list[Size]:
     ]
 
 
-def _norm_sizes(node: torch.fx.Node, name: str, module: str, result: Any) -> list[Size]:
+def _norm_sizes(node: torch.fx.Node, known: Operator, module: str, result: Any) -> list[Size]:
     """Returns the widths that a norm is told, or that its module repeats beside parameters that it may not have.
 
     For these `axis` is the place among what the call is told.
     """
     if not isinstance(result, Value):
         return []
-    if name in _CHANNEL_NORMS:
+    if known.sizing is Sizing.CHANNELS:
         labels = result.dims[1]
-        told = name == "group_norm" and node.args[1] == result.shape[1]  # as many groups as channels
+        # as many groups as channels
+        told = known.sizes is not None and node.args[known.sizes] == result.shape[1]
         shapes = (result.shape,) if told else ()
         size = None if labels is None else Size(module, len(labels), labels, node.name, shapes, 0)
         return [] if size is None else [replace(size, apart=True, made=True, implied=not told)]
-    sizes: Any = node.args[1]
+    sizes: Any = node.args[known.sizes or 0]
     parts = tuple(int(n) for n in sizes)
     dims = result.dims[len(result.dims) - len(parts) :]
     return [

@@ -110,5 +110,4 @@ REDUCTIONS: dict[str, Rule] = {
     "logcumsumexp": along(1, "summed up"),
     "cummax": along(1, "compared"),
     "cummin": along(1, "compared"),
-    "rms_norm": rms_norm,
 }

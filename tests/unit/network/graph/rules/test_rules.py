@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoprune.network import trace
-from autoprune.network.graph.rules.table import RULES, operator_name
+from autoprune.network.graph.rules.table import OPERATORS, operator_name
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -560,5 +560,5 @@ def test_operator_names_drop_namespace_overload_and_the_mark_of_writing_in_place
 
 
 def test_every_rule_is_a_function_and_is_named_as_operators_are():
-    assert all(callable(rule) for rule in RULES.values())
-    assert not any(name.endswith("_") or "." in name or ":" in name for name in RULES)
+    assert all(callable(known.rule) for known in OPERATORS.values())
+    assert not any(name.endswith("_") or "." in name or ":" in name for name in OPERATORS)
