@@ -33,7 +33,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     """
     solution = record.solution
     producers = [layer for layer in record.layers if layer.kind not in ("norm", "depthwise")]
-    unit = np.full(solution.number, -1, dtype=np.int64)
+    unit = np.full(solution.number, -1, dtype=np.int64)  # (components,): the unit of each, -1 where it stays
     groups: list[PruningGroup] = []
     reasons: dict[int, str] = {}
     frozen: list[Frozen] = []
@@ -43,6 +43,7 @@ def assemble(record: Record, broken: dict[str, str]) -> Assembly:
     for (name, first, members), users in zip(buckets, _users(record, [b[2] for b in buckets]), strict=True):
         reason = broken.get(name)
         if reason is None and len(members) < 2:
+            # factors (outputs, k): how many outputs hold the one component that there is
             reason = _alone(int((solution.factors_of(first.outputs) == members[0]).any(axis=1).sum()))
         if reason is not None:
             reasons.update(dict.fromkeys(members.tolist(), reason))
@@ -89,13 +90,15 @@ def _buckets(record: Record, producers: Sequence[Layer]) -> list[tuple[str, Laye
     movable[list(solution.frozen)] = False
     produced = np.zeros(solution.number, dtype=bool)
     for layer in producers:
-        factors = solution.factors_of(layer.outputs)
+        factors = solution.factors_of(layer.outputs)  # (outputs, k), -1 fills up
         produced[factors[factors >= 0]] = True
     # A channel that nothing consumes and nothing produces (a table, a mask) is no group.
     members = np.flatnonzero(movable & produced)
+    # (buckets,) different signatures, and (members,) the bucket of each member
     signatures, own = np.unique(_signatures(record)[members], return_inverse=True)
-    bucket = np.full(solution.number, -1)
+    bucket = np.full(solution.number, -1)  # (components,)
     bucket[members] = own
+    # Members in the order of their buckets, cut where the running count of a bucket ends; ascending within each.
     buckets = np.split(members[np.argsort(own, kind="stable")], np.cumsum(np.bincount(own, minlength=1))[:-1])
     found: list[tuple[str, Layer, Labels]] = []
     names: dict[str, int] = {}
@@ -115,8 +118,12 @@ def _alone(channels: int) -> str:
 
 
 def _signatures(record: Record) -> Labels:
-    """Returns a 64-bit sum for each component that is equal for components with the same set of places."""
-    arrays: dict[tuple[object, ...], Labels] = {}
+    """Returns a 64-bit sum for each component, `(components,)`, equal for components with the same set of places.
+
+    A place is a dimension of a parameter, of a product or of a live tensor. Each place has a random number, and a
+    component's signature is the sum of those of its places, once for every index there.
+    """
+    arrays: dict[tuple[object, ...], Labels] = {}  # place → (n,) labels of its indices
     for parameter in record.parameters:
         for k, labels in enumerate(parameter.dims):
             if labels is not None:
@@ -131,12 +138,14 @@ def _signatures(record: Record) -> Labels:
                 if not isinstance(dim, int):
                     arrays["live", dim.tobytes()] = dim
     rng = np.random.default_rng(20260101)
-    # The outer and the inner factor of a product are different places.
+    # (places, k): the outer and the inner factor of a product are different places.
     salts = rng.integers(1, 2**62, size=(len(arrays), record.solution.factors.shape[1]), dtype=np.int64)
     signature = np.zeros(record.solution.number, dtype=np.int64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # sums modulo 2**64 tell sets apart as well
         for row, labels in zip(salts, arrays.values(), strict=True):
+            # (n, k) factors, transposed: `column` is (n,), the k-th factor of every index, -1 where there is none
             for salt, column in zip(row, record.solution.factors_of(labels).T, strict=True):
+                # `add.at` counts a component as often as it occurs; `signature[column] += salt` would count it once
                 np.add.at(signature, column[column >= 0], salt)
     return signature
 
@@ -149,20 +158,22 @@ def _first_producer(
     `bucket` is `(components,)`: which of the `number` buckets each is in, -1 for none. Outputs come in their order, and
     the factors of an output in theirs: that decides which bucket is found first.
     """
+    # Both have one entry more than there are components or buckets: index -1, for a factor that is not there, hits it.
     free = np.ones(solution.number + 1, dtype=bool)
-    free[[-1, *solution.frozen]] = False  # the last one is for a factor that is not there
+    free[[-1, *solution.frozen]] = False
     unseen = np.ones(number + 1, dtype=bool)
     unseen[-1] = False
     seen: dict[int, tuple[Layer, int | None]] = {}
     for layer in producers:
-        factors = solution.factors_of(layer.outputs)
-        movable = free[factors]
-        keys = np.where(movable, bucket[factors], -1).ravel()
-        places = np.flatnonzero(unseen[keys])
-        new, at = np.unique(keys[places], return_index=True)
-        slots = (movable.cumsum(axis=1) - 1).ravel()
-        several = np.repeat(movable.sum(axis=1) > 1, factors.shape[1])
-        for k in np.argsort(at):
+        factors = solution.factors_of(layer.outputs)  # (outputs, k)
+        movable = free[factors]  # (outputs, k)
+        keys = np.where(movable, bucket[factors], -1).ravel()  # (outputs * k,): output by output, factor by factor
+        places = np.flatnonzero(unseen[keys])  # positions in `keys` of buckets that no layer before has made
+        new, at = np.unique(keys[places], return_index=True)  # each such bucket, and where in `places` it comes first
+        # Of an output's movable factors the first is slot 0, the next slot 1: [stays, a, b] → [-1, 0, 1].
+        slots = (movable.cumsum(axis=1) - 1).ravel()  # (outputs * k,)
+        several = np.repeat(movable.sum(axis=1) > 1, factors.shape[1])  # (outputs,) → (outputs * k,)
+        for k in np.argsort(at):  # `unique` sorts by bucket: back to the order of the outputs
             place = places[at[k]]
             seen[int(new[k])] = (layer, int(slots[place]) if several[place] else None)
         unseen[new] = False
@@ -183,6 +194,7 @@ def stages_of(layers: Iterable[Layer]) -> dict[str, str]:
             stage = "head"
         else:
             space = layer.out_shape[2:] if layer.kind != "linear" else layer.out_shape[1:-1]
+            # convolutions make (B, C, *space), linear layers (B, *space, C)
             if math.prod(space) <= 1 and resolutions:
                 # A squeeze (pooled to one pixel) belongs to the stage that it serves.
                 stage = list(resolutions.values())[-1]
@@ -212,13 +224,14 @@ def _group(record: Record, name: str, members: Labels, place: tuple[int, str], u
 
 def _users(record: Record, buckets: Sequence[Labels]) -> list[_Users]:
     """Returns which modules make and use each set of components."""
-    bucket = np.full(record.solution.number + 1, -1)  # the last one is for a factor that is not there
+    bucket = np.full(record.solution.number + 1, -1)  # (components + 1,): the last is for a factor that is not there
     for k, members in enumerate(buckets):
         bucket[members] = k
     found: list[_Users] = [([], []) for _ in buckets]
 
     def touched(labels: Labels) -> list[int]:
-        hit = np.zeros(len(buckets) + 1, dtype=bool)
+        hit = np.zeros(len(buckets) + 1, dtype=bool)  # the last is for components of no bucket (-1)
+        # labels (n,) → factors (n, k) → buckets (n, k)
         hit[bucket[record.solution.factors_of(labels)]] = True
         return np.flatnonzero(hit[:-1]).tolist()
 
@@ -259,6 +272,7 @@ def _fixed_parts(record: Record, producers: Sequence[Layer]) -> list[Frozen]:
         factors = record.solution.factors_of(layer.outputs)
         if layer.outputs.size == 0 or factors.shape[1] < 2 or (factors[:, 1] < 0).any():
             continue
+        # factors (outputs, k): column 0 holds the outer factor (the heads), column 1 the inner one (their dimensions)
         slots = [np.unique(column[column >= 0]) for column in factors.T]
         for place, part in enumerate(s for s in slots if len(s) and len(s) <= len(layer.outputs) // 2):
             if all(c in reasons and not reasons[c].startswith(TAKEN_APART) for c in part.tolist()):

@@ -98,20 +98,22 @@ def module_named(name: str) -> str:
 
 def units_of(solution: Solution, unit: Labels, labels: Labels) -> Labels:
     """Returns the units of labels, `(n,)` or `(n, k)` as in `IndexMap`; what is gone is left out."""
-    factors = solution.factors_of(labels)
-    units: Labels = np.where(factors < 0, -1, unit[factors])
-    units = units[(units != GONE).all(axis=1)]
+    factors = solution.factors_of(labels)  # (n, k), -1 fills up
+    units: Labels = np.where(factors < 0, -1, unit[factors])  # (n, k)
+    units = units[(units != GONE).all(axis=1)]  # (n - gone, k)
     if units.shape[1] == 1:
         return units[:, 0]
-    units = -np.sort(-units, axis=1)  # what stays goes last
+    units = -np.sort(-units, axis=1)  # what stays goes last: a row [-1, 7, 3] becomes [7, 3, -1]
+    # Columns that are -1 throughout say nothing.
     used = max(1, int((units >= 0).sum(1).max(initial=0)))
     return units[:, 0] if used == 1 else units[:, :used]
 
 
 def positions_in(units: Labels, group: PruningGroup) -> Labels:
     """Returns the position in `group` of every index, -1 where it does not belong to it; `units` as in `IndexMap`."""
-    inside = (units >= group.offset) & (units < group.offset + group.size)
+    inside = (units >= group.offset) & (units < group.offset + group.size)  # (n,) or (n, k)
     positions: Labels = np.where(inside, units - group.offset, -1)
+    # (n, k) → (n,): the factors that belong to other groups are -1.
     return positions if positions.ndim == 1 else positions.max(axis=1)
 
 
@@ -119,7 +121,7 @@ def stays(units: Labels, kept: np.ndarray) -> np.ndarray:
     """Returns which indices stay, `(n,)`; `units` as in `IndexMap`, `kept` a boolean for each unit."""
     if not len(kept):
         return np.ones(len(units), dtype=bool)
-    found: np.ndarray = (units < 0) | kept[np.maximum(units, 0)]
+    found: np.ndarray = (units < 0) | kept[np.maximum(units, 0)]  # (n,) or (n, k); what has no unit (-1) stays
     return found if found.ndim == 1 else np.all(found, axis=1)
 
 

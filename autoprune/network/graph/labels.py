@@ -102,21 +102,25 @@ class LabelStore:
         left = np.concatenate(self._left) if self._left else np.empty(0, np.int64)
         right = np.concatenate(self._right) if self._right else np.empty(0, np.int64)
         empty = (np.empty(0, np.int64),) * 3
+        # [(whole, outer, inner), ...], each (n,) → three arrays (m,), all products one behind the other
         columns = zip(*self._products, strict=True)
         whole, *parts = [np.concatenate(c) for c in columns] if self._products else empty
         while True:
+            # An edge for each join; `component` is (labels,), numbered from 0.
             graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(self.count, self.count))
             number, component = connected_components(graph, directed=False)
             component = component.astype(np.int64)
             # Two products in one component: their outer factors are one, and so are their inner factors.
-            order = np.argsort(component[whole], kind="stable")
-            same = np.flatnonzero(np.diff(component[whole[order]]) == 0)
+            order = np.argsort(component[whole], kind="stable")  # (m,): products of one component side by side
+            same = np.flatnonzero(np.diff(component[whole[order]]) == 0)  # where the next one is of the same component
             pairs = [(part[order[same]], part[order[same + 1]]) for part in parts]
             if all((component[a] == component[b]).all() for a, b in pairs):
                 break
+            # These joins may bring further products into one component: solved again until nothing changes.
             left = np.concatenate([left, *(a for a, _ in pairs)])
             right = np.concatenate([right, *(b for _, b in pairs)])
         outer, inner = (component[part].tolist() for part in parts)
+        # component of a product → its two factors; all products of a component have the same by now
         children = dict(zip(component[whole].tolist(), zip(outer, inner, strict=True), strict=True))
         frozen = _reasons(component, self._frozen)
         approximate = _reasons(component, self._approximate)
@@ -145,13 +149,19 @@ class Solution:
 
     def factors_of(self, labels: Labels) -> Labels:
         """Returns the `(n, k)` factors of every label, -1 where there are fewer."""
-        found: Labels = self.factors[self.component[labels]]
+        found: Labels = self.factors[self.component[labels]]  # labels (n,) → components (n,) → factors (n, k)
         return found
 
 
 def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int, str]) -> Labels:
-    """Returns the `(number, k)` table of factors; a component that would be its own factor is frozen."""
+    """Returns the `(number, k)` table of factors; a component that would be its own factor is frozen.
+
+    `children` is component → (outer, inner). Factors that are products themselves are expanded: where 7 is 5 times 6
+    and 5 is 1 times 2, the row of 7 is [1, 2, 6]. k is the length of the longest row.
+    """
+    # products that have a product as a factor
     nested = sorted(c for c, (a, b) in children.items() if a in children or b in children)
+    # component → its factors, the outermost first; a product of a component with itself has that as its only factor
     found: dict[int, tuple[int, ...]] = {c: (a, b) if a != b else (a,) for c, (a, b) in children.items()}
     for c in nested:
         del found[c]
@@ -173,6 +183,7 @@ def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int
 
     for c in nested:
         expand(c, frozenset())
+    # Rows of one length are written at once: c is the row's number, and -1 fills it up to k.
     lengths = {len(row) for row in found.values()}
     table = np.full((number, max(lengths, default=1)), -1, dtype=np.int64)
     table[:, 0] = np.arange(number)  # what is no product is its own only factor
@@ -183,8 +194,9 @@ def _factors(number: int, children: dict[int, tuple[int, int]], frozen: dict[int
 
 
 def _reasons(component: Labels, entries: list[tuple[Labels, str]]) -> dict[int, str]:
-    first = np.full(int(component.max(initial=-1)) + 1, -1)
-    for k in reversed(range(len(entries))):
+    """Returns component → the reason that was given first, in the order of the reasons."""
+    first = np.full(int(component.max(initial=-1)) + 1, -1)  # (components,): number of the entry, -1 for none
+    for k in reversed(range(len(entries))):  # backwards, so that the first entry is what stays written
         first[component[entries[k][0]]] = k
     found = np.flatnonzero(first >= 0)
     found = found[np.argsort(first[found], kind="stable")]

@@ -24,13 +24,15 @@ def matmul(tape: Tape, a: Value, b: Value) -> Value:
             tape.contracted.append(contracted)
     batch: list[Labels | None] = []
     rank = len(tape.shape) - 2
+    # The dimensions in front are aligned at the right: dimension k of the result (*batch, M, N) is k - rank - 2 of a
+    # and of b, where they have it; one of size 1 is broadcast and joins nothing.
     for k in range(rank):
         found = [t.dims[k - rank - 2] for t in (a, b) if len(t.shape) - 2 >= rank - k and t.shape[k - rank - 2] > 1]
         merged = found[0] if found else None
         if len(found) == 2 and (merged is not None or found[1] is not None):
             merged = tape.align(merged, found[1], reason)
         batch.append(merged)
-    dims = (*batch, a.dims[-2], b.dims[-1])
+    dims = (*batch, a.dims[-2], b.dims[-1])  # (..., M, N); MACs: all of them times K
     sizes = tuple(extent(d, n) for d, n in zip(dims, tape.shape, strict=True))
     tape.products.append(Product(1, (*sizes, extent(contracted, a.shape[-1]))))
     return Value(tape.shape, dims)
@@ -53,6 +55,8 @@ def attention(tape: Tape, q: Value, k: Value, v: Value, mask: Value | None = Non
             _keep_scale(tape, width)
     batch: list[Labels | None] = []
     rank = len(q.shape)
+    # q (*batch, L, E), k (*batch, S, E), v (*batch, S, V): heads are among the batch dimensions and go together. A mask
+    # (..., L, S) is aligned at the right, so that axis of q is axis - rank of it.
     for axis in range(rank - 2):
         merged = q.dims[axis]
         others = [k.dims[axis], v.dims[axis]]
@@ -65,6 +69,7 @@ def attention(tape: Tape, q: Value, k: Value, v: Value, mask: Value | None = Non
     for value in (q, k, v):
         tape.labels.freeze(value.dims[-2], f"the tokens of the attention at {tape.where}")
     sizes = tuple(extent(d, n) for d, n in zip(batch, q.shape[:-2], strict=True))
+    # Two products: q @ kᵀ has batch * L * S * E MACs, weights @ v has batch * L * S * V.
     for value in (k, v):
         channels = extent(value.dims[-1], value.shape[-1])
         tape.products.append(Product(q.shape[-2] * k.shape[-2], (*sizes, channels)))

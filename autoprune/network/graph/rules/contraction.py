@@ -21,6 +21,7 @@ def matmul(tape: Tape, a: Value, b: Value) -> Value:
     left, right = len(a.shape), len(b.shape)
     if left >= 2 and right >= 2:
         if right == 2 and _owner(tape, b) is not None:
+            # (B, T, K) @ (K, N) is "bck,kn->bcn": letters from b on for all that is in front
             lead = "".join(chr(ord("b") + k) for k in range(left - 1))
             return _product(tape, f"{lead}k,kn->{lead}n", (a, b))
         if left == 2 and right == 2 and _owner(tape, a) is not None:
@@ -28,9 +29,9 @@ def matmul(tape: Tape, a: Value, b: Value) -> Value:
         return _matmul(tape, a, b)
     # A product with a vector is counted by nobody (`aten.mv`, `aten.dot`): neither do we, so that counts agree.
     lead = "".join(chr(ord("b") + k) for k in range(left - 1))
-    if right == 1:
+    if right == 1:  # (..., K) @ (K,) → (...)
         return _product(tape, f"{lead}k,k->{lead}", (a, b), counted=False)
-    if right == 2:
+    if right == 2:  # (K,) @ (K, N) → (N,)
         return _product(tape, "k,kn->n", (a, b), counted=False)
     raise NotImplementedError
 
@@ -57,6 +58,7 @@ def _spell_out(equation: str, ranks: Sequence[int]) -> str:
     if len(terms) != len(ranks):
         raise NotImplementedError
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    # "...ij" of rank 4 stands for two dimensions; terms with fewer are aligned at the right, as broadcasting has it.
     missing = max(r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True))
     filled = []
     for term, rank in zip(terms, ranks, strict=True):
@@ -65,6 +67,7 @@ def _spell_out(equation: str, ranks: Sequence[int]) -> str:
             raise NotImplementedError
         filled.append(term.replace("...", "".join(spare[missing - count : missing])))
     if not arrow:
+        # as NumPy: the letters that occur once, in alphabetical order, behind the ellipsis
         everything = "".join(terms).replace("...", "")
         once = "".join(sorted(c for c in set(everything) if everything.count(c) == 1))
         output = ("..." if "..." in inputs else "") + once
@@ -79,6 +82,7 @@ def _product(tape: Tape, equation: str, tensors: Sequence[Value], *, counted: bo
         raise NotImplementedError  # a diagonal
     if len(terms) == 2:
         a, b = tensors
+        # Zeros take the labels of the dimension that they meet in the other tensor.
         for letter in set(terms[0]) & set(terms[1]):
             i, k = terms[0].index(letter), terms[1].index(letter)
             a, b = tape.met(a, i, b.dims[k]), tape.met(b, k, a.dims[i])
@@ -86,18 +90,21 @@ def _product(tape: Tape, equation: str, tensors: Sequence[Value], *, counted: bo
     labels: dict[str, Labels | None] = {}
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, tensors, strict=True):
+        # One letter a dimension: its labels are those of the first tensor that has it, joined with the second's.
         for letter, dim, size in zip(term, tensor.dims, tensor.shape, strict=True):
             if sizes.get(letter, 1) == 1:
                 labels[letter], sizes[letter] = dim, size
             elif size > 1 and (labels[letter] is not None or dim is not None):
                 reason = f"multiplied at {tape.where} with a tensor of fixed width"
                 labels[letter] = tape.align(labels[letter], dim, reason)
+    # "bck,kn->bcn": k is summed and shared; in "bck->b", c and k are summed over and not shared.
     summed = [letter for letter in sizes if letter not in output]
     shared = [letter for letter in summed if len(terms) == 2 and all(letter in term for term in terms)]
     for letter in summed:
         if letter not in shared:
             tape.labels.freeze(labels[letter], f"reduced over channels at {tape.where}")
     if shared:
+        # MACs: one for each element of the result and each of what is summed over
         dims = [extent(labels[letter], sizes[letter]) for letter in (*output, *shared)]
         tape.products.append(Product(1 if counted else 0, tuple(dims)))
         _layer(tape, terms, tensors, (output, shared), labels)
@@ -122,6 +129,7 @@ def _layer(
         if outputs is None:
             outputs = tape.fixed(1, "a single output")
         name, order = owner
+        # letter → dimension of the parameter as it is stored: (N, K) used as (K, N) has the order (1, 0)
         places = {letter: order[k] for k, letter in enumerate(terms[own])}
         tape.layers.append(
             Layer(
@@ -149,6 +157,7 @@ def _owner(tape: Tape, value: Value) -> tuple[str, tuple[int, ...]] | None:
         return value.name, (0, 1)
     if all(dim is None for dim in value.dims):
         return None
+    # It was computed from a parameter (transposed, cast): the labels that it still carries say which, and which way.
     for order in ((1, 0), (0, 1)):
         for name, dims in tape.stored.items():
             if len(dims) == 2 and all(

@@ -20,9 +20,11 @@ from autoprune.network.graph.recorder import Tape
 def reshape(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
     """Follows labels through view, reshape, flatten, unflatten, squeeze and unsqueeze by shape arithmetic."""
     dims: list[Labels | None] = [None] * len(tape.shape)
+    # Both shapes are walked side by side; a segment ends where the products of their sizes meet:
+    # (B, 12, T, 64) → (B, 12 * T, 8, 8) is B → B, then (12, T) → 12 * T, then 64 → (8, 8).
     i = j = 0
     while i < len(x.shape) or j < len(tape.shape):
-        i0, j0 = i, j
+        i0, j0 = i, j  # the segment is [i0, i) before and [j0, j) after, with a and b elements so far
         a = x.shape[i] if i < len(x.shape) else 1
         b = tape.shape[j] if j < len(tape.shape) else 1
         i, j = i + 1, j + 1
@@ -39,6 +41,7 @@ def reshape(tape: Tape, x: Value, *_: Any, **__: Any) -> Value:
 
 def _segment(tape: Tape, x: Value, src: tuple[int, int], dst: tuple[int, int], dims: list[Labels | None]) -> None:
     """Fills `dims` for one run of dimensions whose sizes have the same product before and after."""
+    # Dimensions of size 1 hold nothing: they come and go.
     sources = [k for k in range(*src) if x.shape[k] > 1]
     targets = [k for k in range(*dst) if tape.shape[k] > 1]
     labelled = [k for k in sources if x.dims[k] is not None]
@@ -50,7 +53,8 @@ def _segment(tape: Tape, x: Value, src: tuple[int, int], dst: tuple[int, int], d
             tape.labels.freeze(x.dims[k], f"{tape.where} reshapes channels together with another dimension")
         return
     sizes, of_source, of_target = atoms
-    found: list[Labels | None] = [None] * len(sizes)
+    # Labels of every source are split into its atoms, and the atoms of every target are merged.
+    found: list[Labels | None] = [None] * len(sizes)  # (atoms,)
     for place, k in enumerate(sources):
         own = [a for a in range(len(sizes)) if of_source[a] == place]
         labels = x.dims[k]
@@ -66,6 +70,8 @@ def _segment(tape: Tape, x: Value, src: tuple[int, int], dst: tuple[int, int], d
 
 def _atoms(sources: Sequence[int], targets: Sequence[int]) -> tuple[list[int], list[int], list[int]] | None:
     """Returns the sizes of the common atoms of two shapes, and the source and the target that each belongs to."""
+    # Sources (12, 64) and targets (3, 4, 64) end after 12, 768 and after 3, 12, 768; these are the cuts, and the
+    # atoms 3, 4, 64 lie between them. Sizes (6, 4) and (4, 6) have no common atoms: 6 is no multiple of 4.
     ends = [np.cumprod(shape).tolist() for shape in (sources, targets)]
     cuts = sorted({*ends[0], *ends[1]})
     sizes: list[int] = []
@@ -75,6 +81,7 @@ def _atoms(sources: Sequence[int], targets: Sequence[int]) -> tuple[list[int], l
             return None
         sizes.append(cut // before)
         before = cut
+    # An atom belongs to the dimension that ends at its cut or is the first to end behind it.
     of = [[int(np.searchsorted(end, cut)) for cut in cuts] for end in ends]
     return sizes, of[0], of[1]
 
@@ -91,10 +98,12 @@ def _split(tape: Tape, labels: Labels, sizes: Sequence[int], inferred: Sequence[
         place, line = again
         return [line if k == place else None for k in range(len(sizes))]
     last = len(sizes) - 1
+    # Channels 3 * H * D with sizes (3, H, D): D is free, H where the module knows the number; 3 is not.
     free = [k for k, size in enumerate(sizes) if k == last or inferred[k] or size in tape.sizes]
     order = [k for k in range(len(sizes)) if k not in free] + free
+    # (n,) → (3, H, D) → the fixed parts first → (3, H * D): one row for each combination of the fixed parts
     table = labels.reshape(sizes).transpose(order).reshape(-1, math.prod(sizes[k] for k in free))
-    whole = tape.positions(table.ravel(), len(table))
+    whole = tape.positions(table.ravel(), len(table))  # (H * D,): all rows joined
     if len(free) == 1:
         return [whole if k == last else None for k in range(len(sizes))]
     parts: list[Labels | None] = [tape.labels.fresh(size) if k in free else None for k, size in enumerate(sizes)]
@@ -109,7 +118,10 @@ def _merge(tape: Tape, parts: Sequence[Labels | None], sizes: Sequence[int]) -> 
         if not labelled:
             return None
         k = next(k for k, part in enumerate(parts) if part is not None)
+        # (A, part, Z) flattened: index (a, c, z) is channel c, so each label comes Z times, and all of it A times.
         return np.tile(np.repeat(labelled[0], math.prod(sizes[k + 1 :])), math.prod(sizes[:k]))
+    # Parts H, 3 (without labels), D: `whole` is (H * D,), and index (h, i, d) of the result has the label of (h, d):
+    # (H * D,) → (H, 1, D) → (H, 3, D) → (H * 3 * D,).
     own = [size for size, part in zip(sizes, parts, strict=True) if part is not None]
     whole = tape.labels.fresh(math.prod(own))
     _multiply(tape, whole, labelled)
@@ -120,8 +132,10 @@ def _merge(tape: Tape, parts: Sequence[Labels | None], sizes: Sequence[int]) -> 
 def _multiply(tape: Tape, whole: Labels, parts: Sequence[Labels]) -> None:
     """Makes `whole` the product of `parts`, the outermost first."""
     while len(parts) > 2:
+        # (A, B, C) is the product of A and an inner one (B, C): index (a, i) of it has the factors a and i.
         rest = math.prod(len(part) for part in parts[1:])
         inner = tape.labels.fresh(rest)
+        # (A * rest,): a a a b b b ... and i j k i j k ...
         tape.labels.multiply(whole, np.repeat(parts[0], rest), np.tile(inner, len(parts[0])))
         whole, parts = inner, parts[1:]
     outer, last = parts
@@ -135,9 +149,11 @@ def repeated(labels: Labels | None, sizes: Sequence[int]) -> tuple[int, Labels] 
     """
     if labels is None:
         return None
-    table = labels.reshape(tuple(sizes))
+    table = labels.reshape(tuple(sizes))  # (n,) → sizes
+    # axes along which some index differs from the first one
     changing = [k for k in range(table.ndim) if (table != table.take([0], axis=k)).any()]
     if len(changing) != 1:
         return None
+    # sizes → (part, rest): every column is the same line of labels
     line = np.moveaxis(table, changing[0], 0).reshape(sizes[changing[0]], -1)[:, 0]
     return changing[0], line
