@@ -39,7 +39,7 @@ from autoprune.network.surgery.activations import Site, replace_activations, rep
 from autoprune.network.surgery.cut import cut
 from autoprune.network.surgery.folding import Pairs, folded, folded_copy
 from autoprune.network.surgery.masks import keep, mask_tensors, mask_weights, masked, zeros_kept
-from autoprune.network.surgery.selection import Selection
+from autoprune.network.surgery.selection import KeptSelections, Selection
 from autoprune.network.training.evaluation import Score, evaluate, samples_at_once
 from autoprune.network.training.recipe import History, Recipe, Stage, fine_tune
 from autoprune.network.training.schedule import Outcome, Ranking, Tools, run_schedule
@@ -71,6 +71,7 @@ class Workbench:
     through the network in `parts`. `beat` is called between the steps of an evaluation; `clock` tells their seconds.
     `deeper` keeps the targets on more images that a fidelity asked for, by their number. `folds` are batch norms that
     are folded away where a network is only run: the teacher's, and those of a candidate that is scored untrained.
+    `selections` keeps those of the latest policies: who asks for the identity of a policy mostly evaluates it next.
     """
 
     network: Network
@@ -95,13 +96,18 @@ class Workbench:
     clock: Callable[[], float] = time.perf_counter
     deeper: dict[int, Targets] = field(default_factory=dict, repr=False, compare=False)
     folds: Pairs = ()
+    selections: KeptSelections = field(default_factory=KeptSelections, repr=False, compare=False)
 
     def selection(self, policy: Policy) -> Selection:
-        """Returns the channels of each group that stay under `policy`.
+        """Returns the channels of each group that stay under `policy`; it is computed once for a policy in a row.
 
         Raises:
             PolicyError: The policy does not fit the groups.
         """
+        made_from = (self.network, self.groups, self.knowledge)
+        return self.selections.of(policy, made_from, self._selected)
+
+    def _selected(self, policy: Policy) -> Selection:
         widths = policy.widths(self.groups)
         narrowed = [group.name for group in self.groups if widths[group.name] < group.size]
         scores = {name: self.knowledge.scores[policy.choices[name].criterion][name] for name in narrowed}
@@ -116,7 +122,16 @@ class Workbench:
 
         In stages the criteria also decide what goes first and what a trained network keeps, so there they count.
         """
-        return self._identity(policy, self.selection(policy))
+        selection = self.selection(policy)
+        kept: dict[str, Any]
+        if self.network.masked and sum(map(len, selection.values())) > _LISTED:  # listing millions takes seconds
+            kept = {name: hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest() for name, kept in selection.items()}
+        else:
+            kept = {name: kept.tolist() for name, kept in selection.items()}
+        if self.recipe.staged:
+            kept = {name: [policy.choices[name].criterion, channels] for name, channels in kept.items()}
+        replaced = self.replaced(policy)
+        return digest([kept, replaced] if replaced else kept)
 
     def replaced(self, policy: Policy) -> dict[str, str]:
         """Returns path → new kind for every activation module that `policy` replaces."""
@@ -268,17 +283,6 @@ class Workbench:
     def pruned(self, selection: Selection) -> nn.Module:
         """Returns the dense model with the channels (or weights) of `selection` alone, neither repaired nor trained."""
         return masked(self.network, selection) if self.network.masked else cut(self.network, selection)
-
-    def _identity(self, policy: Policy, selection: Selection) -> str:
-        kept: dict[str, Any]
-        if self.network.masked and sum(map(len, selection.values())) > _LISTED:  # listing millions takes seconds
-            kept = {name: hashlib.sha256(kept.astype("<i8").tobytes()).hexdigest() for name, kept in selection.items()}
-        else:
-            kept = {name: kept.tolist() for name, kept in selection.items()}
-        if self.recipe.staged:
-            kept = {name: [policy.choices[name].criterion, channels] for name, channels in kept.items()}
-        replaced = self.replaced(policy)
-        return digest([kept, replaced] if replaced else kept)
 
     def _staged(self, policy: Policy, fidelity: Fidelity, clock: StageClock) -> _Found:
         """Runs the recipe's schedule once a seed; returns what `_tuned` does, and the channels of the first seed."""
