@@ -13,6 +13,7 @@ from typing import Any
 
 from autoprune import report
 from autoprune.coordinator.running.log import SearchLog
+from autoprune.coordinator.running.preparation import prepare
 from autoprune.coordinator.running.session import SearchOutcome, Session
 from autoprune.coordinator.running.workers import Here, OnRay, Workers
 from autoprune.coordinator.stored.places import make_home
@@ -103,7 +104,8 @@ def search(
     ingredients = preparing.fitting(preparing.Ingredients(dense, splits, origin, key, loss, metric))
     sections = space.fingerprint_sections() | {"model": preparing.model_digest(model), "data": key}
     with SearchLog(folder, name) as log, report.Progress(on_note=log.note) as progress:
-        session = Session(space, ingredients, sections=sections, home=folder, progress=progress, log=log)
+        prepared = prepare(space, ingredients, sections=sections, home=folder, note=progress.note)
+        session = Session(prepared, progress=progress, log=log)
         return session.run(workers=place, deadline=deadline, trials=trials, summary=False)
 
 

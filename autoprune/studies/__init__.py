@@ -27,7 +27,6 @@ from autoprune.studies.records import (
     distinct,
     read_failures,
     read_results,
-    read_trial,
     read_trials,
 )
 from autoprune.studies.retrying import LastingStorage
@@ -104,7 +103,6 @@ __all__ = [
     "read_measured",
     "read_pick",
     "read_results",
-    "read_trial",
     "read_trials",
     "reference_point",
     "run_ladder",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoprune.results import TrialResult
+from autoprune.studies.records import StoredTrial
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +21,10 @@ class RungStarted:
 
 @dataclass(frozen=True, slots=True)
 class TrialFinished:
-    """A trial is stored. `state` is `complete` or `fail`; `result` is there for the one, `reason` for the other.
-
-    `origin` is the name of a warm start or `sampler` on the first rung, the number of the trial in the rung before on
-    a later one. `reused` is the number of the trial whose result was taken over.
-    """
+    """A trial is stored, `complete` or `fail`: as the storage holds it, but for its times, which are this process's."""
 
     rung: str
-    number: int
-    result: TrialResult | None
-    origin: str | int
-    state: str
-    reason: str | None = None
-    reused: int | None = None
+    trial: StoredTrial
 
 
 @dataclass(frozen=True, slots=True)

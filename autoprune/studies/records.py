@@ -117,9 +117,31 @@ def read_results(study: Study) -> list[StoredTrial]:
     return [_read(trial, None) for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
 
 
-def read_trial(study: Study, number: int, problem: Problem) -> StoredTrial:
-    """Returns one trial of a study."""
-    return _read(study._storage.get_trial(_trial_id(study, number)), problem)
+def ended_trial(
+    problem: Problem,
+    candidate: Candidate,
+    number: int,
+    *,
+    started: datetime.datetime,
+    result: TrialResult | None = None,
+    reason: str | None = None,
+    reused: int | None = None,
+) -> StoredTrial:
+    """Returns a trial that has just been stored, as `read_trials` will read it but for its times."""
+    stored = policy_of(problem, params_of(problem, candidate.policy)) if result is None else result.policy
+    return StoredTrial(
+        number=number,
+        state="fail" if result is None else "complete",
+        policy=stored,
+        identity=candidate.identity,
+        origin=candidate.origin,
+        source=candidate.source,
+        result=result,
+        reason=reason,
+        reused=reused,
+        started=started,
+        ended=datetime.datetime.now(),
+    )
 
 
 def distinct(trials: Iterable[StoredTrial]) -> list[StoredTrial]:

@@ -298,9 +298,7 @@ class Rung:
             records.finish_running(self._study, self._problem, number, result=result, reused=reused, notes=notes)
         measured = records.measured_excess(self._problem, result)
         self._tell(ticket, records.objectives(self._problem, result), measured)
-        work.on_event(
-            TrialFinished(self._fidelity.rung, number, result, ticket.candidate.origin, "complete", reused=reused)
-        )
+        self._told(work, ticket, number, result=result, reused=reused)
         return number
 
     def _fail(self, work: Work, ticket: _Ticket, reason: str) -> None:
@@ -312,7 +310,28 @@ class Rung:
         else:
             records.fail_running(self._study, number, reason=reason)
         self._tell(ticket, None)
-        work.on_event(TrialFinished(self._fidelity.rung, number, None, ticket.candidate.origin, "fail", reason=reason))
+        self._told(work, ticket, number, reason=reason)
+
+    def _told(
+        self,
+        work: Work,
+        ticket: _Ticket,
+        number: int,
+        *,
+        result: TrialResult | None = None,
+        reason: str | None = None,
+        reused: int | None = None,
+    ) -> None:
+        trial = records.ended_trial(
+            self._problem,
+            ticket.candidate,
+            number,
+            started=ticket.started,
+            result=result,
+            reason=reason,
+            reused=reused,
+        )
+        work.on_event(TrialFinished(self._fidelity.rung, trial))
 
     def _tell(
         self, ticket: _Ticket, values: tuple[float, float] | None, measured: Mapping[str, float] | None = None

@@ -158,10 +158,9 @@ def measure(url: str, mlflow: str, folder: Path, repeats: int, samplers: tuple[s
             spent.setdefault("whole", []),
         )
         timed(lambda: mirror.tell(trial, values), spent.setdefault(f"tell {name}", []))
-        stored = timed(lambda: records.read_trial(study, number, problem), spent.setdefault("read back", []))
         record = TrialRecord(
-            search="cost", study="cost.screen", number=number, rung="screen", policy=stored.policy,
-            result=stored.result, dense=problem.cost_model.dense(), origin="sampler", state="complete",
+            search="cost", study="cost.screen", number=number, rung="screen", policy=policy,
+            result=result, dense=problem.cost_model.dense(), origin="sampler", state="complete",
         )  # fmt: skip
         first_run = timed(lambda: tracker.record_trial(record), spent.setdefault("mlflow", []))
 

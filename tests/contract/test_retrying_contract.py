@@ -131,7 +131,7 @@ def test_a_result_that_arrived_although_the_connection_broke_is_written_once(
     number = records.begin(study, PROBLEM, CANDIDATE)
     break_after(times)
     records.finish_running(study, PROBLEM, number, result=result, reused=None, notes={"generation": 3})
-    stored = records.read_trial(study_in(where), number, PROBLEM)
+    stored = records.read_trials(study_in(where), PROBLEM)[number]
     assert (stored.state, stored.result) == ("complete", result)
     with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
         records.finish_running(study, PROBLEM, number, result=result, reused=None, notes={})

@@ -115,20 +115,21 @@ class SearchLog:
         self._write(text, "search_finished", fields)
 
     def _trial(self, event: TrialFinished) -> None:
-        common = {"rung": event.rung, "trial": event.number, "origin": event.origin, "executor": self._executor}
-        head = f"{event.rung} trial {event.number}"
-        if event.result is None:
-            fields = {"state": "fail", "reason": event.reason, **common}
-            self._write(f"{head} failed: {event.reason}", "trial_finished", fields, level=logging.WARNING)
+        trial = event.trial
+        common = {"rung": event.rung, "trial": trial.number, "origin": trial.origin, "executor": self._executor}
+        head = f"{event.rung} trial {trial.number}"
+        if trial.result is None:
+            fields = {"state": "fail", "reason": trial.reason, **common}
+            self._write(f"{head} failed: {trial.reason}", "trial_finished", fields, level=logging.WARNING)
             return
-        accuracy = event.result.metrics.get("val_accuracy")
-        again = f", the result of trial {event.reused}" if event.reused is not None else ""
-        spent = sum(event.result.seconds.values()) if event.reused is None else None
+        accuracy = trial.result.metrics.get("val_accuracy")
+        again = f", the result of trial {trial.reused}" if trial.reused is not None else ""
+        spent = sum(trial.result.seconds.values()) if trial.reused is None else None
         fields = {
             "state": "complete",
-            "reused": event.reused,
+            "reused": trial.reused,
             "val_accuracy": accuracy,
-            "costs": dict(event.result.costs),
+            "costs": dict(trial.result.costs),
             "seconds": None if spent is None else round(spent, 3),
             **common,
         }

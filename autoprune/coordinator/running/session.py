@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -24,28 +23,23 @@ from autoprune.coordinator.running.ending import ending_text
 from autoprune.coordinator.running.fidelity import fidelity_of_rung
 from autoprune.coordinator.running.log import SearchLog
 from autoprune.coordinator.running.measuring import measure_front
+from autoprune.coordinator.running.preparation import Prepared, prepare
 from autoprune.coordinator.running.workers import Workers, executor_of, threads
 from autoprune.coordinator.stored.background import Background, curves_of, pack
 from autoprune.coordinator.stored.display import view_of
-from autoprune.coordinator.stored.places import make_home, models_path, storage_path
+from autoprune.coordinator.stored.places import make_home, models_path
 from autoprune.coordinator.stored.search import StoredSearch, facts_of, read_search
 from autoprune.coordinator.stored.setup import setup_of
-from autoprune.errors import DataError, LeaseError, StudyError
+from autoprune.errors import DataError, LeaseError
 from autoprune.executors import Executor, Limits
-from autoprune.network import preparing, settings
+from autoprune.network import preparing
 from autoprune.network.devices.device import device_name
 from autoprune.network.devices.formats import precision_text
-from autoprune.network.graph.network import Network
-from autoprune.network.latency.cache import latency_table
-from autoprune.network.latency.table import LatencyTable
 from autoprune.network.models.checkpoints import file_digest
 from autoprune.network.plausibility import doubts
-from autoprune.network.workbench import Workbench
-from autoprune.objective import objective_of
 from autoprune.pareto import front_indices
-from autoprune.policy import digest
 from autoprune.report import SearchView
-from autoprune.results import Fidelity, Problem, WarmStart
+from autoprune.results import WarmStart
 from autoprune.space import Space
 from autoprune.studies import LadderPlan, RungPlan, RungStarted, TrialFinished
 from autoprune.studies.warmstart import warm_starts
@@ -109,53 +103,25 @@ def run_search(
         sections = space.fingerprint_sections()
         if space.checkpoint is not None:
             sections["checkpoint"] = file_digest(space.checkpoint)
-        return Session(space, ingredients, sections=sections, home=home, progress=progress, log=log).run(
-            workers=workers, deadline=deadline, trials=trials, summary=summary
-        )
+        prepared = prepare(space, ingredients, sections=sections, home=home, note=progress.note)
+        session = Session(prepared, progress=progress, log=log)
+        return session.run(workers=workers, deadline=deadline, trials=trials, summary=summary)
 
 
 class Session:
-    """One call of a search."""
+    """One call of a search that is prepared."""
 
-    def __init__(
-        self,
-        space: Space,
-        ingredients: preparing.Ingredients,
-        *,
-        sections: Mapping[str, str],
-        home: Path,
-        progress: report.Progress,
-        log: SearchLog,
-    ) -> None:
-        self.space = space
-        self.log = log
-        self.home = home
+    def __init__(self, prepared: Prepared, *, progress: report.Progress, log: SearchLog) -> None:
+        self.prepared = prepared
+        self.space = prepared.space
+        self.home = prepared.home
+        self.problem = prepared.problem
+        self.storage = prepared.storage
+        self.bench = prepared.bench
         self.progress = progress
-        self.sections = dict(sections)
-        self.network: Network = preparing.trace_ingredients(
-            ingredients, space, cache=home / "cache", note=progress.note
-        )
-        groups = settings.searchable_groups(self.network, space)
-        self.table: LatencyTable | None = None
-        if space.budget.limits_latency:
-            table = latency_table(self.network, space, cache=home / "cache", note=progress.note)
-            self.network = self.network.with_latency(table.surfaces)
-            self.sections["latency_table"] = digest([asdict(surface) for surface in table.surfaces])
-            self.table = table
-        objective = progress.objective = log.objective = objective_of(ingredients.metric)
-        self.problem: Problem = replace(settings.problem_of(self.network, groups, space), objective=objective)
-        self.models = models_path(home, space.name)
-        _check_apart(home)
+        self.log = log
+        progress.objective = log.objective = prepared.problem.objective
         self._studies: dict[str, Any] = {}
-        self.storage = studies.open_storage(storage_path(home), say=progress.note)
-        self._check()
-        if objective.note:
-            progress.note(objective.note)
-        self.watches = tracking.watches_machine(os.environ)
-        preparing.train_baseline(space, ingredients, cache=home / "cache", note=progress.note)
-        self.bench: Workbench = preparing.workbench_of(
-            space, ingredients, self.network, cache=home / "cache", models=self.models, note=progress.note
-        )
 
     def run(self, *, workers: Workers, deadline: float | None, trials: int | None, summary: bool) -> SearchOutcome:
         """Runs the ladder and the controls, records and shows them. See `run_search` for the arguments.
@@ -178,11 +144,13 @@ class Session:
             self.background.setup,
             home=self.home,
             say=say,
-            watches=self.watches,
+            watches=self.prepared.watches,
             objective=self.problem.objective,
         )
         try:
-            self._log_start(executor)
+            kind = type(executor).__name__.removesuffix("Executor").lower()
+            fingerprint = self.prepared.fingerprint
+            self.log.started(executor=kind, workers=executor.workers, device=self.bench.device, fingerprint=fingerprint)
             complete = self._climb(plan, executor, records, deadline)
         except LeaseError:
             executor.close()
@@ -217,20 +185,6 @@ class Session:
 
     # --- before ---
 
-    @property
-    def fingerprint(self) -> str:
-        """Stands for everything that decides a result."""
-        return digest(self.sections)
-
-    def _check(self) -> None:
-        """Refuses a study of other settings before anything slow is done or written."""
-        first = self.space.search.ladder[0].rung
-        name = studies.study_name(self.space.name, first)
-        if name in {study.study_name for study in self.storage.get_all_studies()}:
-            studies.open_study(
-                self.storage, name, self.problem, fingerprint=self.fingerprint, settings=self.sections, create=False
-            )
-
     def _plan(self, workers: int, trials: int) -> LadderPlan:
         ladder = self.space.search.ladder
         rungs = tuple(RungPlan(fidelity_of_rung(rung), rung.trials if rung.trials else trials) for rung in ladder)
@@ -242,8 +196,8 @@ class Session:
             name=self.space.name,
             problem=self.problem,
             rungs=rungs,
-            fingerprint=self.fingerprint,
-            settings=self.sections,
+            fingerprint=self.prepared.fingerprint,
+            settings=self.prepared.sections,
             warm_starts=starts,
             sampler=self.space.search.sampler,
             seed=self.space.seed,
@@ -265,7 +219,7 @@ class Session:
         formats = {"precision": bench.precision, "training_precision": bench.training_precision}
         at_hand = not (bench.origin.get("name") or bench.origin.get("factory"))
         facts = {
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.prepared.fingerprint,
             "device": bench.device,
             "seed": str(self.space.seed),
             "workers": str(workers),
@@ -288,11 +242,6 @@ class Session:
             environment=tracking.environment_tags(),
             began=datetime.datetime.now().astimezone(),
         )
-
-    def _log_start(self, executor: Executor) -> None:
-        kind = type(executor).__name__.removesuffix("Executor").lower()
-        device = self.bench.device
-        self.log.started(executor=kind, workers=executor.workers, device=device, fingerprint=self.fingerprint)
 
     # --- during ---
 
@@ -322,30 +271,28 @@ class Session:
                             known=True,
                         )
             elif isinstance(event, TrialFinished):
-                finished.append(event.number)
-                accuracy = event.result.metrics["val_accuracy"] if event.result else None
-                cost = self._cost(event.result.costs) if event.result else None
-                if event.reused is None:
+                trial, result = event.trial, event.trial.result
+                finished.append(trial.number)
+                accuracy = result.metrics["val_accuracy"] if result else None
+                cost = self._cost(result.costs) if result else None
+                if trial.reused is None:
                     self.progress.trial_finished(val_accuracy=accuracy, cost=cost)
-                if event.result:
-                    self.progress.note_once(event.result.notes)
-                if event.reason:
-                    self.progress.note(f"{event.rung} trial {event.number} failed: {event.reason}", passed_on=False)
-                records.trial(event.rung, self._trial(event), dense_metrics=dense)
-                if event.result is None or len(finished) >= _FIRST:
+                if result:
+                    self.progress.note_once(result.notes)
+                if trial.reason:
+                    self.progress.note(f"{event.rung} trial {trial.number} failed: {trial.reason}", passed_on=False)
+                records.trial(event.rung, trial, dense_metrics=dense)
+                if result is None or len(finished) >= _FIRST:
                     score_dense()
             else:
                 self.progress.rung_finished()
                 score_dense()
 
-        def submit(policy: Any, fidelity: Fidelity) -> Any:
-            return executor.submit(policy, fidelity)
-
         def run(ladder: LadderPlan) -> bool:
             return studies.run_ladder(
                 self.storage,
                 ladder,
-                submit=submit,
+                submit=executor.submit,
                 identity=self.bench.identity,
                 on_event=told,
                 deadline=deadline,
@@ -357,10 +304,13 @@ class Session:
         if not done:
             return False
         complete = True
-        for beside in (self._controls, self._from_scratch):
-            ladder = beside(plan)
-            if ladder is not None:
-                complete &= run(ladder)
+        controls = controls_plan(plan, self.bench, count=self.space.search.controls)
+        if controls is not None:
+            complete &= run(controls)
+        if (count := self.space.search.scratch) > 0:
+            scratch = scratch_plan(plan, read_search(self.space.name, home=self.home), count=count)
+            if scratch is not None:
+                complete &= run(scratch)
         return complete
 
     def _mark(self, event: RungStarted) -> None:
@@ -371,24 +321,12 @@ class Session:
         studies.write_objective(first, self.problem.objective)
         studies.write_complete(first, False)
 
-    def _controls(self, plan: LadderPlan) -> LadderPlan | None:
-        return controls_plan(plan, self.bench, count=self.space.search.controls)
-
-    def _from_scratch(self, plan: LadderPlan) -> LadderPlan | None:
-        if self.space.search.scratch < 1:
-            return None
-        stored = read_search(self.space.name, home=self.home)
-        return scratch_plan(plan, stored, count=self.space.search.scratch)
-
     def _cost(self, costs: Mapping[str, int]) -> float:
         return float(costs[self.problem.budget.primary])
 
     def _trials(self, rung: str) -> Sequence[studies.StoredTrial]:
         study = self._study(rung)
         return [t for t in studies.read_trials(study, self.problem) if not t.abandoned]
-
-    def _trial(self, event: TrialFinished) -> studies.StoredTrial:
-        return studies.read_trial(self._study(event.rung), event.number, self.problem)
 
     def _study(self, rung: str) -> Any:
         """Returns a rung's study; loading one reads what every study of the storage carries, so it is kept."""
@@ -415,11 +353,11 @@ class Session:
         doubted = doubts(self.bench, dense, limit=last.images)
         for sentence in doubted:
             self.progress.note(f"warning: {sentence}")
-        stages = {group.name: group.stage for group in self.network.groups}
+        stages = {group.name: group.stage for group in self.prepared.network.groups}
         conditions = self.bench.conditions
         latency = asdict(conditions) | {"device": device_name(conditions.device)}
-        if self.table is not None:
-            latency["error"] = self.table.error
+        if self.prepared.table is not None:
+            latency["error"] = self.prepared.table.error
         facts = facts_of(
             self.problem,
             dense,
@@ -436,23 +374,14 @@ class Session:
 
     def _forget_models(self, stored: StoredSearch) -> None:
         """Deletes the weights of trials that no front needs; a point that is dominated never comes back."""
-        if not self.models.is_dir():
+        models = models_path(self.home, self.space.name)
+        if not models.is_dir():
             return
         keep = {Path(s.result.model_path).name for s in stored.shown(stored.order[-1]) if s.result.model_path}
         picked = stored.shown(stored.picked_rung)
         points = [(s.result.val_error, self._cost(s.result.costs)) for s in picked]
         front = [picked[i] for i in front_indices(points)]
         keep |= {Path(s.result.model_path).name for s in front if s.result.model_path}
-        for folder in self.models.iterdir():
+        for folder in models.iterdir():
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_apart(home: Path) -> None:
-    """Refuses one database for both: Optuna and MLflow each keep a table `alembic_version` of their own."""
-    tracked = tracking.resolve_uri(home, os.environ)
-    if studies.same_database(str(storage_path(home)), tracked):
-        raise StudyError(
-            "the studies and MLflow need databases of their own (both keep a table of the same name): name another one"
-            " by --storage or MLFLOW_BACKEND_STORE_URI"
-        )

@@ -47,6 +47,7 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     """
     from autoprune import studies
     from autoprune.coordinator.running.log import SearchLog
+    from autoprune.coordinator.running.preparation import prepare
     from autoprune.coordinator.running.session import Session
     from autoprune.network.preparing import trace_ingredients, workbench_of
     from autoprune.report import Progress
@@ -77,9 +78,8 @@ def autoprune(task: Task, journal: Journal, seconds: float, variant: str) -> Non
     home = journal.folder / "home"
     with SearchLog(home, space.name) as log, Progress() as progress:
         sections = space.fingerprint_sections()
-        session = (WarmStartsAlone if warm_only else Session)(
-            space, task.ingredients, sections=sections, home=home, progress=progress, log=log
-        )
+        prepared = prepare(space, task.ingredients, sections=sections, home=home, note=progress.note)
+        session = (WarmStartsAlone if warm_only else Session)(prepared, progress=progress, log=log)
         deadline = journal.started + seconds
         session.run(workers=1, deadline=deadline, trials=candidates, summary=False)
     rungs = []

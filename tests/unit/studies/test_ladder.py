@@ -102,11 +102,11 @@ def test_events_tell_the_whole_story(storage: Any, problem: Problem, submit: Any
     assert events[5] == RungFinished("screen", 4, 0)
     assert events[6] == RungStarted("tune", 2, 0)
     told = [event for event in events if isinstance(event, TrialFinished)]
-    assert [(e.rung, e.number, e.state) for e in told] == [
+    assert [(e.rung, e.trial.number, e.trial.state) for e in told] == [
         *[("screen", i, "complete") for i in range(4)],
         *[("tune", i, "complete") for i in range(2)],
     ]
-    assert all(event.result is not None for event in told)
+    assert all(event.trial.result is not None for event in told)
 
 
 def test_stored_trials_are_readable_in_the_dashboard(database: Any, problem: Problem, submit: Any) -> None:
@@ -175,7 +175,7 @@ def test_a_failed_trial_is_replaced_and_never_counts_as_one_of_those_that_were_a
                 progress.rung_started(event.rung, total=event.total, done=event.done)
                 write_total(load_rung(storage, "digits", event.rung), event.total)
             elif isinstance(event, TrialFinished):
-                accuracy, cost = (None, None) if event.result is None else (0.5, 1.0)
+                accuracy, cost = (None, None) if event.trial.result is None else (0.5, 1.0)
                 progress.trial_finished(val_accuracy=accuracy, cost=cost)
                 state = search_state(storage, "digits")
                 seen.append((state.done, state.failed))
@@ -238,7 +238,7 @@ def test_a_trial_error_fails_its_trial_with_the_reason_and_the_search_goes_on(
     reasons = [(t.number, t.reason) for t in out.rungs["screen"] if t.state == "fail"]
     assert reasons == [(1, "loss is nan in epoch 1"), (4, "loss is nan in epoch 1")]
     assert len([t for t in out.rungs["screen"] if t.state == "complete"]) == 4
-    assert [e.reason for e in events if isinstance(e, TrialFinished) and e.state == "fail"] == [
+    assert [e.trial.reason for e in events if isinstance(e, TrialFinished) and e.trial.state == "fail"] == [
         "loss is nan in epoch 1"
     ] * 2
     assert events[-1] == RungFinished("tune", 2, 0)

@@ -16,7 +16,7 @@ from autoprune.coordinator.running.log import SearchLog, entry_of, follow_log, l
 from autoprune.errors import StudyError
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
-from autoprune.studies import RungFinished, RungStarted, TrialFinished
+from autoprune.studies import RungFinished, RungStarted, StoredTrial, TrialFinished
 
 
 def result(accuracy: float = 0.75) -> TrialResult:
@@ -31,6 +31,11 @@ def result(accuracy: float = 0.75) -> TrialResult:
     )
 
 
+def ended(number: int, origin: int, *, result: TrialResult | None = None, reason: str | None = None) -> StoredTrial:
+    policy, state = Policy({"a": Choice("l2", 0.5)}), "complete" if result else "fail"
+    return StoredTrial(number, state, policy, "x", origin, "sampler", result=result, reason=reason)
+
+
 def entries(home: Path, search: str = "one") -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_log(home, search)]
 
@@ -40,8 +45,8 @@ def test_every_event_of_a_search_is_one_json_object_with_what_is_known_of_it(tmp
         log.note("preparing")
         log.started(executor="process", workers=2, device="cpu", fingerprint="abc")
         log.told(RungStarted("tune", 8, 3))
-        log.told(TrialFinished("tune", 3, result(), 17, "complete"))
-        log.told(TrialFinished("tune", 4, None, 18, "fail", reason="it diverged"))
+        log.told(TrialFinished("tune", ended(3, 17, result=result())))
+        log.told(TrialFinished("tune", ended(4, 18, reason="it diverged")))
         log.told(RungFinished("tune", 4, 1))
         log.finished(complete=True, front=4, hypervolume=0.5)
     found = entries(tmp_path)
