@@ -15,10 +15,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from autoprune.network.data.tasks import logits_of, widened
+from autoprune.network.data.tasks import cross_entropy, widened
 from autoprune.network.devices.convolutions import differentiate, safe_convolutions
 from autoprune.network.devices.device import ieee, synchronise
 from autoprune.network.devices.precision import Precision, autocast
@@ -238,7 +237,7 @@ def _training(bench: Workbench, start: nn.Module, steps: int) -> Callable[[], No
                 for piece in torch.split(x, at_once):
                     teacher(piece)
         own = bench.loss
-        value = F.cross_entropy(logits_of(output).float(), y) if own is None else own(widened(output), y)
+        value = cross_entropy(output, y) if own is None else own(widened(output), y)
         with safe:
             differentiate(value)
         optimizer.step()

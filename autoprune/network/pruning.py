@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from autoprune.errors import PolicyError, nearest
 from autoprune.network.calibration.targets import gather_targets
@@ -20,7 +19,7 @@ from autoprune.network.criteria.gathering import Batches as Samples
 from autoprune.network.criteria.gathering import criterion_named, gather_evidence
 from autoprune.network.criteria.inputs import Evidence
 from autoprune.network.criteria.weights import weight_scores
-from autoprune.network.data.tasks import logits_of
+from autoprune.network.data.tasks import cross_entropy
 from autoprune.network.graph.groups import PruningGroup
 from autoprune.network.graph.modules import device_of
 from autoprune.network.graph.network import Network
@@ -83,7 +82,7 @@ def prune(
     inputs = [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]
     pairs = _pairs(batches, criterion) if needs.labelled else []
     samples = Samples(inputs, lambda _: pairs)
-    evidence = gather_evidence(network, samples, [criterion], loss=_loss, seed=seed, device=device)
+    evidence = gather_evidence(network, samples, [criterion], loss=cross_entropy, seed=seed, device=device)
     scores = score(evidence, [criterion])[criterion]
     selection = {name: choose(scores[name], width) for name, width in narrowed.items()}
     model = cut(network, selection)
@@ -132,7 +131,9 @@ def _masked(
         _pairs(batches, criterion)
     evidence = Evidence(network, seed=seed)
     if pairs:
-        evidence = gather_evidence(network, Samples.of(pairs), [criterion], loss=_loss, seed=seed, device=device)
+        evidence = gather_evidence(
+            network, Samples.of(pairs), [criterion], loss=cross_entropy, seed=seed, device=device
+        )
     scores = weight_scores(evidence, [criterion])[criterion]
     weights = mask_weights(network)
     selection = {name: keep(weights[name], scores[name], width, network.pruning) for name, width in widths.items()}
@@ -148,7 +149,3 @@ def _pairs(batches: list[Any], criterion: str) -> list[tuple[Tensor, Tensor]]:
     if not pairs:
         raise PolicyError(f"the criterion {criterion} needs calibration batches of (inputs, targets)")
     return pairs
-
-
-def _loss(output: Any, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(output).float(), target)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from autoprune.errors import DataError
 from autoprune.network.calibration.one_pass import gather_both
@@ -23,7 +22,7 @@ from autoprune.network.criteria.knowledge import Knowledge
 from autoprune.network.criteria.tables import error_tables
 from autoprune.network.criteria.weights import weight_scores, weight_tables
 from autoprune.network.data.samples import Split
-from autoprune.network.data.tasks import Loss, logits_of
+from autoprune.network.data.tasks import Loss, cross_entropy
 from autoprune.network.graph.network import Network
 from autoprune.policy import Group
 
@@ -72,10 +71,6 @@ def learn(
 
 def mean_loss(own: Loss | None) -> Callable[[Any, Tensor], Tensor]:
     """Returns the mean loss of a batch: the user's own, or cross-entropy in float32."""
-
-    def cross_entropy(output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output).float(), target)
-
     return cross_entropy if own is None else own
 
 

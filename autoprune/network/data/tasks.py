@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from autoprune.errors import InputError
@@ -90,6 +91,11 @@ def widened(output: Any) -> Any:
         values = [widened(value) for value in output]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     return output
+
+
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """Returns the mean loss of a batch of classes, in float32: what is meant where there is no own loss."""
+    return F.cross_entropy(logits_of(output).float(), target)
 
 
 def check_task(data: Labelled, *, loss: Loss | None, metric: Metric | None) -> None:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from autoprune.network.data.samples import Split
 from autoprune.network.data.staging import Device
-from autoprune.network.data.tasks import Loss, Metric, check_task, logits_of, one_number, widened
+from autoprune.network.data.tasks import Loss, Metric, check_task, cross_entropy, logits_of, one_number, widened
 from autoprune.network.devices.device import ieee
 from autoprune.network.devices.precision import autocast
 from autoprune.network.graph.modules import mode
@@ -116,9 +115,7 @@ def evaluate(
                 output = model(x)
             if loss is not None or metric is not None:
                 output = widened(output)
-            value = (
-                F.cross_entropy(logits_of(output).float(), y) if loss is None else one_number(loss(output, y), "loss")
-            )
+            value = cross_entropy(output, y) if loss is None else one_number(loss(output, y), "loss")
             total_loss += value.to(total_loss) * len(y)
             if own is None:
                 right = logits_of(output).argmax(1) == y  # (n,)
