@@ -24,10 +24,11 @@ from autoprune.coordinator.service.supervising import serving
 from autoprune.coordinator.stored.display import view_of
 from autoprune.coordinator.stored.places import make_home
 from autoprune.coordinator.stored.search import CONTROLS, StoredSearch, read_search
-from autoprune.coordinator.stored.service_state import STATE, service_folder, write_whole
+from autoprune.coordinator.stored.service_state import STATE, service_folder
 from autoprune.coordinator.stored.setup import Setup
 from autoprune.cost import COSTS
 from autoprune.errors import InputError, StudyError, TrackingError
+from autoprune.files import write_whole
 from autoprune.policy import Choice, Policy
 from autoprune.results import Fidelity, TrialResult
 from autoprune.studies import StoredTrial

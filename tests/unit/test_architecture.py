@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "autoprune"
-CORE = {"errors", "policy", "space", "budget", "cost", "prices", "results", "pareto", "redaction", "memory"}
+CORE = {"errors", "policy", "space", "budget", "cost", "prices", "results", "pareto", "redaction", "memory", "files"}
 CORE |= {"objective"}
 OUTER = {"network", "studies", "tracking", "report", "executors"}
 TOP = {"coordinator", "cli", "__main__", "__init__"}

@@ -17,6 +17,7 @@ from autoprune.coordinator.recording.registering import FINETUNE
 from autoprune.coordinator.stored.search import StoredSearch, read_search
 from autoprune.coordinator.stored.setup import Setup, space_of
 from autoprune.errors import InputError
+from autoprune.files import write_whole
 from autoprune.report.card import Card, ClassScores, card_markdown
 
 CARD = "README.md"
@@ -61,7 +62,6 @@ def _export(pick: Pick, target: Path, wish: ExportWish, *, home: Path, say: Say)
     from autoprune.network import afterwards
     from autoprune.network.artifacts.export import export
     from autoprune.network.artifacts.saved import check_model, read_document
-    from autoprune.network.models.checkpoints import write_whole
 
     stored = read_search(pick.search, home=home)
     setup = stored.setup if wish.evaluate or stored.background is not None else None  # an older search has none

@@ -5,14 +5,13 @@ Decides where it goes.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from autoprune.coordinator.stored.display import view_of
 from autoprune.coordinator.stored.report_page import page_of
 from autoprune.coordinator.stored.search import read_search
 from autoprune.errors import InputError
+from autoprune.files import write_whole
 
 
 def write_report(name: str, *, home: Path, output: Path | None = None) -> Path:
@@ -28,23 +27,7 @@ def write_report(name: str, *, home: Path, output: Path | None = None) -> Path:
         raise InputError(f"{path} is a folder; name a file")
     text = page_of(stored, view_of(stored))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, text)
+        write_whole(path, text)
     except OSError as error:
         raise InputError(f"the report cannot be written to {path}: {error.strerror or error}") from error
     return path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file beside its place and moves it there, so that nobody ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import Protocol
 from autoprune.coordinator.running.log import entry_of, read_log
 from autoprune.coordinator.service.children import Child, Command, end_all
 from autoprune.errors import StudyError
+from autoprune.files import write_whole
 from autoprune.redaction import hide_secrets
 from autoprune.space.section import NAME_PATTERN
 from autoprune.studies import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Queue
@@ -296,10 +296,7 @@ class SearchProcesses:
         if not re.fullmatch(NAME_PATTERN, request.name):
             raise PermissionError(errno.EPERM, "it is no name of a search", request.name)
         space = self.home / "jobs" / f"{job.number}-{request.name}.json"
-        space.parent.mkdir(parents=True, exist_ok=True)
-        whole = space.with_suffix(".new")
-        whole.write_text(json.dumps(request.space, indent=1) + "\n", encoding="utf-8")
-        os.replace(whole, space)
+        write_whole(space, json.dumps(request.space, indent=1) + "\n")
         options = {"--trials": request.trials, "--workers": request.workers, "--timeout": timeout}
         command = [sys.executable, "-P", "-m", "autoprune", "search", str(space), "--home", str(self.home)]
         command += [text for name, value in options.items() if value is not None for text in (name, str(value))]

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from autoprune.coordinator.service.children import Child, Command, end_all, kill_leftovers
-from autoprune.coordinator.stored.service_state import LOCK, STATE, locked, read_service, service_folder, write_whole
+from autoprune.coordinator.stored.service_state import LOCK, STATE, locked, read_service, service_folder
 from autoprune.errors import StudyError
+from autoprune.files import write_whole
 
 STARTING, HEALTHY, FAILING, WAITING = "starting", "healthy", "failing", "waiting"
 GRACE_SECONDS = 180.0

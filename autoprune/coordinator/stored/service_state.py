@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -34,13 +33,6 @@ def read_service(home: Path) -> dict[str, Any] | None:
     except OSError:  # there never was one, it has just ended, or it belongs to somebody else
         return None
     return {key: value for key, value in found.items() if key != "token"}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 def locked(file: IO[str], *, patience: float, shared: bool = False) -> bool:

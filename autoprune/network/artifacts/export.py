@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from autoprune.errors import AutopruneError, CheckpointError, InputError, MissingExtraError, nearest
+from autoprune.files import write_whole
 from autoprune.network.artifacts.saved import DOCUMENT, WEIGHTS, load, read_document
 from autoprune.network.graph.copies import deep_copy
 from autoprune.network.graph.modules import evaluating
-from autoprune.network.models.checkpoints import read_state, write_whole
+from autoprune.network.models.checkpoints import read_state
 from autoprune.network.tracing.counting import count_params
 
 TOLERANCE = 1e-4

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autoprune.errors import DataError
+from autoprune.files import whole_file
 from autoprune.network.data.samples import Source
 
 PARTS = ("train", "val", "test")
@@ -82,15 +82,11 @@ def read_image_folder(path: Path, *, size: int | None, cache_dir: Path) -> Sourc
         )
     samples = torch.from_numpy(images)
     metadata = {"schema": _SCHEMA, "source": str(path), "files": json.dumps(files)}
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file({"images": samples}, temporary, metadata=metadata)
-        os.replace(temporary, cached)
+        with whole_file(cached) as temporary:
+            save_file({"images": samples}, temporary, metadata=metadata)
     except SafetensorError as error:  # a full disk, for which it has no kind of its own
         raise DataError(f"the decoded images cannot be kept in {cache_dir}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return _source(samples, files)
 
 

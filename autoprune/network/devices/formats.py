@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.errors import InputError
+from autoprune.files import write_whole
 from autoprune.network.data.staging import Device
 from autoprune.network.devices.failures import out_of_memory
 from autoprune.network.devices.precision import Precision
 from autoprune.network.devices.probing import BASE, Probe, is_image, probe_precision, times_of, why_not
 from autoprune.network.devices.processor import processor_text, without_bfloat16
 from autoprune.network.graph.copies import deep_copy
-from autoprune.network.models.checkpoints import write_whole
 
 SCHEMA = 1
 STALE = 1.3

@@ -24,11 +24,11 @@ import numpy.typing as npt
 
 from autoprune.cost import CostModel, Form, Surface
 from autoprune.errors import InputError
+from autoprune.files import write_whole
 from autoprune.network.devices.device import device_name, threads
 from autoprune.network.graph.network import Network
 from autoprune.network.latency.operators import Call, Kind, record_calls
 from autoprune.network.latency.timing import Conditions, measure_latency, one_at_a_time, time_call
-from autoprune.network.models.checkpoints import write_whole
 from autoprune.network.surgery.cut import cut
 
 SCHEMA = 1

@@ -7,7 +7,6 @@ whole or not at all. Must not know what the weights are for. No pickle is ever e
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from autoprune.errors import CheckpointError
+from autoprune.files import write_whole
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
@@ -144,17 +144,6 @@ def save_state(
         tensors[name] = tensor
     # Bytes, not save_file: that one makes files which only their owner may read.
     write_whole(Path(path), save(tensors, metadata=dict(metadata or {})))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is whole or not there, and never half of it. Folders are made where they are missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_digest(path: str | Path) -> str:

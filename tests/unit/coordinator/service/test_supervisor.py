@@ -17,8 +17,9 @@ import pytest
 from autoprune.coordinator.service import supervising
 from autoprune.coordinator.service.children import TOKEN, Command
 from autoprune.coordinator.service.supervising import Service, Supervisor, answers, beats, serving
-from autoprune.coordinator.stored.service_state import read_service, service_folder, write_whole
+from autoprune.coordinator.stored.service_state import read_service, service_folder
 from autoprune.errors import StudyError
+from autoprune.files import write_whole
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(60)"
 
