@@ -68,6 +68,11 @@ class Problem:
         """Returns every cost of `policy`."""
         return self.cost_model.costs(policy.widths(self.groups))
 
+    def fraction(self, costs: Mapping[str, float]) -> float:
+        """Returns the primary one of `costs` as a fraction of the dense network's."""
+        primary = self.budget.primary
+        return costs[primary] / self.cost_model.cost(primary, {})
+
 
 @dataclass(frozen=True, slots=True)
 class WarmStart:

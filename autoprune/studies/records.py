@@ -182,8 +182,7 @@ def _read(trial: FrozenTrial, problem: Problem | None) -> StoredTrial:
 
 def objectives(problem: Problem, result: TrialResult) -> tuple[float, float]:
     """Returns (validation error, primary cost as a fraction of dense): what Optuna minimises."""
-    primary = problem.budget.primary
-    return result.val_error, result.costs[primary] / problem.cost_model.cost(primary, {})
+    return result.val_error, problem.fraction(result.costs)
 
 
 def fault(problem: Problem, result: TrialResult) -> str | None:

@@ -64,7 +64,7 @@ def params_of(problem: Problem, policy: Policy) -> dict[str, Any]:
     low, high = problem.budget.span
     if low < high:
         primary = problem.budget.primary
-        fraction = problem.cost_model.cost(primary, widths) / problem.cost_model.cost(primary, {})
+        fraction = problem.fraction({primary: problem.cost_model.cost(primary, widths)})
         params[TARGET + key_of(primary)] = min(max(fraction, low), high)
     for group in problem.groups:
         if len(group.widths) > 1:

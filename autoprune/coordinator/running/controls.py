@@ -6,13 +6,12 @@ front whose networks are trained from random weights in another one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from autoprune.coordinator.stored.search import CONTROLS, SCRATCH, StoredSearch
 from autoprune.network.workbench import Workbench
 from autoprune.pareto import front_indices, select_spread
-from autoprune.results import Problem, WarmStart
+from autoprune.results import WarmStart
 from autoprune.studies import LadderPlan, RungPlan
 from autoprune.studies.warmstart import control_policies
 
@@ -34,7 +33,7 @@ def scratch_plan(plan: LadderPlan, stored: StoredSearch, *, count: int) -> Ladde
     """
     last = plan.rungs[-1].fidelity
     shown = stored.shown(last.rung)
-    points = [(s.result.val_error, _fraction(plan.problem, s.result.costs)) for s in shown]
+    points = [(s.result.val_error, plan.problem.fraction(s.result.costs)) for s in shown]
     front = front_indices(points)
     known = {t.identity for t in stored.rungs.get(SCRATCH, ())}  # of a front that has grown since
     chosen = [shown[front[i]] for i in select_spread([points[i] for i in front], count)]
@@ -48,8 +47,3 @@ def scratch_plan(plan: LadderPlan, stored: StoredSearch, *, count: int) -> Ladde
         warm_starts=starts,
         sampler=None,
     )
-
-
-def _fraction(problem: Problem, costs: Mapping[str, int]) -> float:
-    primary = problem.budget.primary
-    return costs[primary] / problem.cost_model.cost(primary, {})
