@@ -355,8 +355,7 @@ def model_digest(model: nn.Module) -> str:
 def splits_digest(splits: Splits) -> str:
     """Returns a text that stands for data at hand: sizes, and the first batch of every split."""
     total = hashlib.sha256()
-    for name in ("train", "calibration", "val", "test"):
-        split = getattr(splits, name)
+    for name, split in splits.parts.items():
         total.update(f"{name} {len(split)}".encode())
         x, y = next(iter(split.batches(min(64, len(split)))))
         total.update(x.contiguous().numpy().tobytes() + y.contiguous().numpy().tobytes())

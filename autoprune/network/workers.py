@@ -91,15 +91,7 @@ def settle(bench: Workbench, threads: int, gpu_share: float) -> Workbench:
             return replace(split, workers=readers)
         return split
 
-    given = bench.splits
-    splits = replace(
-        given,
-        train=read_by(given.train),
-        calibration=read_by(given.calibration),
-        val=read_by(given.val),
-        test=read_by(given.test),
-    )
-    return replace(bench, splits=splits)
+    return replace(bench, splits=bench.splits.changed(read_by))
 
 
 @dataclass(frozen=True)

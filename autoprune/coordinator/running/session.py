@@ -232,7 +232,7 @@ class Session:
             groups=self.problem.groups,
             model=self.problem.cost_model,
             curves=curves_of(self.problem, bench.knowledge.tables),
-            samples={name: len(getattr(bench.splits, name)) for name in ("train", "calibration", "val", "test")},
+            samples={name: len(split) for name, split in bench.splits.parts.items()},
             classes=bench.splits.num_classes,
             accuracy=self._counts,
             objective=self.problem.objective,

@@ -91,8 +91,7 @@ def executor_of(bench: Workbench, workers: Workers, *, limits: Limits, cache: Pa
 
 def _stand_back(bench: Workbench) -> None:
     """Gives back what preparing took, copies of the data on a GPU too: from here on other processes compute."""
-    splits = bench.splits
-    for split in (splits.train, splits.calibration, splits.val, splits.test):
+    for split in bench.splits.parts.values():
         if isinstance(split, TensorSplit):
             split.pool.leave()
     free_memory(bench.device)

@@ -107,13 +107,17 @@ class Splits:
             kept = old.whole if whole is None else whole
             return replace(split, transform=replace(old, channels_last=last, whole=kept, _constants={}))
 
-        return replace(
-            self,
-            train=dressed(self.train),
-            calibration=dressed(self.calibration),
-            val=dressed(self.val),
-            test=dressed(self.test),
-        )
+        return self.changed(dressed)
+
+    @property
+    def parts(self) -> dict[str, Split]:
+        """The four splits by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    def changed(self, change: Callable[[Split], Split]) -> Splits:
+        """Returns the same data with what `change` makes of each split."""
+        changes: dict[str, Any] = {name: change(split) for name, split in self.parts.items()}
+        return replace(self, **changes)
 
 
 def load_data(settings: DataSettings, *, seed: int, cache_dir: Path) -> Splits:

@@ -7,7 +7,7 @@ know who listens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Generator
 
@@ -52,10 +52,4 @@ class WatchedSplit:
 
 def watched(splits: Splits, beat: Callable[[], None]) -> Splits:
     """Returns `splits` with every batch told to `beat`."""
-    return replace(
-        splits,
-        train=WatchedSplit(splits.train, beat),
-        calibration=WatchedSplit(splits.calibration, beat),
-        val=WatchedSplit(splits.val, beat),
-        test=WatchedSplit(splits.test, beat),
-    )
+    return splits.changed(lambda split: WatchedSplit(split, beat))
